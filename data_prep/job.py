@@ -1,0 +1,82 @@
+"""What an output folder was made from, so that the same command goes on and another one is refused.
+
+Owns job.json: the inputs (path, size, time of change) and every option that decides the output's bytes.
+
+    job = describe_job("shards", files, text_key="text")
+    if not is_same_job(folder, job):
+        write_job(folder, job)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.corpus import InputFile, shown
+from slm.errors import CorruptArtefact, UserError
+from slm.runtime import atomic_write
+
+JOB = "job.json"
+
+
+def describe_job(command: str, files: Sequence[InputFile], **options: Any) -> dict[str, Any]:
+    return {"schema": f"slm-data-{command}/1", **options, "files": {f.path: [f.size, f.mtime_ns] for f in files}}
+
+
+def is_same_job(folder: Path, job: dict[str, Any]) -> bool:
+    """True if the folder is this very job's, False if it is free. Raises UserError, with the difference, otherwise."""
+    path = folder / JOB
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError("it is a file")
+        if path.is_file():
+            there = json.loads(path.read_text())
+            difference = _difference(there, job)
+        elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            difference = "something that this command did not make"
+        else:
+            return False
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise CorruptArtefact(
+            f"{path} is not readable ({error!r})", fix="remove the folder, or choose another"
+        ) from None
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    if difference:
+        raise UserError(
+            f"{folder} holds {difference}. Nothing was changed",
+            fix="choose another --output folder, or remove this one",
+        )
+    return True
+
+
+def write_job(folder: Path, job: dict[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / JOB, json.dumps(job, indent=1) + "\n")
+    except OSError as error:
+        raise _unusable(folder, error) from None
+
+
+def remove_job(folder: Path) -> None:
+    (folder / JOB).unlink(missing_ok=True)
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"the output folder {folder} cannot be used: {error}", fix="choose another --output folder")
+
+
+def _difference(there: dict[str, Any], now: dict[str, Any]) -> str:
+    for key in dict.fromkeys([*there, *now]):
+        if key != "files" and there.get(key) != now.get(key):
+            return f"the result of another {key.replace('_', ' ')}: {there.get(key)!r} there, {now.get(key)!r} now"
+    old, new = there["files"], now["files"]
+    if list(old) != list(new):
+        added, gone = [p for p in new if p not in old], [p for p in old if p not in new]
+        named = [f"{shown(p)} is new" for p in added[:1]] + [f"{shown(p)} is gone" for p in gone[:1]]
+        counts = f"{len(old):,} there, {len(new):,} now"
+        return f"the result of other input files ({'; '.join(named) or 'in another order'}; {counts})"
+    changed = [p for p in new if new[p] != old[p]]
+    return f"the result of an earlier state of {shown(changed[0])}, which has changed since" if changed else ""

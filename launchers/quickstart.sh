@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# From nothing to a trained, evaluated, talking model on this machine's CPU, in one command:
+#   bash launchers/quickstart.sh
+# The corpus is the Python standard library of this machine; CORPUS=path takes any folder or file instead.
+# RANKS=2 sets the number of training processes, HELD_OUT=0.02 the share of documents that is not trained on.
+# Run again, it goes on from what is complete.
+set -euo pipefail
+if [ $# -gt 0 ]; then sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; fi
+cd "$(dirname "$0")/.."
+source launchers/environment.sh
+
+ensure_system_packages g++ || true # only torch.compile and optimiser offload want a compiler; the quickstart does not
+ensure_environment
+started=$SECONDS
+# On the CPU also where there are GPUs: the figures of this page are a CPU's. DS_ACCELERATOR=cuda RANKS=1 uses a GPU.
+export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+
+corpus="${CORPUS:-$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')}"
+# Each corpus has its own folders, so that one quickstart does not stand in the way of the next.
+name=quickstart${CORPUS:+-$(basename "$CORPUS" | tr -c 'A-Za-z0-9_\n' '_')}
+work=artifacts/$name
+run=runs/$name
+step() { printf '\n== %s\n' "$*"; }
+
+step "1/5 tokenizer: byte-level BPE with 4,096 entries, learned from $corpus"
+slm-data tokenizer "$corpus" --vocab-size 4096 --max-bytes 20M --max-bad-fraction 0.05 --output $work/tokenizer
+
+step "2/5 token shards, a share of ${HELD_OUT:-0.02} of the documents held out"
+slm-data shards "$corpus" --tokenizer $work/tokenizer --validation-fraction "${HELD_OUT:-0.02}" --max-bad-fraction 0.05 --output $work/tokens
+
+step "3/5 training on ${RANKS:-2} ranks with DeepSpeed ZeRO-2 (recipes/quickstart.yaml)"
+bash launchers/local.sh recipes/quickstart.yaml "${RANKS:-2}" "name=$name" "tokenizer=$work/tokenizer" \
+  "data.sources.corpus=$work/tokens/train" "data.validation.corpus=$work/tokens/validation"
+
+step "4/5 held-out loss of the best checkpoint"
+slm eval $run --max-sequences 128
+
+step "5/5 text from a prompt"
+slm generate $run "def __init__(self" --max-new-tokens 96 --temperature 0.7 --seed 1
+
+cat <<END
+
+== done in $((SECONDS - started)) seconds
+  tokenizer     $work/tokenizer
+  token shards  $work/tokens/{train,validation}
+  the run       $run      (metrics.jsonl, checkpoints/, best, latest)
+What next:
+  source .venv/bin/activate
+  slm generate $run "import os" --max-new-tokens 200
+  bash launchers/local.sh $run/recipe.yaml 2 name=longer phases.main.tokens=8M
+  slm export $run my-model    # a folder for transformers
+  slm plan recipes/llama3.2-1b.yaml --ranks 8
+END

@@ -1,0 +1,183 @@
+"""The `slm` command: plan, train, eval, generate, export, schema.
+
+Owns the arguments and what is printed; each command is one call into the module that does the work. Heavy imports
+are inside the commands, so that `slm plan` and `slm --help` answer at once.
+
+    slm train recipes/quickstart.yaml optim.lr=1e-3
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slm.errors import SLMError, UserError
+
+app = typer.Typer(
+    help="From raw text to a small language model, on DeepSpeed. (`slm-data` prepares the text.)",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file, see recipes/")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="e.g. optim.lr=1e-3")]
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="a run, a checkpoint, or a Hugging Face folder")]
+TokenizerPath = Annotated[str, typer.Option(help="tokenizer, if the model's own recipe names none")]
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one message and an exit code, never a traceback."""
+    # The deepspeed launcher adds --local_rank=N (unless told not to); the rank comes from the environment.
+    sys.argv = [a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank"))]
+    try:
+        app()
+    except SLMError as error:
+        typer.echo(f"{error.title}: {error}", err=True)
+        _note_exit(error)
+        sys.exit(error.exit_code)
+
+
+def _note_exit(error: SLMError) -> None:
+    """A launcher that waits for this process reads here how it ended (runtime.write_exit)."""
+    from slm.runtime import write_exit
+
+    write_exit(None, error.exit_code, str(error))
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="number of devices")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Check a recipe and say what it comes to: parameters, steps, batch, FLOPs. Needs no data and no GPU."""
+    from dataclasses import asdict
+
+    from slm.plan import describe, plan_phase
+    from slm.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if not as_json:
+        typer.echo(describe(loaded, ranks))
+        return
+    phases = [asdict(plan_phase(loaded, phase, ranks)) for phase in loaded.phases]
+    typer.echo(json.dumps({"parameters": loaded.model.num_parameters(), "ranks": ranks, "phases": phases}, indent=2))
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    profile: Annotated[
+        str, typer.Option(metavar="A:B", help="trace steps A to B of this attempt into RUN/profile")
+    ] = "",
+) -> None:
+    """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
+    from slm.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    steps = _steps(profile)
+    from slm.train import train as run
+
+    sys.exit(run(loaded, profile_steps=steps))
+
+
+def _steps(text: str) -> range:
+    if not text:
+        return range(0)
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and (last or first).isdigit()) or int(last or first) < int(first) or int(first) < 1:
+        raise UserError(f"--profile is {text!r}, which is no range of steps", fix="write A:B, such as 5:8")
+    return range(int(first), int(last or first) + 1)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelPath,
+    data: Annotated[
+        list[Path] | None, typer.Argument(help="folders of token shards; else the recipe's validation")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(min=0, help="tokens of a packed sequence; 0: as the model's last phase")] = 0,
+    micro_batch: Annotated[int, typer.Option(min=1, help="sequences per forward pass")] = 4,
+    max_sequences: Annotated[int, typer.Option(min=0, help="at most this many per source; 0: all")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Loss and perplexity on held-out token shards."""
+    from slm.loading import evaluate_model
+
+    results = evaluate_model(model, [str(path) for path in data or []], seq_len, micro_batch, max_sequences)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("source", "targets", "loss (nats)", "perplexity", "bits per byte")
+    for name, row in results.items():
+        bits = f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] else "-"
+        table.add_row(name, f"{row['targets']:,}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", bits)
+    Console().print(table)
+
+
+@app.command()
+def generate(
+    model: ModelPath,
+    prompt: Annotated[list[str], typer.Argument(help="text to continue; several give a batch")],
+    tokenizer: TokenizerPath = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="only the k likeliest; 0 for all")] = 0,
+    top_p: Annotated[float, typer.Option(help="only the likeliest that make up this probability")] = 0.95,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="for the same text again")] = None,
+) -> None:
+    """Continue a prompt; a single one is shown token by token."""
+    from slm.loading import load_for_text
+
+    loaded, text = load_for_text(model, tokenizer)
+    from slm.generate import generate_text
+
+    options: dict[str, Any] = dict(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature or 1.0,
+        top_k=top_k,
+        top_p=top_p,
+        do_sample=temperature > 0,
+    )
+    if len(prompt) == 1:
+        typer.echo(prompt[0], nl=False)
+    try:
+        outputs = generate_text(loaded, text, prompt, seed=seed, stream=len(prompt) == 1, **options)
+    except SLMError:
+        typer.echo()  # the message begins on a line of its own
+        raise
+    if len(prompt) > 1:
+        for asked, answer in zip(prompt, outputs, strict=True):
+            typer.echo(f"--- {asked}\n{answer}")
+
+
+@app.command()
+def export(model: ModelPath, output: Annotated[Path, typer.Argument(help="folder to write")]) -> None:
+    """Write a run's best (or the named) checkpoint as a Hugging Face folder in float32, with its tokenizer."""
+    from slm.loading import export_model
+
+    export_model(model, output)
+    typer.echo(f"wrote {output}: load it with transformers' AutoModelForCausalLM or SLMForCausalLM.from_pretrained")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors (recipes/recipe.schema.json is this)."""
+    from slm.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

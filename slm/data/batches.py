@@ -1,0 +1,278 @@
+"""From token shards to tensors: a phase's sequences in their order, cut into this rank's micro-batches.
+
+Owns assembling; the packing is packing.py's, the order order.py's, the bytes tokens.py's.
+
+    data = PhaseData({"web": TokenDataset("tokens/web")}, {"web": 1.0}, seq_len=8192, seed=0, phase_name="a")
+    batches = data.step_batches(step, global_batch=512, micro_batch=4, data_rank=0, data_world=8)
+
+`B` sequences of a micro-batch, `T` = seq_len.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from slm.data.order import PhaseOrder, phase_key
+from slm.data.packing import PackingPlan, pack
+from slm.data.tokens import TokenDataset
+from slm.errors import UserError
+from slm.losses import IGNORE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Labels are shifted already: labels[b, t] is the token after tokens[b, t], or -100."""
+
+    tokens_BT: torch.Tensor  # int64
+    labels_BT: torch.Tensor  # int64
+    positions_BT: torch.Tensor  # int64, from 0 in each piece
+    # int32, starts of the pieces in the flattened [B*T], every row start among them; of a fixed size (filled
+    # up with B*T), so that compiled code sees one shape. Padding at a row's end is a piece of its own.
+    piece_bounds: torch.Tensor
+    source_B: torch.Tensor  # int64, which source of the mixture each row is from
+    max_piece_tokens: int  # of the longest piece in piece_bounds, padding among them
+    num_targets: int
+    num_tokens: int  # without padding
+    attention_pairs: int  # (query, key) pairs a causal kernel touches: sum of n (n + 1) / 2 over the pieces
+    attention_pairs_full: int  # sum of n^2
+
+    def to(self, device: torch.device | str) -> Batch:
+        if torch.device(device).type == "cpu":
+            return self
+        moved = {
+            f.name: getattr(self, f.name).pin_memory().to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return Batch(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **moved})
+
+
+# A piece to place in a row: the tokens it reads and the token after its last (or None at the document's end).
+Piece = tuple[np.ndarray, int | None]
+
+
+def assemble(
+    rows: Sequence[Sequence[Piece]],
+    seq_len: int,
+    pad_id: int,
+    max_pieces: int,
+    sources: Sequence[int] | None = None,
+) -> Batch:
+    """Rows of pieces -> a micro-batch. max_pieces: the most pieces in any row of the whole data."""
+    B = len(rows)
+    padding = np.full(seq_len, pad_id, dtype=np.int64)
+    parts: list[np.ndarray] = []  # of all rows, so that the arithmetic below is done once for the batch
+    following: list[int] = []
+    is_padding: list[bool] = []
+    for row in rows:
+        room = seq_len
+        for ids, token in row:
+            parts.append(ids)
+            following.append(IGNORE if token is None else token)
+            is_padding.append(False)
+            room -= len(ids)
+        assert room >= 0, f"a row of more than {seq_len} tokens"
+        if room:
+            parts.append(padding[:room])
+            following.append(IGNORE)
+            is_padding.append(True)
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    tokens, labels = np.empty(B * seq_len, dtype=np.int64), np.empty(B * seq_len, dtype=np.int64)
+    np.concatenate(parts, out=tokens)
+    labels[:-1] = tokens[1:]
+    labels[ends - 1] = following
+    padded = np.array(is_padding)
+    for start, end in zip(starts[padded].tolist(), ends[padded].tolist(), strict=True):
+        labels[start:end] = IGNORE
+    positions = np.arange(B * seq_len) - np.repeat(starts, lengths)
+    bounds = np.full(B * (max_pieces + 1) + 1, B * seq_len, dtype=np.int32)
+    bounds[: len(starts)] = starts
+    real = lengths[~padded]
+    num_tokens, squares = int(real.sum()), int((real * real).sum())
+    return Batch(
+        tokens_BT=torch.from_numpy(tokens).view(B, seq_len),
+        labels_BT=torch.from_numpy(labels).view(B, seq_len),
+        positions_BT=torch.from_numpy(positions).view(B, seq_len),
+        piece_bounds=torch.from_numpy(bounds),
+        source_B=torch.tensor([0] * B if sources is None else sources, dtype=torch.int64),
+        max_piece_tokens=int(lengths.max()),
+        num_targets=num_tokens - (following.count(IGNORE) - int(padded.sum())),
+        num_tokens=num_tokens,
+        attention_pairs=(squares + num_tokens) // 2,
+        attention_pairs_full=squares,
+    )
+
+
+class _Source:
+    """One dataset packed at one length."""
+
+    def __init__(self, dataset: TokenDataset, plan: PackingPlan) -> None:
+        self.dataset, self.plan = dataset, plan
+        self._tokens = [shard.tokens for shard in dataset.shards]
+
+    def row(self, sequence: int) -> list[Piece]:
+        plan = self.plan
+        of_row = slice(plan.sequence_offsets[sequence], plan.sequence_offsets[sequence + 1])
+        shards, starts = plan.piece_shard[of_row].tolist(), plan.piece_start[of_row]
+        ends = (starts + plan.piece_length[of_row]).tolist()
+        columns = zip(shards, starts.tolist(), ends, plan.piece_is_last[of_row].tolist(), strict=True)
+        return [
+            (self._tokens[shard][start:end], None if last else int(self._tokens[shard][end]))
+            for shard, start, end, last in columns
+        ]
+
+
+class PhaseData:
+    """All sequences of a phase, by step. A thread prepares the next step's batches while this one trains."""
+
+    def __init__(
+        self,
+        sources: dict[str, TokenDataset],
+        weights: dict[str, float],
+        *,
+        seq_len: int,
+        seed: int,
+        phase_name: str,
+        pad_id: int = 0,
+        min_doc_tokens: dict[str, int] | None = None,
+        max_doc_tokens: dict[str, int] | None = None,
+    ) -> None:
+        self.sources, self.seq_len, self.pad_id = sources, seq_len, pad_id
+        self._sources = [
+            _Source(
+                dataset,
+                pack(
+                    [shard.doc_offsets for shard in dataset.shards],
+                    seq_len,
+                    min_doc_tokens=(min_doc_tokens or {}).get(name, 0),
+                    max_doc_tokens=(max_doc_tokens or {}).get(name),
+                ),
+            )
+            for name, dataset in sources.items()
+        ]
+        for name, s in zip(sources, self._sources, strict=True):
+            if weights[name] and not s.plan.num_sequences:
+                raise UserError(
+                    f"phase {phase_name}: the source {name!r} has no document to train on",
+                    fix="loosen its filters or give it weight 0",
+                )
+        self.max_pieces = max(s.plan.max_pieces_per_sequence for s in self._sources)
+        identities = [f"{s.dataset.fingerprint}/{s.plan.fingerprint}" for s in self._sources]
+        key = phase_key(seed, phase_name, identities)
+        # What the order of this phase depends on, as one string.
+        self.fingerprint = f"{key:016x}-{'/'.join(repr(float(weights[name])) for name in sources)}"
+        counts = [s.plan.num_sequences for s in self._sources]
+        self.order = PhaseOrder(counts, [float(weights[name]) for name in sources], key)
+        self._ahead: tuple[tuple[Any, ...], Future[list[Batch]]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    @property
+    def num_sequences(self) -> int:
+        """Of one epoch of every source."""
+        return sum(s.plan.num_sequences for s in self._sources)
+
+    def report(self) -> dict[str, dict[str, int]]:
+        """Per source: documents, sequences, and tokens packed, padded, dropped and filtered (PackingPlan)."""
+        return {
+            name: {
+                "documents": s.dataset.num_docs,
+                "sequences": s.plan.num_sequences,
+                "tokens": s.plan.num_tokens,
+                "padding": s.plan.num_padding,
+                "dropped": s.plan.num_dropped,
+                "filtered": s.plan.num_filtered,
+            }
+            for name, s in zip(self.sources, self._sources, strict=True)
+        }
+
+    def describe(self) -> str:
+        """The report in words, one source after the other."""
+        return "; ".join(
+            f"{name}: {r['documents']:,} documents, {r['tokens']:,} tokens in {r['sequences']:,} sequences "
+            f"({r['padding'] / max(1, r['sequences'] * self.seq_len):.2%} padding, {r['dropped']:,} tokens "
+            f"dropped, {r['filtered']:,} filtered out)"
+            for name, r in self.report().items()
+        )
+
+    def sequences(self, indices: Sequence[int]) -> Batch:
+        """The sequences of these places in the phase's order, as one micro-batch."""
+        located = [self.order.locate(k) for k in indices]
+        rows = [self._sources[source].row(sequence) for source, sequence, _ in located]
+        sources = [source for source, _, _ in located]
+        return assemble(rows, self.seq_len, self.pad_id, self.max_pieces, sources)
+
+    def sample_ids(self, step: int, global_batch: int) -> list[tuple[str, int, int]]:
+        """(source, sequence, epoch) of every sequence of a step, over all ranks."""
+        names = list(self.sources)
+        located = [self.order.locate(k) for k in range(step * global_batch, (step + 1) * global_batch)]
+        return [(names[source], sequence, epoch) for source, sequence, epoch in located]
+
+    def step_batches(
+        self, step: int, *, global_batch: int, micro_batch: int, data_rank: int, data_world: int
+    ) -> list[Batch]:
+        """This rank's micro-batches of a step: a contiguous share of the step's global_batch places.
+
+        An error of the thread is raised by the call that asks for its step.
+        """
+        if global_batch % (micro_batch * data_world) or not 0 <= data_rank < data_world:
+            raise ValueError(
+                f"{global_batch} sequences cannot be split over {data_world} ranks (this is {data_rank}) in "
+                f"micro-batches of {micro_batch}"
+            )
+        asked = (step, global_batch, micro_batch, data_rank, data_world)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == asked:
+            batches = ahead[1].result()
+        else:
+            if ahead is not None:
+                ahead[1].cancel()
+            batches = self._make(*asked)
+        following = (step + 1, *asked[1:])
+        self._ahead = (following, self._thread.submit(self._make, *following))
+        return batches
+
+    def _make(self, step: int, global_batch: int, micro_batch: int, data_rank: int, data_world: int) -> list[Batch]:
+        per_rank = global_batch // data_world
+        first = step * global_batch + data_rank * per_rank
+        starts = range(first, first + per_rank, micro_batch)
+        return [self.sequences(range(start, start + micro_batch)) for start in starts]
+
+
+@lru_cache(maxsize=16)
+def _packed(dataset: TokenDataset, seq_len: int) -> PackingPlan:
+    """The plan of a held-out dataset, made once for all evaluations of a run."""
+    return pack([shard.doc_offsets for shard in dataset.shards], seq_len)
+
+
+def evaluation_batches(
+    dataset: TokenDataset,
+    seq_len: int,
+    micro_batch: int,
+    data_rank: int,
+    data_world: int,
+    max_sequences: int | None = None,
+    pad_id: int = 0,
+) -> Iterator[Batch]:
+    """A dataset in packed order, split over the ranks; of more than max_sequences, that many evenly spaced (the
+    first ones would be the longest documents).
+
+    Every rank gets equally many batches of one shape: rows that are missing at the end are empty, so that a
+    collective forward never waits for a rank that is done.
+    """
+    source = _Source(dataset, _packed(dataset, seq_len))
+    num_sequences = min(source.plan.num_sequences, max_sequences or source.plan.num_sequences)
+    num_batches = -(-num_sequences // (micro_batch * data_world))
+    for i in range(num_batches):
+        first = (i * data_world + data_rank) * micro_batch
+        picked = [s * source.plan.num_sequences // num_sequences for s in range(first, first + micro_batch)]
+        rows = [source.row(s) if s < source.plan.num_sequences else [] for s in picked]
+        yield assemble(rows, seq_len, pad_id, source.plan.max_pieces_per_sequence)

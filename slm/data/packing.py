@@ -1,0 +1,163 @@
+"""Packing: documents cut at multiples of seq_len, and the pieces put best-fit into sequences.
+
+Owns the plan of a phase at one seq_len, from document lengths alone: tokens are neither read nor copied.
+
+    plan = pack([shard.doc_offsets for shard in dataset.shards], seq_len=8192)
+    pieces = range(plan.sequence_offsets[i], plan.sequence_offsets[i + 1])      # of sequence i
+
+Best-fit decreasing by whole-document pieces cuts nothing that fits (arXiv 2404.10830). Blocks of pieces are
+packed independently, so the cost is linear and the plan is the same however it is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """Sequence i holds the pieces sequence_offsets[i] … sequence_offsets[i + 1]; piece p is piece_length[p]
+    tokens of shard piece_shard[p] from token piece_start[p]. piece_is_last: the piece ends its document, so
+    its last token has no label. Every token is packed, dropped or filtered.
+
+    num_padding: places that no token fills. num_dropped: tokens alone at their document's end, which predict
+    nothing (they stay the label of the token before). num_filtered: tokens of documents outside min/max.
+    """
+
+    seq_len: int
+    piece_shard: np.ndarray  # int32 [P]
+    piece_start: np.ndarray  # int64 [P]
+    piece_length: np.ndarray  # int32 [P]
+    piece_is_last: np.ndarray  # bool [P]
+    sequence_offsets: np.ndarray  # int64 [num_sequences + 1]
+    num_tokens: int
+    num_padding: int
+    num_dropped: int
+    num_filtered: int
+    max_pieces_per_sequence: int
+    fingerprint: str
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sequence_offsets) - 1
+
+
+def pack(
+    doc_offsets_by_shard: Sequence[np.ndarray],
+    seq_len: int,
+    *,
+    min_doc_tokens: int = 0,
+    max_doc_tokens: int | None = None,
+    block_pieces: int = 1 << 16,
+) -> PackingPlan:
+    """doc_offsets_by_shard: int64 [num_docs + 1] per shard, in tokens. Documents outside min/max are out."""
+    if seq_len < 1 or block_pieces < 1:
+        raise ValueError(f"seq_len {seq_len} and block_pieces {block_pieces} must be positive")
+    cut, num_dropped = _cut(doc_offsets_by_shard, seq_len, min_doc_tokens, max_doc_tokens)
+    shard, start, length, is_last = cut
+    order_parts, counts = [], []
+    for first in range(0, len(length), block_pieces):
+        order, sizes = best_fit(length[first : first + block_pieces], seq_len)
+        order_parts.append(order + first)
+        counts.append(sizes)
+    order = np.concatenate(order_parts) if order_parts else np.zeros(0, dtype=np.int64)
+    pieces_in = np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
+    sequence_offsets = np.concatenate([[0], np.cumsum(pieces_in)]).astype(np.int64)
+    arrays = (shard[order], start[order], length[order], is_last[order], sequence_offsets)
+    digest = hashlib.sha256(str(seq_len).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes())
+    num_tokens = int(length.sum())
+    return PackingPlan(
+        seq_len,
+        *arrays,
+        num_tokens=num_tokens,
+        num_padding=len(pieces_in) * seq_len - num_tokens,
+        num_dropped=num_dropped,
+        num_filtered=sum(int(o[-1] - o[0]) for o in doc_offsets_by_shard) - num_tokens - num_dropped,
+        max_pieces_per_sequence=int(pieces_in.max(initial=0)),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _cut(
+    doc_offsets_by_shard: Sequence[np.ndarray], seq_len: int, min_doc_tokens: int, max_doc_tokens: int | None
+) -> tuple[tuple[np.ndarray, ...], int]:
+    """((shard, start, length, is_last) of every piece in document order, number of tokens dropped)."""
+    columns: list[tuple[np.ndarray, ...]] = []
+    num_dropped = 0
+    for shard, offsets in enumerate(doc_offsets_by_shard):
+        starts, lengths = np.asarray(offsets[:-1], np.int64), np.diff(offsets).astype(np.int64)
+        kept = (lengths >= max(1, min_doc_tokens)) & (lengths <= (max_doc_tokens or np.iinfo(np.int64).max))
+        starts, lengths = starts[kept], lengths[kept]
+        pieces = -(-lengths // seq_len)
+        doc = np.repeat(np.arange(len(lengths)), pieces)
+        nth = np.arange(len(doc)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        piece_length = np.minimum(seq_len, lengths[doc] - nth * seq_len)
+        is_last = nth == pieces[doc] - 1
+        # One token alone at a document's end predicts nothing and is predicted by the piece before.
+        useful = ~(is_last & (piece_length == 1))
+        num_dropped += int((~useful).sum())
+        piece_start = starts[doc] + nth * seq_len
+        table = (np.full(len(doc), shard, np.int32), piece_start, piece_length.astype(np.int32), is_last)
+        columns.append(tuple(column[useful] for column in table))
+    if not columns:
+        columns = [(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, bool))]
+    return tuple(np.concatenate(parts) for parts in zip(*columns, strict=True)), num_dropped
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit decreasing: (piece indices, sequence by sequence; pieces per sequence), both int64.
+
+    Longest first, each into the fullest sequence that still has room, else into a new one. Which rooms are
+    open stands in a bitset of two levels, so finding one takes a few operations on short integers at any
+    capacity. Pieces that fill a sequence alone take no search.
+    """
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    num_full = int((lengths == capacity).sum())
+    shift = max(5, capacity.bit_length() // 2)  # words of about sqrt(capacity) bits
+    mask = (1 << shift) - 1
+    # Bit r & mask of word r >> shift: some sequence has exactly r places left.
+    words = [0] * ((capacity >> shift) + 1)
+    summary = 0  # bit w: word w is not 0
+    # A stack of sequences per room, linked: the latest to get there, then the one below each; -1 ends it.
+    top = [-1] * (capacity + 1)
+    below: list[int] = []
+    assigned: list[int] = []  # the sequence of each piece
+    for length in lengths[order[num_full:]].tolist():
+        word, bit = length >> shift, length & mask
+        bits = words[word] >> bit << bit
+        if not bits:
+            above = summary >> (word + 1)
+            if above:
+                word += (above & -above).bit_length()
+                bits = words[word]
+        if bits:
+            low = bits & -bits
+            room = (word << shift) + low.bit_length() - 1
+            sequence = top[room]
+            top[room] = under = below[sequence]
+            if under < 0:
+                words[word] ^= low
+                if not words[word]:
+                    summary ^= 1 << word
+        else:
+            room, sequence = capacity, len(below)
+            below.append(-1)
+        assigned.append(sequence)
+        left = room - length
+        if left:
+            below[sequence] = under = top[left]
+            top[left] = sequence
+            if under < 0:
+                words[left >> shift] |= 1 << (left & mask)
+                summary |= 1 << (left >> shift)
+    sequence_of = np.array(assigned, dtype=np.int64)
+    by_sequence = np.argsort(sequence_of, kind="stable")
+    sizes = np.bincount(sequence_of, minlength=len(below))
+    full = np.ones(num_full, np.int64)
+    return np.concatenate([order[:num_full], order[num_full:][by_sequence]]), np.concatenate([full, sizes])

@@ -1,0 +1,1 @@
+"""Distillation: loss.py (with a teacher in memory)."""

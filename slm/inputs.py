@@ -1,0 +1,233 @@
+"""What a run starts from: its data, opened and checked; its position; its weights.
+
+Owns the step from a recipe's names to open datasets and a filled engine, and the refusals on the way. The loop itself
+is in train.py.
+
+    data = open_phase_data(recipe, recipe.phases[0])
+    load_initial_state(engine, recipe)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm import checkpoint
+from slm.data.batches import Batch, PhaseData, evaluation_batches
+from slm.data.tokens import TokenDataset
+from slm.engine import Engine
+from slm.errors import UserError
+from slm.model.config import ModelConfig
+from slm.model.hf import read_config
+from slm.model.llama import initial_value
+from slm.recipe import Phase, Recipe
+from slm.runtime import Ranks
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: what a resume needs beside weights and moments. `step` counts within `phase`."""
+
+    phase: str = ""
+    step: int = 0
+    global_step: int = 0
+    tokens: int = 0  # of documents, over all phases, padding not counted
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None  # lowest held-out loss of this phase
+
+
+def open_phase_data(recipe: Recipe, phase: Phase) -> PhaseData:
+    """The phase's packed sequences in their order. Raises UserError for a missing or too small dataset."""
+    datasets = {name: TokenDataset(recipe.data.sources[name]) for name in phase.mixture or recipe.data.sources}
+    weights = phase.mixture or {name: float(dataset.num_tokens) for name, dataset in datasets.items()}
+    data = PhaseData(
+        datasets,
+        dict(weights),
+        seq_len=phase.seq_len,
+        seed=recipe.seed,
+        phase_name=phase.name,
+        pad_id=0,
+        min_doc_tokens={name: f.min_doc_tokens for name, f in phase.filters.items()},
+        max_doc_tokens={name: f.max_doc_tokens for name, f in phase.filters.items() if f.max_doc_tokens},
+    )
+    if data.num_sequences < phase.global_batch:
+        raise UserError(
+            f"phases.{phase.name}: its data packs into {data.num_sequences} sequences of {phase.seq_len} tokens, fewer "
+            f"than the {phase.global_batch} of one step (batch_tokens {phase.batch_tokens}), so a step would hold the same "
+            "text twice",
+            fix="give more text, or make batch_tokens or seq_len smaller",
+        )
+    return data
+
+
+def check_vocabulary(recipe: Recipe, data: list[PhaseData], validation: dict[str, TokenDataset]) -> None:
+    datasets = {name: dataset for phase_data in data for name, dataset in phase_data.sources.items()}
+    datasets |= {f"validation.{name}": dataset for name, dataset in validation.items()}
+    for name, dataset in datasets.items():
+        if dataset.vocab_size > recipe.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size is {recipe.model.vocab_size}, smaller than the tokenizer's {dataset.vocab_size} that "
+                f"data {name} was made with: token ids would fall outside the embedding",
+                fix=f"set model.vocab_size to {dataset.vocab_size} or more (a multiple of 64 is fastest)",
+            )
+    fingerprints = {name: dataset.tokenizer_fingerprint for name, dataset in datasets.items()}
+    if len(set(fingerprints.values())) > 1:
+        listed = ", ".join(f"{name}: {fp[:12]}" for name, fp in fingerprints.items())
+        raise UserError(
+            f"data were made with different tokenizers ({listed}), so the same id would mean different text",
+            fix="make all token shards with one tokenizer",
+        )
+
+
+def check_tokenizer(recipe: Recipe, data: PhaseData) -> None:
+    """Text is generated and exported with recipe.tokenizer: it must be the one that made the tokens."""
+    if not recipe.tokenizer:
+        return
+    from slm.tokenizer import load_tokenizer
+
+    made_with = next(iter(data.sources.values())).tokenizer_fingerprint
+    found = load_tokenizer(recipe.tokenizer).fingerprint
+    if found != made_with:
+        raise UserError(
+            f"tokenizer is {recipe.tokenizer} (fingerprint {found[:12]}), but the token shards were made with another "
+            f"({made_with[:12]}): what the model writes would be decoded to nonsense",
+            fix="name the tokenizer that slm-data shards was given",
+        )
+
+
+def validation_batches(
+    recipe: Recipe, phase: Phase, validation: dict[str, TokenDataset], ranks: Ranks
+) -> dict[str, Iterable[Batch]]:
+    return {
+        name: evaluation_batches(
+            dataset,
+            phase.seq_len,
+            phase.micro_batch,
+            ranks.rank,
+            ranks.world_size,
+            recipe.eval.max_sequences or None,
+            0,
+        )
+        for name, dataset in validation.items()
+    }
+
+
+def identity(recipe: Recipe, phase: Phase, data: PhaseData) -> dict[str, Any]:
+    """What may not change under a half-done phase, because the steps before and after would not belong together."""
+    return {
+        "seed": recipe.seed,
+        "model": recipe.model_of(phase).model_dump(mode="json"),
+        "data": data.fingerprint,
+        "tokenizer": next(iter(data.sources.values())).tokenizer_fingerprint,
+    }
+
+
+def position_of(reader: checkpoint.Reader, recipe: Recipe, identities: dict[str, dict[str, Any]]) -> Position:
+    """Where a checkpoint of this very run stands. Raises UserError if the recipe no longer fits it."""
+    position = Position(**reader.state["position"])
+    phase = next((p for p in recipe.phases if p.name == position.phase), None)
+    if phase is not None and position.step > phase.num_steps:
+        raise UserError(
+            f"phases.{phase.name}.tokens comes to {phase.num_steps} steps, but the run has already done {position.step} of "
+            "them, and steps cannot be taken back",
+            fix=f"give at least {position.step * phase.batch_tokens} tokens, or start a new run (another `name`)",
+        )
+    if phase is not None and recipe.model_of(phase) != ModelConfig(**reader.state["model"]):
+        was, now = reader.state["model"], recipe.model_of(phase).model_dump(mode="json")
+        changed = [f"model.{key} was {was[key]}, is {now[key]}" for key in now if was.get(key) != now[key]]
+        raise UserError(
+            f"the run's checkpoints are of another model: {'; '.join(changed)}",
+            fix="put it back, or start a new run (another `name`)",
+        )
+    if phase is not None and 0 < position.step < phase.num_steps:
+        was = {**reader.state["identity"], **_of_phase(reader.state["recipe"], phase.name)}
+        now = {**identities[phase.name], **_of_phase(recipe.model_dump(mode="json"), phase.name)}
+        changed = [f"{key} was {was.get(key)}, is {now[key]}" for key in now if was.get(key) != now[key]]
+        if changed:
+            raise UserError(
+                f"phases.{phase.name} is at step {position.step} of {phase.num_steps}, but what it trains on has changed: "
+                + "; ".join(changed),
+                fix="put it back, or start a new run (another `name`) with init_from",
+            )
+    return position
+
+
+def _of_phase(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    phase = next(p for p in recipe["phases"] if p["name"] == name)
+    return {key: phase[key] for key in ("seq_len", "batch_tokens")}
+
+
+def check_init_from(recipe: Recipe) -> None:
+    """Raises UserError if init_from names nothing, or an optimiser where there is none."""
+    start = recipe.init_from
+    if start is None:
+        return
+    is_hugging_face = (Path(start.path) / "config.json").is_file()
+    if is_hugging_face and start.optimizer:
+        raise UserError(
+            f"init_from.optimizer is true, but {start.path} is a Hugging Face folder, which holds none",
+            fix="set init_from.optimizer to false",
+        )
+    if not is_hugging_face and not Path(start.path).exists():
+        raise UserError(
+            f"init_from.path {start.path} does not exist", fix="give a run, a checkpoint or a Hugging Face folder"
+        )
+
+
+def load_initial_state(engine: Engine, recipe: Recipe) -> None:
+    """Fills a fresh engine from init_from, else with the initial weights."""
+    if recipe.init_from is None:
+        engine.write_weights(lambda name, shape: initial_value(recipe.model, name, shape, recipe.seed))
+        return
+    value, reader = checkpoint.weight_source(recipe.init_from.path)
+    _check_same_function(engine, recipe.init_from.path, reader)
+    if recipe.init_from.optimizer:
+        assert reader is not None  # check_init_from
+        restore_state(engine, reader)
+    else:
+        engine.write_weights(value)
+
+
+def _check_same_function(engine: Engine, path: str, reader: checkpoint.Reader | None) -> None:
+    """Weights of the same shapes can be another function: other heads or another epsilon."""
+    if reader is not None:
+        for name, shape in engine.shapes.items():
+            reader.check_shape(name, shape)
+    theirs = ModelConfig(**reader.state["model"]) if reader is not None else read_config(path)
+    ours = engine.module.config
+    for field in ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"):
+        if getattr(theirs, field) != getattr(ours, field):
+            raise UserError(
+                f"init_from: {path} has {field} {getattr(theirs, field)}, the recipe's model {getattr(ours, field)}: the same "
+                "weights would compute something else",
+                fix=f"set model.{field} to {getattr(theirs, field)}",
+            )
+
+
+def restore_state(engine: Engine, reader: checkpoint.Reader) -> None:
+    """Fills a fresh engine with a checkpoint's weights, moments and counters, whatever layout wrote it."""
+    for name, shape in engine.shapes.items():
+        reader.check_shape(name, shape)
+    engine.write_state(reader.read)
+    engine.optimizer_steps = reader.state["optimizer_steps"]
+    engine.loss_scale = reader.state["loss_scale"]
+
+
+def remaining_phases(recipe: Recipe, position: Position) -> list[Phase]:
+    """The phases that are not complete, in order. Raises UserError if the checkpoint's phase is not in the recipe."""
+    names = [phase.name for phase in recipe.phases]
+    if not position.phase:
+        return list(recipe.phases)
+    if position.phase not in names:
+        raise UserError(
+            f"the run's last checkpoint is of phase {position.phase!r}, which the recipe no longer has ({', '.join(names)})",
+            fix="put it back, or start a new run with init_from",
+        )
+    at = names.index(position.phase)
+    return recipe.phases[at + (position.step >= recipe.phases[at].num_steps) :]
+
+
+def origin(recipe: Recipe) -> str:
+    return recipe.init_from.path if recipe.init_from else f"random weights, seed {recipe.seed}"

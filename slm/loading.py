@@ -1,0 +1,145 @@
+"""From a path that a user names to a model that computes: for `slm eval`, `slm generate` and `slm export`.
+
+Owns finding the weights (a run, its best or latest, a checkpoint, a Hugging Face folder) and the tokenizer that goes
+with them. Single process: sharded evaluation happens inside training (train.py).
+
+    model, tokenizer = load_for_text("runs/quickstart/best")
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from slm import checkpoint, parallel
+from slm.data.batches import Batch, evaluation_batches
+from slm.data.tokens import TokenDataset
+from slm.errors import UserError
+from slm.evaluate import ALL, evaluate
+from slm.model.config import ModelConfig
+from slm.model.llama import SLMForCausalLM
+
+
+def load_model(path: str | Path, *, exact: bool = False) -> tuple[SLMForCausalLM, dict[str, Any]]:
+    """(model in eval mode, recipe fields or {} for a Hugging Face folder), on the GPU in bfloat16 if there is one that
+    has it; with `exact` on the CPU in float32, whatever is there.
+
+    A run directory means its best checkpoint, else its newest. Raises UserError, CorruptArtefact.
+    """
+    path = Path(path)
+    device = torch.device("cpu") if exact else parallel.local_device(0)
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if half else torch.float32
+    if (path / "config.json").is_file():
+        return SLMForCausalLM.from_pretrained(path, dtype=dtype).to(device), {}
+    if not path.exists():
+        raise UserError(
+            f"the model {path} does not exist", fix="give a run directory, a checkpoint or a Hugging Face folder"
+        )
+    if (path / "best" / "manifest.json").is_file():
+        path = path / "best"
+    reader = checkpoint.Reader(checkpoint.locate(path))
+    model = SLMForCausalLM(ModelConfig(**reader.state["model"]), seed=None).to(dtype)
+    reader.fill(model)
+    return model.to(device).eval(), reader.state["recipe"]
+
+
+def load_for_text(path: str, tokenizer: str = "") -> tuple[SLMForCausalLM, Any]:
+    """(model, tokenizer). The tokenizer is the one given, else that of the recipe, else that of the folder."""
+    from slm.tokenizer import load_tokenizer
+
+    model, recipe = load_model(path)
+    spec = tokenizer or recipe.get("tokenizer") or (path if not recipe else "")
+    if not spec:
+        raise UserError(f"{path}: its recipe names no tokenizer, so text cannot be encoded", fix="give --tokenizer")
+    loaded = load_tokenizer(spec)
+    if len(loaded) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer {spec} has {len(loaded)} tokens, more than the model's vocabulary of "
+            f"{model.config.vocab_size}: it is not the one the model was trained with",
+            fix="give the right one with --tokenizer",
+        )
+    return model, loaded
+
+
+def evaluate_model(
+    path: str, folders: list[str], seq_len: int, micro_batch: int, max_sequences: int
+) -> dict[str, dict[str, float]]:
+    """{source: targets, loss, perplexity, bits_per_byte (0 if unknown)} and the sum as `all`."""
+    model, recipe = load_model(path)
+    sources = {Path(folder).as_posix(): folder for folder in folders} or recipe.get("data", {}).get("validation", {})
+    if not sources:
+        raise UserError(f"{path}: its recipe names no validation data", fix="name folders of token shards after MODEL")
+    seq_len = seq_len or (
+        recipe["phases"][-1]["seq_len"] if recipe else min(4096, model.config.max_position_embeddings)
+    )
+    if seq_len > model.config.max_position_embeddings:
+        raise UserError(
+            f"--seq-len is {seq_len}, beyond the model's context of {model.config.max_position_embeddings}",
+            fix=f"give at most {model.config.max_position_embeddings}",
+        )
+    datasets = {name: TokenDataset(folder) for name, folder in sources.items()}
+    for name, dataset in datasets.items():
+        if dataset.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"{name} was made with a tokenizer of {dataset.vocab_size} tokens, more than the model's vocabulary of "
+                f"{model.config.vocab_size}",
+                fix="evaluate on shards of the model's own tokenizer",
+            )
+    device = next(model.parameters()).device
+    batches = {
+        name: list(evaluation_batches(dataset, seq_len, micro_batch, 0, 1, max_sequences or None, 0))
+        for name, dataset in datasets.items()
+    }
+
+    @torch.no_grad()
+    def losses(batch: Batch) -> torch.Tensor:
+        return model(batch.tokens_BT, batch.positions_BT, batch.piece_bounds, batch.labels_BT, each=True)
+
+    shown = {name: track(b, description=f"evaluating {name}", transient=True) for name, b in batches.items()}
+    results = evaluate(losses, shown, device)
+    per_byte = {name: bytes_per_token(dataset) for name, dataset in datasets.items()}
+    return {
+        name: {
+            "targets": result.num_targets,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.loss / 0.6931471805599453 / per_byte[name] if per_byte.get(name) else 0.0,
+        }
+        for name, result in results.items()
+        if name != ALL or len(results) > 2
+    }
+
+
+def bytes_per_token(dataset: TokenDataset) -> float:
+    """UTF-8 bytes of text per predicted token (each token but the first of a document); 0 if not recorded."""
+    num_bytes = dataset.manifest.get("text_bytes", 0)
+    return num_bytes / max(1, dataset.num_tokens - dataset.num_docs)
+
+
+def export_model(path: str, output: Path) -> None:
+    """Writes config.json, model.safetensors and the tokenizer's files. Raises UserError if `output` holds something."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is not empty; nothing was written, so that nothing is lost", fix="give a new folder")
+    model, recipe = load_model(path, exact=True)
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(
+            f"{output} cannot be written: {output.parent} is no folder to write in", fix="give another path"
+        )
+    partial = output.with_name(f".{output.name}.partial")  # a killed export leaves nothing that looks like one
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    if recipe.get("tokenizer"):
+        from slm.tokenizer import load_tokenizer
+
+        loaded = load_tokenizer(recipe["tokenizer"])
+        if hasattr(loaded, "save_pretrained"):
+            loaded.save_pretrained(partial)
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)

@@ -1,0 +1,170 @@
+"""Weights and config to and from Hugging Face folders.
+
+Owns config.json (both spellings of the rotary settings: `rope_scaling` of transformers 4, `rope_parameters` of 5)
+and the safetensors files, one or sharded with an index. Parameter names are already Hugging Face's.
+
+    model = load_pretrained("path/to/Llama-3.2-1B", torch.bfloat16)
+    save_pretrained(model, "export/")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from slm.errors import CorruptArtefact, UserError
+from slm.model.config import ModelConfig, RopeScaling
+from slm.runtime import atomic_write
+
+if TYPE_CHECKING:
+    from slm.model.llama import SLMForCausalLM
+
+_SHAPE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "initializer_range",
+)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """config.json's content, readable by transformers 4 and 5."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None and config.rope_scaling.rope_type != "default":
+        rope = config.rope_scaling.model_dump()
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        **{field: getattr(config, field) for field in _SHAPE_FIELDS},
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+    }
+
+
+def config_from_hf(fields: dict[str, Any], path: object = "config.json") -> ModelConfig:
+    """Reads config.json's content. Raises UserError for what is not a plain Llama."""
+    if fields.get("model_type") != "llama":
+        raise UserError(
+            f"{path}: model_type is {fields.get('model_type')!r}, but only 'llama' models run here",
+            fix="use a Llama-family folder",
+        )
+    for field, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if fields.get(field, plain) != plain:
+            raise UserError(f"{path}: {field} is {fields[field]!r}; this model has {plain!r} there and would differ")
+    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", None) or fields.get("rope_theta", 10000.0)
+    rope_type = rope.pop("rope_type", None) or rope.pop("type", "default")
+    known = {k: v for k, v in rope.items() if k in RopeScaling.model_fields}
+    shape = {k: fields[k] for k in _SHAPE_FIELDS if fields.get(k) is not None}
+    shape.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
+    shape.setdefault("tie_word_embeddings", False)
+    try:
+        scaling = None if rope_type == "default" else RopeScaling(rope_type=rope_type, **known)
+        return ModelConfig(**shape, rope_theta=theta, rope_scaling=scaling)
+    except ValidationError as error:
+        details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{path}: {details}") from None
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The config of a Hugging Face folder. Raises UserError."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: there is no config.json, so this is no model folder", fix="give a folder with one")
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise CorruptArtefact(f"{path}: not valid JSON ({error})") from None
+    return config_from_hf(fields, path)
+
+
+def weight_files(folder: str | Path) -> dict[str, Path]:
+    """{tensor name: the safetensors file that holds it}. Raises UserError, CorruptArtefact."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    files = (
+        sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        if index.is_file()
+        else sorted(folder.glob("*.safetensors"))
+    )
+    if not files:
+        raise UserError(f"{folder}: there are no .safetensors files", fix="convert the weights to safetensors first")
+    where: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                where.update({name: file for name in tensors.keys()})
+        except (SafetensorError, OSError) as error:
+            raise CorruptArtefact(f"{file}: not a whole safetensors file ({error})") from None
+    return where
+
+
+def weight_reader(folder: str | Path) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    """A function (parameter name, shape) -> that tensor, read from the folder when called, in its stored dtype."""
+    where = weight_files(folder)
+
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in where and name == "lm_head.weight":
+            name = "model.embed_tokens.weight"
+        if name not in where:
+            raise UserError(f"{folder}: the weight {name!r} is missing, so the model cannot be built from it")
+        with safe_open(where[name], "pt") as tensors:
+            tensor = tensors.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, but the config says {shape}")
+        return tensor
+
+    return read
+
+
+def load_pretrained(folder: str | Path, dtype: torch.dtype) -> SLMForCausalLM:
+    """The model of a Hugging Face folder, on the CPU, in `dtype`."""
+    from slm.model.llama import SLMForCausalLM
+
+    model = SLMForCausalLM(read_config(folder), seed=None).to(dtype)
+    read = weight_reader(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(read(name, tuple(parameter.shape)))
+    return model.eval()
+
+
+def save_pretrained(model: SLMForCausalLM, folder: str | Path) -> None:
+    """Writes config.json and model.safetensors of a whole (not partitioned) model."""
+    write_folder(model.config, ((n, p.detach()) for n, p in model.named_parameters()), folder)
+
+
+def write_folder(config: ModelConfig, weights: Iterable[tuple[str, torch.Tensor]], folder: str | Path) -> None:
+    """Writes a model folder from (name, tensor) pairs: temporary file, rename, config last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "model.safetensors"
+    temporary = folder / ".model.safetensors.tmp"
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in weights}
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.chmod(temporary, 0o644)  # safetensors makes it readable by the owner alone
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    hf = config_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
+    atomic_write(folder / "config.json", json.dumps(hf, indent=2) + "\n")

@@ -1,0 +1,311 @@
+"""SLMForCausalLM: the Llama 3.2 decoder. RMSNorm, SwiGLU, grouped-query attention, rotary embedding.
+
+Owns the forward pass, the initial weights and the key/value cache; attention kernels are in attention.py, the
+loss in slm/losses.py, Hugging Face files in hf.py, sampling in slm/generate.py. Parameter names are those of
+transformers' LlamaForCausalLM, so weights move without renaming.
+
+    model = SLMForCausalLM(ModelConfig.preset("cpu-tiny"))
+    loss_sum, count = model(tokens_BT, labels_BT=labels_BT)      # labels: the next token, -100 for none
+    logits_BTV = model(tokens_BT)
+
+`B` batch, `T` tokens a row, `E` hidden, `H` query heads, `J` key/value heads, `D` head dim, `V` vocabulary,
+`S` cache slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from slm.losses import linear_cross_entropy, token_losses
+from slm.model.attention import cached_attention, packed_attention
+from slm.model.config import ModelConfig
+from slm.model.lean import rms_norm, rotate, swiglu_down
+from slm.model.rope import inverse_frequencies, rotary_table
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens so far: per layer [B, S, J, D]; `length_B` counts the filled slots of a row."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    length_B: torch.Tensor
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: torch.dtype, device: Any) -> KVCache:
+        shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+        keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        values = [torch.zeros_like(k) for k in keys]
+        return cls(keys, values, torch.zeros(batch, dtype=torch.long, device=device))
+
+
+# One layer's keys and values [B, S, J, D], the rows' lengths [B], and the slots in use after this call.
+LayerCache = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
+
+# (tokens_BT, positions_BT, piece_bounds, labels_BT, logits_BTV) -> loss (sum float32 scalar, count of targets).
+Objective = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 inside (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embedding (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x_BTE: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        piece_bounds: torch.Tensor | None,
+        cache: LayerCache | None,
+    ) -> torch.Tensor:
+        B, T, _ = x_BTE.shape
+        q_BTHD = rotate(self.q_proj(x_BTE).view(B, T, -1, self.head_dim), *rope)
+        k_BTJD = rotate(self.k_proj(x_BTE).view(B, T, -1, self.head_dim), *rope)
+        v_BTJD = self.v_proj(x_BTE).view(B, T, -1, self.head_dim)
+        if cache is None:
+            assert piece_bounds is not None
+            out_BTHD = packed_attention(q_BTHD, k_BTJD, v_BTJD, piece_bounds)
+        else:
+            keys_BSJD, values_BSJD, length_B, filled = cache
+            rows_B1 = torch.arange(B, device=x_BTE.device)[:, None]
+            slots_BT = length_B[:, None] + torch.arange(T, device=x_BTE.device)
+            keys_BSJD[rows_B1, slots_BT] = k_BTJD
+            values_BSJD[rows_B1, slots_BT] = v_BTJD
+            out_BTHD = cached_attention(q_BTHD, keys_BSJD[:, :filled], values_BSJD[:, :filled], length_B)
+        return self.o_proj(out_BTHD.reshape(B, T, -1))
+
+
+class Down(nn.Linear):
+    """The MLP's last matrix, which also applies the activation: it need not be kept for the backward pass."""
+
+    def forward(self, gate_BTF: torch.Tensor, up_BTF: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return swiglu_down(gate_BTF, up_BTF, self.weight)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Down(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTE: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate_proj(x_BTE), self.up_proj(x_BTE))
+
+
+class Block(nn.Module):
+    """Pre-norm decoder block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BTE: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        piece_bounds: torch.Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), rope, piece_bounds, cache)
+        return x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+
+
+class Head(nn.Linear):
+    """The output matrix [V, E]; also the home of the loss, so that ZeRO-3 gathers the weight for it."""
+
+    def forward(
+        self, hidden_BTE: torch.Tensor, labels_BT: torch.Tensor | None = None, z_loss: float = 0.0, each: bool = False
+    ) -> Any:
+        if labels_BT is None:
+            return F.linear(hidden_BTE, self.weight)
+        hidden_NE, labels_N = hidden_BTE.flatten(0, 1), labels_BT.flatten()
+        if each:
+            return token_losses(hidden_NE, self.weight, labels_N).view(labels_BT.shape)
+        return linear_cross_entropy(hidden_NE, self.weight, labels_N, z_loss=z_loss)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm (transformers calls it `model`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class SLMForCausalLM(nn.Module):
+    """The language model, with random weights of `seed`; None leaves them unset, for weights that follow."""
+
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config = config.shape()
+        self.recompute = False  # full activation checkpointing of each block
+        self.objective: Objective | None = None  # a loss of the user's own, instead of cross-entropy
+        with _no_default_init():
+            self.model = Decoder(config)
+            self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        # A plain attribute, not a buffer: a buffer would be cast to bfloat16 with the weights.
+        self._inv_freq_R = inverse_frequencies(config)
+        if seed is not None:
+            self.init_weights(seed)
+
+    def forward(
+        self,
+        tokens_BT: torch.Tensor,
+        positions_BT: torch.Tensor | None = None,
+        piece_bounds: torch.Tensor | None = None,
+        labels_BT: torch.Tensor | None = None,
+        *,
+        z_loss: float = 0.0,
+        each: bool = False,
+        cache: KVCache | None = None,
+    ) -> Any:
+        """Logits [B, T, V]; with labels the loss (sum float32 scalar, count), or with `each` -log p [B, T].
+
+        tokens_BT, labels_BT: int64; a label is the next token, -100 where there is none.
+        positions_BT: int64, restarting in each packed piece; counted from 0 (or from the cache's length) if absent.
+        piece_bounds: int32 starts of the pieces in the flattened [B*T] (packed_attention); one piece a row if absent.
+        cache: filled and advanced by T; attention then sees the cache too.
+        """
+        B, T = tokens_BT.shape
+        device = tokens_BT.device
+        if positions_BT is None:
+            positions_BT = torch.arange(T, device=device).expand(B, T)
+            if cache is not None:
+                positions_BT = positions_BT + cache.length_B[:, None]
+        if piece_bounds is None:
+            piece_bounds = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
+        if self._inv_freq_R.device != device:
+            self._inv_freq_R = self._inv_freq_R.to(device)
+        rope = rotary_table(self._inv_freq_R, positions_BT)
+        x_BTE = self.model.embed_tokens(tokens_BT)
+        filled = int(cache.length_B.max()) + T if cache is not None else 0
+        for i, block in enumerate(self.model.layers):
+            if cache is not None:
+                layer_cache = (cache.keys[i], cache.values[i], cache.length_B, filled)
+                x_BTE = block(x_BTE, rope, None, layer_cache)
+            elif self.recompute and torch.is_grad_enabled():
+                x_BTE = checkpoint(block, x_BTE, rope, piece_bounds, use_reentrant=False)
+            else:
+                x_BTE = block(x_BTE, rope, piece_bounds)
+        x_BTE = self.model.norm(x_BTE)
+        if cache is not None:
+            cache.length_B += T
+        if self.objective is not None and labels_BT is not None and not each:
+            return self.objective(tokens_BT, positions_BT, piece_bounds, labels_BT, self.lm_head(x_BTE))
+        return self.lm_head(x_BTE, labels_BT, z_loss, each)
+
+    def init_weights(self, seed: int) -> SLMForCausalLM:
+        """Fills every parameter with `initial_value`; in place."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(initial_value(self.config, name, tuple(parameter.shape), seed))
+        return self
+
+    def compile_blocks(self) -> None:
+        """torch.compile each block; equal blocks share one compiled graph."""
+        for block in self.model.layers:
+            block.compile()
+
+    def resize_token_embeddings(self, num_tokens: int) -> None:
+        """Changes the vocabulary to `num_tokens` rows; new rows are the mean of the old ones."""
+        embedding, head = self.model.embed_tokens, self.lm_head
+        self.config = self.config.model_copy(update={"vocab_size": num_tokens})
+        embedding.weight = nn.Parameter(_resized_rows(embedding.weight.data, num_tokens))
+        tied = self.config.tie_word_embeddings
+        head.weight = embedding.weight if tied else nn.Parameter(_resized_rows(head.weight.data, num_tokens))
+        embedding.num_embeddings = head.out_features = num_tokens
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> SLMForCausalLM:
+        """Loads a Hugging Face Llama folder (config.json, safetensors), ours or theirs. Raises UserError."""
+        from slm.model.hf import load_pretrained
+
+        return load_pretrained(path, dtype)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes a folder that transformers' AutoModelForCausalLM loads."""
+        from slm.model.hf import save_pretrained
+
+        save_pretrained(self, path)
+
+    def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Continues token ids [B, T]; returns [B, up to max_length]. Options: slm.generate.generate."""
+        from slm.generate import generate
+
+        return generate(self, input_ids, **options)
+
+
+def _resized_rows(old_VE: torch.Tensor, rows: int) -> torch.Tensor:
+    if rows <= old_VE.shape[0]:
+        return old_VE[:rows].clone()
+    mean_1E = old_VE.float().mean(0, keepdim=True).to(old_VE.dtype)
+    return torch.cat([old_VE, mean_1E.expand(rows - old_VE.shape[0], -1)])
+
+
+class _no_default_init:
+    """nn.Linear and nn.Embedding draw random weights on construction; ours come from initial_value instead."""
+
+    def __enter__(self) -> None:
+        self.saved = nn.Linear.reset_parameters, nn.Embedding.reset_parameters
+        for cls in (nn.Linear, nn.Embedding):
+            cls.reset_parameters = lambda self: None  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        nn.Linear.reset_parameters, nn.Embedding.reset_parameters = self.saved  # type: ignore[method-assign]
+
+
+def initial_value(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """The initial float32 value of one parameter: a function of (seed, name) alone.
+
+    So it is the same at any world size and ZeRO stage, and a rank can make one parameter at a time. Norms are 1;
+    matrices normal(0, initializer_range); the two that write to the residual stream are scaled by
+    1/sqrt(2 * layers), which keeps its variance constant with depth (GPT-2, section 2.3).
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=False) >> 1)
+    std = config.initializer_range
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(2 * config.num_hidden_layers)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

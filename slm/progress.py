@@ -1,0 +1,47 @@
+"""The progress bar of a training phase: a bar on a terminal, a line now and then elsewhere.
+
+progress = StepProgress("quickstart/main", total=400, done=0, enabled=rank == 0)
+progress.update(10, loss=5.1, tokens_per_second=20000)
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import timedelta
+
+log = logging.getLogger("slm")
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class StepProgress:
+    def __init__(self, title: str, total: int, done: int, *, enabled: bool) -> None:
+        self._title, self._total, self._first = title, total, done
+        self._started = self._last_line = time.monotonic()
+        self._enabled = enabled
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+            self._bar.start()
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """`step` steps of the phase are done."""
+        note = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, note=note)
+        elif self._enabled and (time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES or step == self._total):
+            self._last_line = time.monotonic()
+            left = (self._last_line - self._started) / max(1, step - self._first) * (self._total - step)
+            log.info("%s step %d/%d  %s  %s left", self._title, step, self._total, note, timedelta(seconds=round(left)))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,451 @@
+"""The recipe: one YAML file is one run. Its schema, its reading, its overrides and its checks.
+
+Owns every option of a run with its default and description; imports no torch and opens only the recipe and the
+DeepSpeed JSON files. What needs the data or the number of ranks is checked in inputs.py.
+
+    recipe = load_recipe("recipes/quickstart.yaml", ["optim.lr=1e-3", "phases.main.tokens=2M"])
+
+Precedence: defaults < YAML < overrides. Unknown and duplicate keys are errors; all problems are listed at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from slm.errors import UserError
+from slm.model.config import PRESETS, ModelConfig, RopeScaling
+from slm.strategy import deepspeed_problems, resolve_deepspeed
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_count(value: Any) -> Any:
+    """'100B' -> 100_000_000_000, '8Ki' -> 8192; numbers pass. Raises ValueError."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbt]|ki|mi|gi)?\s*", value, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{value!r} is not a count; write a number with an optional k, M, B, T, Ki, Mi or Gi")
+    number = float(match[1].replace("_", "")) * _UNITS[(match[2] or "").lower()]
+    if not number.is_integer():
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(number)
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+# YAML 1.1 reads 1e-3 (without a dot) as text; a number is what was meant.
+Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v), Field(allow_inf_nan=False)]
+Decay = Annotated[Real, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Data(Section):
+    """Named token datasets, each a folder that `slm-data shards` wrote."""
+
+    sources: dict[str, str] = Field(min_length=1, description="name: folder of the training tokens")
+    validation: dict[str, str] = Field({}, description="name: folder of held-out tokens; evaluated per name")
+
+
+class Optim(Section):
+    """AdamW (arXiv 1711.05101). Matrices decay, norm weights do not."""
+
+    lr: Real = Field(3e-4, gt=0, description="peak learning rate")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="decay of the two moments")
+    eps: Real = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: Real = Field(0.1, ge=0, description="decoupled decay of matrices, times the learning rate")
+    grad_clip: Real = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 turns clipping off")
+
+
+class Schedule(Section):
+    """Learning rate over the steps of a phase, as a fraction of optim.lr."""
+
+    type: Literal["cosine", "linear", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup_steps: Count = Field(0, ge=0, description="steps of linear rise from 0")
+    min_ratio: Real = Field(0.1, ge=0, le=1, description="final fraction of the peak (not for constant)")
+    decay_fraction: Real = Field(0.2, gt=0, le=1, description="wsd: last part of the phase, which falls linearly")
+
+
+class Loss(Section):
+    type: Literal["ce"] = Field("ce", description="ce: cross-entropy of the next token")
+    z_loss: Real = Field(
+        0.0, ge=0, description="weight of log(Z)^2, which keeps logits from drifting (arXiv 2204.02311)"
+    )
+
+
+class DocFilter(Section):
+    min_doc_tokens: Count = Field(0, ge=0, description="shorter documents are left out of this phase")
+    max_doc_tokens: Count | None = Field(None, description="longer documents are left out of this phase")
+
+
+class Phase(Section):
+    """One stretch of training with its own length, data mixture, batch and schedule."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.]+$", description="letters, digits, _ and .; names its checkpoints")
+    tokens: Count = Field(gt=0, description="tokens of the phase, padding included; rounded up to whole steps")
+    seq_len: Count = Field(gt=1, description="tokens of one packed sequence")
+    batch_tokens: Count = Field(gt=0, description="tokens per optimiser step over all ranks; a multiple of seq_len")
+    micro_batch: Count = Field(1, gt=0, description="sequences per rank and forward pass")
+    mixture: dict[str, Real] = Field({}, description="source: weight; empty for all sources by their size")
+    filters: dict[str, DocFilter] = Field({}, description="source: which documents by length")
+    rope_scaling: RopeScaling | None = Field(None, description="from this phase on; null keeps what was")
+    schedule: Schedule = Field(Schedule(), description="learning rate over the phase")
+    lr: Real | None = Field(None, gt=0, description="peak learning rate of this phase; null for optim.lr")
+    loss: Loss = Field(Loss(), description="what is minimised")
+    activation_checkpointing: Literal["none", "full"] = Field("none", description="full: recompute each block")
+    deepspeed: str = Field("ds_configs/zero1.json", description="ZeRO strategy: a DeepSpeed JSON file")
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per step over all ranks."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.tokens // self.batch_tokens)
+
+
+class Checkpoint(Section):
+    every_steps: Count = Field(500, gt=0, description="steps between saves; the end of a phase is always saved")
+    keep_last: Count = Field(2, gt=0, description="newest checkpoints kept; phase ends and the best are kept besides")
+
+
+class Eval(Section):
+    every_steps: Count = Field(0, ge=0, description="steps between evaluations; 0: only at the end of a phase")
+    max_sequences: Count = Field(0, ge=0, description="at most this many sequences per source; 0 for all")
+
+
+class Wandb(Section):
+    project: str = Field(description="Weights & Biases project")
+    entity: str | None = Field(None, description="team or user; null for your default")
+    group: str | None = Field(None, description="group of runs")
+    mode: Literal["online", "offline"] = Field("online", description="offline writes files for `wandb sync`")
+
+
+class Log(Section):
+    every_steps: Count = Field(1, gt=0, description="steps between lines of metrics.jsonl and the terminal")
+    tensorboard: bool = Field(False, description="also write RUN/tensorboard")
+    wandb: Wandb | None = Field(None, description="also log to Weights & Biases")
+
+
+class InitFrom(Section):
+    path: str = Field(description="another run, one of its checkpoints, or a Hugging Face folder")
+    optimizer: bool = Field(False, description="take the optimiser's moments too (not from a Hugging Face folder)")
+
+
+class Recipe(Section):
+    """A run. Model: a preset's name with fields replaced, or all fields."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="of the run; also its name in W&B")
+    output: str = Field("", description="run directory; empty for runs/NAME")
+    seed: Count = Field(1234, ge=0, description="of the initial weights and of the data order")
+    model: ModelConfig = Field(description="preset: NAME and/or fields of the model's shape")
+    tokenizer: str = Field("", description="tokenizer folder or file, or module:Class; empty if nothing is decoded")
+    data: Data
+    optim: Optim = Optim()
+    phases: list[Phase] = Field(min_length=1)
+    init_from: InitFrom | None = Field(None, description="weights to start from; null for random ones")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on a CPU, bfloat16 on a GPU that has it, else float16"
+    )
+    compile: bool | Literal["auto"] = Field("auto", description="torch.compile of each block; auto: on a GPU")
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    log: Log = Log()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, data: Any) -> Any:
+        model = data.get("model") if isinstance(data, dict) else None
+        if isinstance(model, str):
+            model = {"preset": model}
+        if isinstance(model, dict) and "preset" in model:
+            fields = {k: v for k, v in model.items() if k != "preset"}
+            if model["preset"] not in PRESETS:
+                raise ValueError(f"model.preset is {model['preset']!r}, which is none of {', '.join(PRESETS)}")
+            preset = dict(PRESETS[model["preset"]])
+            if "hidden_size" in fields or "num_attention_heads" in fields:
+                preset.pop("head_dim", None)
+            data = {**data, "model": {**preset, **fields}}
+        return data
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Recipe:
+        problems = [p for phase in self.phases for p in self._phase_problems(phase)]
+        names = [phase.name for phase in self.phases]
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            problems.append(f"phases: the name {name!r} is used twice; checkpoints are named by phase, so rename one")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _phase_problems(self, phase: Phase) -> list[str]:
+        at = f"phases.{phase.name}"
+        problems = []
+        if phase.batch_tokens % phase.seq_len:
+            problems.append(
+                f"{at}.batch_tokens is {phase.batch_tokens}, not a multiple of seq_len {phase.seq_len}: a step could "
+                f"not be made of whole sequences; try {max(1, phase.global_batch) * phase.seq_len}"
+            )
+        elif phase.global_batch % phase.micro_batch:
+            problems.append(
+                f"{at}.micro_batch is {phase.micro_batch}, which does not divide the {phase.global_batch} sequences "
+                f"of a step (batch_tokens / seq_len)"
+            )
+        context = self.model.max_position_embeddings
+        if phase.seq_len > context:
+            problems.append(
+                f"{at}.seq_len is {phase.seq_len}, longer than model.max_position_embeddings {context}: raise that too"
+            )
+        if phase.schedule.warmup_steps > phase.num_steps:
+            problems.append(
+                f"{at}.schedule.warmup_steps is {phase.schedule.warmup_steps}, but the phase has only "
+                f"{phase.num_steps} steps (tokens / batch_tokens): the learning rate would never reach its peak"
+            )
+        for field, names in (("mixture", phase.mixture), ("filters", phase.filters)):
+            for name in names:
+                if name not in self.data.sources:
+                    known = ", ".join(self.data.sources)
+                    problems.append(f"{at}.{field} names {name!r}, which is not among data.sources ({known})")
+        if any(w < 0 for w in phase.mixture.values()) or (phase.mixture and not sum(phase.mixture.values()) > 0):
+            problems.append(f"{at}.mixture has weights {phase.mixture}: none may be negative and their sum must be > 0")
+        elif any(0 < w < 1e-6 * sum(phase.mixture.values()) for w in phase.mixture.values()):
+            problems.append(
+                f"{at}.mixture has weights {phase.mixture}: one below a millionth would hardly ever be drawn; use 0 instead"
+            )
+        return problems
+
+    def model_of(self, phase: Phase) -> ModelConfig:
+        """The model as it is in a phase: rope_scaling is that of the last phase so far which gives one."""
+        config = self.model
+        for earlier in self.phases[: self.phases.index(phase) + 1]:
+            if earlier.rope_scaling is not None:
+                config = config.model_copy(update={"rope_scaling": earlier.rope_scaling})
+        return config
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output or f"runs/{self.name}")
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """safe_load that notes a key given twice (YAML would silently keep the last)."""
+
+    duplicates: list[str]
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(
+                problem="a key is a list or a mapping", problem_mark=key_node.start_mark
+            )
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            loader.duplicates.append(
+                f"line {line}: the key {key!r} stands there twice (first on line {seen[key]}); only one could count: "
+                "remove one of them"
+            )
+        seen[key] = line
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a YAML recipe, applies `a.b.c=value` overrides, checks everything. Raises UserError listing all problems."""
+    path = Path(path)
+    try:
+        loader = _StrictLoader(path.read_text(encoding="utf-8"))
+        loader.duplicates = []
+        tree = loader.get_single_data()
+    except FileNotFoundError:
+        raise UserError(f"the recipe {path} does not exist", fix="give the path of a YAML file, see recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable recipe ({error})", fix="give a YAML file, see recipes/") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}", fix="mend it there; recipes/ has examples") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no mapping of fields, so it is no recipe", fix="see recipes/quickstart.yaml")
+    for override in overrides or []:
+        _apply(tree, override)
+    _resolve_deepspeed_paths(tree, path)
+    recipe, problems = _validated(tree)
+    problems = loader.duplicates + problems + _deepspeed_problems(tree)
+    if recipe is None or problems:
+        raise UserError(_listing(str(path), problems))
+    return recipe
+
+
+def recipe_from_tree(tree: dict[str, Any], where: str) -> Recipe:
+    """Validates a nested dict. Raises UserError listing all problems."""
+    recipe, problems = _validated(tree)
+    if recipe is None:
+        raise UserError(_listing(where, problems))
+    return recipe
+
+
+def _validated(tree: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """(the recipe, []) or (None, every problem): bad fields first, then, without them, what contradicts the rest."""
+    try:
+        return Recipe.model_validate(tree), []
+    except ValidationError as error:
+        problems = _readable(error)
+        rest = _without(tree, [item["loc"] for item in error.errors()])
+    try:
+        Recipe.model_validate(rest)
+    except ValidationError as error:
+        known = {problem.split(" ", 1)[0] for problem in problems}
+        contradictions = [item for item in error.errors() if not item["loc"]]
+        if contradictions:
+            more = [line for item in contradictions for line in item["msg"].removeprefix("Value error, ").split("\n")]
+            problems += [line for line in more if line.split(" ", 1)[0] not in known and line not in problems]
+    return None, problems
+
+
+def _without(tree: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """A copy without the fields at these locations; of phases, those without any bad field."""
+    rest = copy.deepcopy(tree)
+    bad_phases = {location[1] for location in locations if location[:1] == ("phases",) and len(location) > 1}
+    for location in locations:
+        node: Any = rest
+        for part in location[:-1]:
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict) and location:
+            node.pop(location[-1], None)
+    if isinstance(rest.get("phases"), list):
+        rest["phases"] = [phase for i, phase in enumerate(rest["phases"]) if i not in bad_phases]
+    return rest
+
+
+def _listing(where: str, problems: list[str]) -> str:
+    count = f"{len(problems)} problem" + "s" * (len(problems) != 1)
+    return f"{where}: {count}\n" + "\n".join(f"  - {p}" for p in problems)
+
+
+def _readable(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-")) or "recipe"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{field} is not a field of a recipe, so it would have no effect: remove it or mend its name")
+        elif item["type"] == "missing":
+            lines.append(f"{field} is missing: it has no default")
+        elif item["loc"] and item["type"] != "value_error":
+            lines.append(f"{field} is {item['input']!r}: {message}")
+        elif item["loc"] and item["loc"] != ():
+            lines.append(f"{field}: {message}")
+        else:
+            lines.extend(message.split("\n"))
+    return lines
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Sets tree[a][b][c] for 'a.b.c=value'; a phase is addressed by its number or its name."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"the override {override!r} has no value", fix="write field.of.the.recipe=value")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise UserError(
+            f"the override {override!r}: {text!r} is not valid YAML", fix="quote it, or close its brackets"
+        ) from None
+    node: Any = tree
+    parts = dotted.split(".")
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if isinstance(node, list):
+            index = next(
+                (n for n, item in enumerate(node) if isinstance(item, dict) and item.get("name") == part), None
+            )
+            if index is None and part.isdigit() and int(part) < len(node):
+                index = int(part)
+            if index is None:
+                names = ", ".join(str(item.get("name")) for item in node if isinstance(item, dict))
+                raise UserError(f"the override {override!r}: {part!r} is neither a position nor one of {names}")
+            if last:
+                node[index] = value
+            node = node[index]
+        elif isinstance(node, dict):
+            if last:
+                node[part] = value
+            elif isinstance(node.get(part), str) and part == "model":
+                node[part] = {"preset": node[part]}
+                node = node[part]
+            else:
+                if node.get(part) is None:
+                    node[part] = {}
+                node = node[part]
+        else:
+            raise UserError(f"the override {override!r}: {'.'.join(parts[:i])} is a value, it has no field {part!r}")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that load_recipe reads back to the same Recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors (recipes/recipe.schema.json)."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["model"] = {
+        "description": "a preset's name, or the fields of a shape with an optional preset to start from",
+        "anyOf": [
+            {"enum": list(PRESETS)},
+            {"type": "object", "properties": {"preset": {"enum": list(PRESETS)}, **_properties(schema, "ModelConfig")}},
+        ],
+    }
+    return schema
+
+
+def _properties(schema: dict[str, Any], name: str) -> dict[str, Any]:
+    return schema["$defs"][name]["properties"]
+
+
+def _resolve_deepspeed_paths(tree: dict[str, Any], recipe_path: Path) -> None:
+    for phase in tree["phases"] if isinstance(tree.get("phases"), list) else []:
+        if isinstance(phase, dict):
+            name = phase.get("deepspeed", Phase.model_fields["deepspeed"].default)
+            phase["deepspeed"] = resolve_deepspeed(name, recipe_path) if isinstance(name, str) else name
+
+
+def _deepspeed_problems(tree: dict[str, Any]) -> list[str]:
+    phases = tree["phases"] if isinstance(tree.get("phases"), list) else []
+    paths = [phase.get("deepspeed") for phase in phases if isinstance(phase, dict)]
+    return [p for path in dict.fromkeys(paths) if isinstance(path, str) for p in deepspeed_problems(path)]
+
+
+# --- world size ------------------------------------------------------------------------------------------
+
+
+def gradient_accumulation(phase: Phase, data_world: int) -> int:
+    """Micro-batches per rank and step. Raises UserError if the world does not divide the batch."""
+    per_forward = phase.micro_batch * data_world
+    if phase.global_batch % per_forward:
+        fitting = [w for w in range(1, phase.global_batch + 1) if phase.global_batch % (w * phase.micro_batch) == 0]
+        raise UserError(
+            f"phases.{phase.name}: a step has {phase.global_batch} sequences (batch_tokens {phase.batch_tokens} / "
+            f"seq_len {phase.seq_len}), which {data_world} ranks x micro_batch {phase.micro_batch} do not divide, so "
+            "ranks would do unequal work",
+            fix=f"use {', '.join(map(str, fitting[:8]))} ranks, another micro_batch, or batch_tokens = a multiple of "
+            f"{per_forward * phase.seq_len}",
+        )
+    return phase.global_batch // per_forward

@@ -1,0 +1,327 @@
+"""What a run needs from the machine it is on: ranks, signals, a lock, an exit record, a log.
+
+Owns the translation of launcher environments (deepspeed, torchrun, mpirun, srun, none) into one set of
+variables, the stop flag, the run directory's lock and exit.json, and logging. It opens no process group
+(parallel.py does) and imports no torch, so that a stop request is heard from the first moment of a rank.
+
+    stop = StopRequest()
+    ranks = discover_ranks()
+    with RunLock(run_dir):           # rank 0 only
+        log = setup_logging(ranks.rank, run_dir)
+        ...
+        write_exit(run_dir, 75 if stop.signal_name else 0, "stopped by SIGTERM")
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from slm.errors import UserError
+
+EXIT_CODES = {
+    0: "done",
+    2: "a mistake in what the user gave; the message says which",
+    3: "the machine lacks something",
+    4: "a file is not whole",
+    5: "crashed; the traceback is in logs/rank-N.log",
+    75: "stopped by a signal after saving; start again to go on (EX_TEMPFAIL)",
+    76: "diverged: the loss is not finite",
+    77: "out of memory",
+}
+
+# A launcher that waits for this attempt names a file here: it then knows how the attempt ended also when
+# there is no run directory yet, and never mistakes the record of an earlier attempt for this one's.
+EXIT_FILE_VARIABLE = "SLM_EXIT_FILE"
+
+# SLURM numbers real steps from 0; batch scripts and interactive shells have reserved ids near 2**32.
+_SLURM_FIRST_RESERVED_STEP = 0xFFFFFFF0
+
+
+# ------------------------------------------------------------------------------------------- ranks
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def discover_ranks(argv_local_rank: int | None = None) -> Ranks:
+    """Ranks from deepspeed or torchrun, else mpirun, else srun, else one process alone.
+
+    Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where they are missing,
+    so that `init_process_group` and DeepSpeed need no discovery of their own. `argv_local_rank` is the
+    `--local_rank=N` which some launchers pass.
+    """
+    env = os.environ
+    found = _from_torch_environment(argv_local_rank) or _from_mpi() or _from_slurm()
+    ranks, rendezvous = found or (Ranks(0, 1, 0, 1), _alone)
+    if not 0 <= ranks.rank < ranks.world_size or not 0 <= ranks.local_rank < ranks.local_world_size:
+        raise UserError(
+            f"the launcher's environment contradicts itself: {ranks}",
+            fix="unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE",
+        )
+    if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+        address, port = rendezvous(ranks)
+        env.setdefault("MASTER_ADDR", address)
+        env.setdefault("MASTER_PORT", str(port))
+    for name, value in vars(ranks).items():
+        env[name.upper()] = str(value)
+    return ranks
+
+
+def _from_torch_environment(argv_local_rank: int | None) -> tuple[Ranks, Any] | None:
+    env = os.environ
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return None
+    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    # DeepSpeed says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE. With neither, one node is assumed.
+    local_world_size = _first_int("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size)
+    if argv_local_rank is None:
+        argv_local_rank = rank % local_world_size
+    local_rank = _first_int("LOCAL_RANK", default=argv_local_rank)
+    return Ranks(rank, world_size, local_rank, local_world_size), _alone
+
+
+def _from_mpi() -> tuple[Ranks, Any] | None:
+    """Open MPI, else the PMI variables of MPICH and Intel MPI (srun sets those too: then srun it is)."""
+    env = os.environ
+    if "OMPI_COMM_WORLD_RANK" in env:
+        names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+        return Ranks(*(int(env[f"OMPI_COMM_WORLD_{name}"]) for name in names)), _broadcast_by_mpi
+    if "PMI_RANK" not in env or env.get("PMI_SIZE") == env.get("SLURM_STEP_NUM_TASKS", ""):
+        return None
+    rank, world_size = int(env["PMI_RANK"]), int(env["PMI_SIZE"])
+    local_world_size = _first_int("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", default=world_size)
+    local_rank = _first_int("MPI_LOCALRANKID", "PMI_LOCAL_RANK", default=rank % local_world_size)
+    return Ranks(rank, world_size, local_rank, local_world_size), _broadcast_by_mpi
+
+
+def _from_slurm() -> tuple[Ranks, Any] | None:
+    """srun with more than one task. A batch script or an interactive shell is one process alone."""
+    env = os.environ
+    step = _first_int("SLURM_STEP_ID", default=-1)
+    num_tasks = _first_int("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", default=1)
+    if "SLURM_PROCID" not in env or num_tasks < 2 or not 0 <= step < _SLURM_FIRST_RESERVED_STEP:
+        return None
+    tasks_by_node = _expand_tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(num_tasks)))
+    local_world_size = tasks_by_node[_first_int("SLURM_NODEID", default=0)]
+    ranks = Ranks(int(env["SLURM_PROCID"]), num_tasks, int(env["SLURM_LOCALID"]), local_world_size)
+    return ranks, _slurm_rendezvous
+
+
+def _first_int(*names: str, default: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+
+
+def _expand_tasks_per_node(text: str) -> list[int]:
+    """SLURM's "2(x3),1" is [2, 2, 2, 1]."""
+    nodes: list[int] = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        nodes += [int(count)] * int(repeat or 1)
+    return nodes
+
+
+def _first_host(nodelist: str) -> str:
+    """First name of a SLURM list: "gpu[03-07,9],cpu1" begins with gpu03. (Containers lack scontrol.)"""
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodelist).split(",")[0]
+
+
+def _alone(ranks: Ranks) -> tuple[str, int]:
+    if ranks.world_size > 1:
+        raise UserError(
+            f"WORLD_SIZE is {ranks.world_size} and MASTER_ADDR or MASTER_PORT is missing: ranks cannot meet",
+            fix="set both, or start through launchers/local.sh, torchrun, mpirun or srun",
+        )
+    return "127.0.0.1", free_port()
+
+
+def _broadcast_by_mpi(ranks: Ranks) -> tuple[str, int]:
+    from mpi4py import MPI
+
+    one_node = ranks.local_world_size == ranks.world_size
+    mine = ("127.0.0.1" if one_node else socket.gethostname(), free_port()) if ranks.rank == 0 else None
+    return MPI.COMM_WORLD.bcast(mine, root=0)
+
+
+def _slurm_rendezvous(ranks: Ranks) -> tuple[str, int]:
+    """Each task computes the same answer. The port is below Linux's ephemeral range, and differs by step."""
+    nodelist = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    job_and_step = 101 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
+    return _first_host(nodelist), 12000 + job_and_step % 20000
+
+
+def free_port() -> int:
+    """A TCP port that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+# ----------------------------------------------------------------------------------------- signals
+class StopRequest:
+    """SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT only leave a note, `signal_name`; the loop stops on it.
+
+    A second SIGINT raises KeyboardInterrupt, for a user who does not want to wait. Main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._num_interrupts = 0
+        wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in wanted}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+        self._num_interrupts += number == signal.SIGINT
+        if self._num_interrupts > 1:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+# --------------------------------------------------------------------------------- the run directory
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write so that `path` holds either the old content or all of the new, also after a power cut."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+class RunLock:
+    """Keeps a second job out of a run directory. The kernel frees it when the process dies, however it dies.
+
+    Taking it removes exit.json: a run in progress has none. The file `lock` says who holds it or held it
+    last; whether it is held only the kernel knows. One process of a run takes it: rank 0.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        run_dir = Path(run_dir)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] | None = open(run_dir / "lock", "a+")
+        except OSError as error:
+            raise UserError(
+                f"run directory {run_dir} cannot be written: {error}", fix="give the run another directory"
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = _json_or_empty(self._file.read())
+            self._file.close()
+            raise UserError(
+                f"run directory in use by another job: {run_dir} is held by process {holder.get('pid', '?')} "
+                f"on host {holder.get('host', '?')} since {holder.get('started', '?')}",
+                fix="wait for that job, stop it, or give this run another directory",
+            ) from None
+        except OSError as error:  # some network file systems have no locks; the run is more important
+            log = logging.getLogger("slm")
+            log.warning("%s cannot be locked (%s): start no second job there", run_dir, error)
+        self._file.truncate(0)
+        holder = {"host": socket.gethostname(), "pid": os.getpid()}
+        holder["started"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._file.write(json.dumps(holder) + "\n")
+        self._file.flush()
+        (run_dir / "exit.json").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()  # which unlocks; the file stays, for removing it would race with the next job
+            self._file = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def write_exit(run_dir: str | Path | None, code: int, reason: str, **extra: Any) -> None:
+    """Record how this attempt ended, in run_dir/exit.json and for the launcher that waits. For any rank.
+
+    The first code that is not 0 stays: when one rank dies, the others fail after it and for a lesser reason.
+    `run_dir` is None when the run failed before it had one.
+    """
+    assert code in EXIT_CODES, code
+    record = {"code": code, "meaning": EXIT_CODES[code], "reason": reason, **extra}
+    record |= {"rank": int(os.environ.get("RANK", 0)), "host": socket.gethostname(), "pid": os.getpid()}
+    record["time"] = time.time()
+    targets = [Path(run_dir) / "exit.json"] if run_dir is not None else []
+    if EXIT_FILE_VARIABLE in os.environ:
+        targets.append(Path(os.environ[EXIT_FILE_VARIABLE]))
+    for path in targets:
+        if not (path.exists() and _json_or_empty(path.read_text()).get("code")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, json.dumps(record, indent=2, default=str) + "\n")
+
+
+def _json_or_empty(text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
+
+
+# ----------------------------------------------------------------------------------------- logging
+def setup_logging(rank: int, run_dir: str | Path | None) -> logging.Logger:
+    """The logger "slm": rank 0 tells the user everything, other ranks only warnings; each rank keeps a file.
+
+    Files are run_dir/logs/rank-N.log (none without run_dir), appended to by each attempt.
+    """
+    log = logging.getLogger("slm")
+    for handler in log.handlers[:]:  # called again in the same process, as tests and notebooks do
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.INFO)
+    log.addHandler(_screen(rank))
+    if run_dir is not None:
+        path = Path(run_dir) / "logs" / f"rank-{rank}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(path)
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        log.addHandler(to_file)
+    return log
+
+
+def _screen(rank: int) -> logging.Handler:
+    if rank == 0 and sys.stderr.isatty():  # rich folds lines at 80 columns where there is no terminal
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="[%X]")
+    handler = logging.StreamHandler(sys.stderr)
+    who = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    return handler

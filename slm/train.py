@@ -1,0 +1,494 @@
+"""Training, from a recipe to a finished run: train -> run_phase -> train_step. Read it top to bottom.
+
+Owns the loop and when things happen. What happens is elsewhere: DeepSpeed in engine.py, the order of data in
+data/order.py, files of a checkpoint in checkpoint.py, logs in metrics.py.
+
+    exit_code = train(load_recipe("recipes/quickstart.yaml"))
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from slm import checkpoint, parallel, plan
+from slm.data.batches import Batch, PhaseData
+from slm.data.tokens import TokenDataset
+from slm.diagnostics import explained, start_profiler
+from slm.engine import Engine, StepResult, deepspeed_config, resolve_precision
+from slm.errors import EnvironmentProblem, SLMError, UserError
+from slm.evaluate import ALL, Result, evaluate
+from slm.inputs import (
+    Position,
+    check_init_from,
+    check_tokenizer,
+    check_vocabulary,
+    identity,
+    load_initial_state,
+    open_phase_data,
+    origin,
+    position_of,
+    remaining_phases,
+    restore_state,
+    validation_batches,
+)
+from slm.metrics import MetricsLogger, StepTimer, memory_stats, mfu, peak_flops
+from slm.model.llama import Objective
+from slm.optim import learning_rate
+from slm.progress import StepProgress
+from slm.recipe import Phase, Recipe, dump_recipe
+from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
+from slm.strategy import zero_stage
+
+log = logging.getLogger("slm")
+
+EXIT_CRASHED, EXIT_STOPPED, EXIT_DIVERGED = 5, 75, 76
+_SKIPS_BEFORE_GIVING_UP = 10  # updates in a row whose gradient was not finite
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it has saved and will go on by the same command."""
+
+
+class SaveFailed(EnvironmentProblem):
+    """A checkpoint could not be written, by this rank or another."""
+
+    def __init__(self) -> None:
+        super().__init__("a checkpoint could not be written by another rank, which says why")
+
+
+class Diverged(SLMError):
+    exit_code = EXIT_DIVERGED
+    title = "Diverged"
+
+
+@dataclass
+class Run:
+    """What stays the same over the phases of one attempt."""
+
+    recipe: Recipe
+    ranks: Ranks
+    device: torch.device
+    precision: str
+    run_dir: Path
+    metrics: MetricsLogger
+    saver: checkpoint.Checkpointer
+    stop: StopRequest
+    profiler: Any = None
+
+
+class StepData(Protocol):
+    """What run_phase wants of its data: PhaseData, or the notebook's windows."""
+
+    def step_batches(
+        self, step: int, *, global_batch: int, micro_batch: int, data_rank: int, data_world: int
+    ) -> list[Batch]: ...
+
+
+# --- the run -------------------------------------------------------------------------------------------------
+
+
+def train(recipe: Recipe, *, profile_steps: range = range(0)) -> int:
+    """Runs or resumes a recipe on this rank; returns the exit code and leaves it in RUN/exit.json.
+
+    A mistake of the user's and a broken file are printed as messages; anything else with its traceback.
+    """
+    stop = StopRequest()
+    ranks = discover_ranks()
+    run_dir: Path | None = None
+    lock: RunLock | None = None
+    joined = False
+    setup_logging(ranks.rank, None)
+    try:
+        device = parallel.local_device(ranks.local_rank)
+        joined = parallel.start(device)
+        lock = _take_run_dir(recipe, ranks)
+        run_dir = recipe.run_dir
+        setup_logging(ranks.rank, run_dir)
+        _train(recipe, ranks, device, run_dir, stop, profile_steps)
+        code, reason = 0, "done"
+    except Stopped as error:
+        code, reason = EXIT_STOPPED, str(error)
+        log.info("%s; saved. The same command goes on from there (exit code %d)", error, code)
+    except SLMError as error:
+        code, reason = error.exit_code, str(error)
+        if ranks.rank == 0 or not isinstance(error, UserError):  # every rank finds the same mistake; say it once
+            log.error("%s: %s", error.title, error)
+    except KeyboardInterrupt:
+        code, reason = EXIT_CRASHED, "interrupted twice; the last save is the newest state"
+        log.error(reason)
+    except Exception as error:
+        code, reason = EXIT_CRASHED, f"{type(error).__name__}: {error}"
+        log.error("crashed\n%s", traceback.format_exc())
+    write_exit(run_dir, code, reason)
+    if joined and code in (0, EXIT_STOPPED):  # after a failure another rank may be in a collective call: just leave
+        parallel.stop()
+    if lock is not None:
+        lock.close()
+    stop.close()
+    return code
+
+
+def _take_run_dir(recipe: Recipe, ranks: Ranks) -> RunLock | None:
+    """Rank 0 takes the lock; all ranks learn whether it could."""
+    lock: RunLock | None = None
+    error: Exception | None = None
+    if ranks.rank == 0:
+        try:
+            lock = RunLock(recipe.run_dir)
+        except Exception as caught:
+            error = caught
+    error = parallel.broadcast(error)
+    if error is not None:
+        raise error
+    return lock
+
+
+def _train(
+    recipe: Recipe, ranks: Ranks, device: torch.device, run_dir: Path, stop: StopRequest, profile_steps: range
+) -> None:
+    data, validation, identities = parallel.together(_open_inputs, recipe, ranks, device)
+    # Rank 0 chooses where to go on, for all.
+    folder = parallel.first_rank_decides(checkpoint.choose, run_dir)
+    reader = checkpoint.Reader(folder) if folder else None
+    position = position_of(reader, recipe, identities) if reader else Position()
+    if ranks.rank == 0:
+        atomic_write(run_dir / "recipe.yaml", dump_recipe(recipe))
+        log.info("%s", plan.describe(recipe, ranks.world_size))
+        for phase in recipe.phases:
+            log.info("phase %s data: %s", phase.name, data[phase.name].describe())
+        log.info("going on from %s" if folder else "starting from %s", folder or origin(recipe))
+    run = open_run(recipe, ranks, device, run_dir, stop, position, profile_steps)
+    try:
+        run_phases(
+            run,
+            dict(data),
+            lambda phase: validation_batches(recipe, phase, validation, ranks),
+            position,
+            reader,
+            identities=identities,
+            start=lambda engine: load_initial_state(engine, recipe),
+        )
+    finally:
+        run.saver.finish(timeout_seconds=120)
+        if run.profiler is not None:
+            run.profiler.stop()
+        run.metrics.close()
+
+
+def _open_inputs(
+    recipe: Recipe, ranks: Ranks, device: torch.device
+) -> tuple[dict[str, PhaseData], dict[str, TokenDataset], dict[str, dict[str, Any]]]:
+    """Everything that can be wrong is found here, before anything is built: (data by phase, validation, identities)."""
+    precision, _ = resolve_precision(recipe.precision, device)
+    for phase in recipe.phases:
+        deepspeed_config(phase, recipe.optim, precision, ranks.world_size)  # refuses what would train wrongly
+    check_init_from(recipe)
+    data = {phase.name: open_phase_data(recipe, phase) for phase in recipe.phases}
+    validation = {name: TokenDataset(path) for name, path in recipe.data.validation.items()}
+    check_vocabulary(recipe, [*data.values()], validation)
+    check_tokenizer(recipe, data[recipe.phases[0].name])
+    return data, validation, {phase.name: identity(recipe, phase, data[phase.name]) for phase in recipe.phases}
+
+
+def open_run(
+    recipe: Recipe,
+    ranks: Ranks,
+    device: torch.device,
+    run_dir: Path,
+    stop: StopRequest,
+    position: Position,
+    profile_steps: range = range(0),
+) -> Run:
+    """The sinks and the saver of one attempt. The caller closes run.metrics."""
+    precision, why = resolve_precision(recipe.precision, device)
+    log.info("precision %s, because %s; device %s; ranks %d", precision, why, device.type, ranks.world_size)
+    metrics = MetricsLogger(
+        run_dir,
+        tensorboard=recipe.log.tensorboard,
+        wandb=recipe.log.wandb.model_dump() if recipe.log.wandb else None,
+        run_name=recipe.name,
+        config=recipe.model_dump(mode="json"),
+        start_step=position.global_step,
+        rank=ranks.rank,
+    )
+    saver = checkpoint.Checkpointer(run_dir, recipe.checkpoint.keep_last)
+    metrics.event("start", world_size=ranks.world_size, precision=precision, step=position.global_step)
+    profiler = start_profiler(run_dir, ranks.rank, profile_steps, device.type)
+    return Run(recipe, ranks, device, precision, run_dir, metrics, saver, stop, profiler)
+
+
+def run_phases(
+    run: Run,
+    data: dict[str, StepData],
+    validation: Callable[[Phase], dict[str, Iterable[Batch]]],
+    position: Position,
+    reader: checkpoint.Reader | None,
+    *,
+    identities: dict[str, dict[str, Any]],
+    start: Callable[[Engine], None],
+    objective: Objective | None = None,
+) -> Position:
+    """Runs what is left of the recipe's phases; the state goes from one to the next through its last checkpoint.
+
+    `reader` is the checkpoint that `position` is of; without one, `start` fills the first engine.
+    """
+    for phase in remaining_phases(run.recipe, position):
+        if phase.name != position.phase:
+            position = replace(position, phase=phase.name, step=0, best_loss=None)
+        position = run_phase(
+            run,
+            phase,
+            data[phase.name],
+            lambda phase=phase: validation(phase),  # type: ignore[misc]
+            position,
+            load=(lambda engine, reader=reader: restore_state(engine, reader)) if reader else start,  # type: ignore[misc]
+            identity=identities[phase.name],
+            objective=objective,
+        )
+        run.saver.wait()
+        parallel.barrier()
+        reader = checkpoint.Reader(run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step))
+    run.metrics.event("done", step=position.global_step)
+    parallel.barrier()
+    log.info("done: %d steps, %s document tokens; %s", position.global_step, f"{position.tokens:,}", run.run_dir)
+    return position
+
+
+# --- a phase -------------------------------------------------------------------------------------------------
+
+
+def run_phase(
+    run: Run,
+    phase: Phase,
+    data: StepData,
+    validation: Callable[[], dict[str, Iterable[Batch]]],
+    position: Position,
+    *,
+    load: Callable[[Engine], None],
+    identity: dict[str, Any],
+    objective: Objective | None = None,
+) -> Position:
+    """Trains from `position` to the end of the phase; every save, evaluation and log line happens here.
+
+    Raises Stopped after saving when a signal came, Diverged, OutOfMemory, UserError.
+    """
+    recipe, device, world = run.recipe, run.device, run.ranks.world_size
+    compile_blocks = recipe.compile if isinstance(recipe.compile, bool) else device.type == "cuda"
+    if compile_blocks and zero_stage(phase.deepspeed) == 3:
+        log.info("blocks are not compiled: ZeRO-3 fetches weights between their layers")
+        compile_blocks = False
+    config = recipe.model_of(phase)
+    try:
+        engine = Engine(
+            config,
+            phase,
+            recipe.optim,
+            precision=run.precision,
+            device=device,
+            compile_blocks=compile_blocks,
+            objective=objective,
+        )
+        load(engine)
+    except RuntimeError as error:
+        raise explained(error, run.run_dir, run.ranks.rank, device.type, phase) from error
+
+    def save(name: str, **options: Any) -> None:
+        with timer.part("save"):
+            run.saver.save(engine.fragments(), engine.shapes, state(), name=name, **options)
+        run.metrics.event("save begun", name=name, step=position.global_step)
+
+    def state() -> dict[str, Any]:
+        return {
+            "position": asdict(position),
+            "global_step": position.global_step,
+            "optimizer_steps": engine.optimizer_steps,
+            "loss_scale": engine.loss_scale,
+            "identity": identity,
+            "model": config.model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json"),
+            "layout": {"world_size": world, "zero_stage": engine.stage},
+        }
+
+    timer = StepTimer(device.type)
+    batch_of = dict(global_batch=phase.global_batch, micro_batch=phase.micro_batch)
+    share = dict(data_rank=run.ranks.rank, data_world=world)
+    peak = peak_flops(device)
+    last_log, steps_since_log, totals = time.perf_counter(), 0, StepTotals()
+    progress = StepProgress(f"{recipe.name}/{phase.name}", phase.num_steps, position.step, enabled=run.ranks.rank == 0)
+    try:
+        while position.step < phase.num_steps:
+            with timer.part("data"):
+                batches = [b.to(device) for b in data.step_batches(position.step, **batch_of, **share)]
+            lr = learning_rate(phase.schedule, phase.lr or recipe.optim.lr, position.step, phase.num_steps)
+            done = train_step(
+                engine,
+                batches,
+                lr,
+                timer,
+                stop_requested=run.stop.signal_name is not None,
+                save_failed=run.saver.failed,
+            )
+            position = replace(
+                position,
+                step=position.step + 1,
+                global_step=position.global_step + 1,
+                tokens=position.tokens + int(done.num_tokens),
+                skipped_in_a_row=position.skipped_in_a_row + 1 if done.result.skipped else 0,
+            )
+            steps_since_log += 1
+            totals = totals.plus(done)
+            step, last = position.global_step, position.step == phase.num_steps
+            if run.profiler is not None:
+                run.profiler.step()
+
+            if done.result.skipped:
+                run.metrics.event("skip", step=step, reason="gradient not finite")
+                log.warning("step %d skipped on all ranks: its gradient is not finite; weights are untouched", step)
+                if position.skipped_in_a_row >= _SKIPS_BEFORE_GIVING_UP:
+                    raise Diverged(
+                        f"{position.skipped_in_a_row} updates in a row had a gradient that is not finite (step {step})",
+                        fix=f"lower optim.lr ({recipe.optim.lr:g}) or lengthen the warm-up; earlier checkpoints are in "
+                        f"{run.run_dir}/checkpoints",
+                    )
+
+            if step % recipe.log.every_steps == 0 or last:
+                loss = parallel.reduce_sum([float(done.loss_sum)])[0] / max(1.0, done.num_targets)
+                parts = timer.snapshot()
+                # Evaluating and saving are not training: they have their own columns and lower no throughput.
+                wall, last_log = time.perf_counter() - last_log, time.perf_counter()
+                seconds = wall - parts.get("eval", 0.0) - parts.get("save", 0.0)
+                flops = {
+                    "full": plan.training_flops(config, totals.num_tokens, totals.pairs_full),
+                    "causal": plan.training_flops(config, totals.num_tokens, totals.pairs_causal),
+                }
+                row = {
+                    "phase": phase.name,
+                    "loss": loss,
+                    "lr": lr,
+                    "grad_norm": done.result.grad_norm,
+                    "tokens": position.tokens,
+                    "tokens_per_second": totals.num_tokens / seconds,
+                    "padding": 1 - totals.num_tokens / (steps_since_log * phase.batch_tokens),
+                    **mfu(flops, seconds=seconds, num_devices=world, peak=peak),
+                    **memory_stats(),
+                    **{f"seconds/{name}": value / steps_since_log for name, value in parts.items()},
+                    "seconds/step": seconds / steps_since_log,
+                }
+                run.metrics.log(step, row)
+                progress.update(position.step, loss, totals.num_tokens / seconds)
+                steps_since_log, totals = 0, StepTotals()
+
+            best = False
+            every = recipe.eval.every_steps
+            if last or (every and position.step % every == 0):
+                with timer.part("eval"):
+                    results = evaluate(engine.token_losses, validation(), device)
+                if results[ALL].num_targets:
+                    best = position.best_loss is None or results[ALL].loss < position.best_loss
+                    if best:
+                        position = replace(position, best_loss=results[ALL].loss)
+                    _log_evaluation(run, step, results, best)
+
+            stopping = done.stop_requested and not last
+            if best or last or stopping or position.step % recipe.checkpoint.every_steps == 0:
+                save(checkpoint.folder_name(phase.name, position.step), permanent=last, best=best)
+            if stopping:
+                run.saver.wait()
+                parallel.barrier()
+                raise Stopped(f"stopped by {run.stop.signal_name or 'a signal to another rank'} after step {step}")
+    except SaveFailed:
+        run.saver.wait()  # raises the reason, on the rank that has it
+        raise
+    except RuntimeError as error:
+        raise explained(error, run.run_dir, run.ranks.rank, device.type, phase) from error
+    finally:
+        progress.close()
+    engine.close()
+    return position
+
+
+# --- a step --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One step's outcome. loss_sum is this rank's; the counts are of all ranks."""
+
+    loss_sum: torch.Tensor
+    num_targets: float
+    num_tokens: float
+    pairs_full: float
+    pairs_causal: float
+    stop_requested: bool
+    result: StepResult
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    num_tokens: float = 0.0
+    pairs_full: float = 0.0
+    pairs_causal: float = 0.0
+
+    def plus(self, done: StepDone) -> StepTotals:
+        return StepTotals(
+            self.num_tokens + done.num_tokens, self.pairs_full + done.pairs_full, self.pairs_causal + done.pairs_causal
+        )
+
+
+def train_step(
+    engine: Engine,
+    batches: list[Batch],
+    lr: float,
+    timer: StepTimer,
+    *,
+    stop_requested: bool = False,
+    save_failed: bool = False,
+) -> StepDone:
+    """One optimiser step over this rank's micro-batches: the gradient of the mean loss over all ranks' targets.
+
+    The targets of all micro-batches and ranks are counted before the first forward, so the division is the same
+    however the step is split. The ranks also agree here on whether to stop, and
+    raise SaveFailed together if a checkpoint could not be written on one of them.
+    """
+    num_targets, num_tokens, pairs_full, pairs_causal, stop, failed = parallel.reduce_sum(
+        [
+            sum(b.num_targets for b in batches),
+            sum(b.num_tokens for b in batches),
+            sum(b.attention_pairs_full for b in batches),
+            sum(b.attention_pairs for b in batches),
+            float(stop_requested),
+            float(save_failed),
+        ]
+    )
+    if failed:
+        raise SaveFailed
+    loss_sum = torch.zeros((), device=batches[0].tokens_BT.device)
+    for batch in batches:
+        with timer.part("forward"):
+            micro_loss, _ = engine.forward(batch)
+        with timer.part("backward"):
+            engine.backward(micro_loss, max(1.0, num_targets))
+        loss_sum += micro_loss.detach()
+    with timer.part("optimizer"):
+        result = engine.step(lr)
+    return StepDone(loss_sum, num_targets, num_tokens, pairs_full, pairs_causal, stop > 0, result)
+
+
+# --- what is seldom ------------------------------------------------------------------------------------------
+
+
+def _log_evaluation(run: Run, step: int, results: dict[str, Result], best: bool) -> None:
+    row = {f"eval/{name}/loss": r.loss for name, r in results.items()}
+    run.metrics.log(step, row)
+    if run.ranks.rank == 0:
+        named = {name: r for name, r in results.items() if name != ALL or len(results) > 2}
+        shown = ", ".join(f"{name} {r.loss:.4f} (perplexity {r.perplexity:.2f})" for name, r in named.items())
+        log.info("step %d held-out loss: %s%s", step, shown, "; the best so far" if best else "")

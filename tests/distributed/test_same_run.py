@@ -1,0 +1,225 @@
+"""One process, 2 ranks, accumulation and every ZeRO stage are the same run; and each resumes what another saved."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from slm.checkpoint import Reader
+from slm.recipe import load_recipe
+from tests.distributed.ranks import ROOT, train_many
+from tests.shards import make_dataset
+
+STEPS = 10
+CONFIGS = ROOT / "ds_configs"
+
+# name: (world size, overrides). The reference is one process at stage 0, whose optimiser is torch's own AdamW.
+LAYOUTS = {
+    "one-zero0": (1, ["micro_batch=8", "deepspeed=zero0"]),
+    "one-zero1-accumulate4": (1, ["micro_batch=2", "deepspeed=zero1"]),
+    "two-zero0-accumulate2": (2, ["micro_batch=2", "deepspeed=zero0"]),
+    "two-zero1": (2, ["micro_batch=4", "deepspeed=zero1"]),
+    "two-zero2-accumulate2": (2, ["micro_batch=2", "deepspeed=zero2"]),
+    "two-zero3-accumulate4": (2, ["micro_batch=1", "deepspeed=zero3"]),
+    "two-zero3-recompute": (2, ["micro_batch=4", "deepspeed=zero3", "activation_checkpointing=full"]),
+    "two-zero2-offload": (2, ["micro_batch=4", "deepspeed=zero2_offload"]),
+    "two-zero3-offload": (2, ["micro_batch=4", "deepspeed=zero3_offload"]),
+}
+
+
+def overrides_of(layout, output):
+    phase = [f"phases.main.{o.replace('deepspeed=', f'deepspeed={CONFIGS}/')}" for o in LAYOUTS[layout][1]]
+    phase = [o + ".json" if ".deepspeed=" in o else o for o in phase]
+    return [f"output={output}", *phase]
+
+
+def metrics(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every layout trained for 10 steps on the same data, and the recipe."""
+    folder = tmp_path_factory.mktemp("same-run")
+    make_dataset(folder / "tokens")
+    make_dataset(folder / "held-out", seed=5)
+    tree = {
+        "name": "t",
+        "model": "cpu-tiny",
+        "data": {"sources": {"a": str(folder / "tokens")}, "validation": {"a": str(folder / "held-out")}},
+        "optim": {"lr": 1e-3, "grad_clip": 0.5},
+        "phases": [
+            {
+                "name": "main",
+                "tokens": STEPS * 512,
+                "seq_len": 64,
+                "batch_tokens": 512,
+                "schedule": {"warmup_steps": 3},
+                "loss": {"z_loss": 1e-3},
+            }
+        ],
+        "checkpoint": {"every_steps": 6, "keep_last": 9},
+        "eval": {"every_steps": 5},
+    }
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    for world in (1, 2):
+        names = [name for name, (size, _) in LAYOUTS.items() if size == world]
+        train_many([(recipe, overrides_of(name, folder / name)) for name in names], world)
+    return folder, recipe
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one-zero0"])
+def test_every_layout_is_the_same_run(runs, layout):
+    """Losses to 1e-5, gradient norms to 1e-5 relative, held-out loss to 1e-5, weights to a relative L2 of 1e-5."""
+    folder, _ = runs
+    reference, found = metrics(folder / "one-zero0"), metrics(folder / layout)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    assert reference[STEPS]["loss"] < reference[1]["loss"] - 0.02  # it does learn
+    for step in found:
+        assert found[step]["loss"] == pytest.approx(reference[step]["loss"], abs=1e-5), step
+        assert found[step]["grad_norm"] == pytest.approx(reference[step]["grad_norm"], rel=1e-5), step
+        assert found[step]["lr"] == reference[step]["lr"]
+        assert found[step]["tokens"] == reference[step]["tokens"]
+    a, b = (Reader(folder / name / "checkpoints" / f"main-{STEPS:08d}") for name in ("one-zero0", layout))
+    largest = 0.0
+    for name, shape in a.shapes.items():
+        want, got = a.weight(name, shape), b.weight(name, shape)
+        assert (got - want).norm() <= 1e-5 * want.norm(), name
+        largest = max(largest, float((got - want).abs().max()))
+    # Elementwise the difference may be larger than rounding: where a gradient is nearly 0, Adam divides rounding noise
+    # by its own size, so an element can move by a fraction of the learning rate (1e-3) either way.
+    print(f"{layout}: largest elementwise difference of a weight {largest:.2e}")
+    assert a.state["position"]["best_loss"] == pytest.approx(b.state["position"]["best_loss"], abs=1e-5)
+
+
+def same_bits(folder, one, other, step=STEPS):
+    a, b = (Reader(folder / name / "checkpoints" / f"main-{step:08d}") for name in (one, other))
+    return all(
+        torch.equal(a.read(kind, name, 0, torch.Size(shape).numel()), b.read(kind, name, 0, torch.Size(shape).numel()))
+        for kind in ("master", "exp_avg", "exp_avg_sq")
+        for name, shape in a.shapes.items()
+    )
+
+
+def resume_copy(folder, recipe, source, target):
+    """A run directory that stands at step 6 of `source`, as if it had been killed there."""
+    run = folder / target
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "main-00000006").symlink_to(folder / source / "checkpoints" / "main-00000006")
+    assert load_recipe(recipe).phases[0].num_steps == STEPS
+    return run
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_resume_is_bit_exact_at_the_same_layout(runs, world):
+    """From step 6 to 10 again: losses, weights and both moments equal the uninterrupted run's bit for bit."""
+    folder, recipe = runs
+    names = [
+        n
+        for n, (size, _) in LAYOUTS.items()
+        if size == world and "accumulate" in n or n == "two-zero2-offload" and world == 2
+    ]
+    jobs = []
+    for name in names:
+        resume_copy(folder, recipe, name, f"{name}-resumed")
+        jobs.append((recipe, overrides_of(name, folder / f"{name}-resumed")))
+    train_many(jobs, world)
+    for name in names:
+        straight, resumed = metrics(folder / name), metrics(folder / f"{name}-resumed")
+        assert sorted(resumed) == [7, 8, 9, 10]
+        assert {s: (m["loss"], m["grad_norm"]) for s, m in resumed.items()} == {
+            s: (straight[s]["loss"], straight[s]["grad_norm"]) for s in resumed
+        }
+        assert same_bits(folder, name, f"{name}-resumed"), name
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("two-zero3-accumulate4", "one-zero0"),
+        ("two-zero2-accumulate2", "one-zero1-accumulate4"),
+        ("one-zero0", "two-zero3-recompute"),
+        ("two-zero1", "two-zero3-offload"),
+        ("one-zero1-accumulate4", "two-zero2-offload"),
+        ("two-zero3-offload", "two-zero0-accumulate2"),
+    ],
+)
+def test_resume_at_another_layout(runs, source, target):
+    """World size, ZeRO stage, accumulation and offload change at step 6; the losses stay within 1e-5."""
+    folder, recipe = runs
+    run = resume_copy(folder, recipe, source, f"{source}-as-{target}")
+    train_many([(recipe, overrides_of(target, run))], LAYOUTS[target][0])
+    straight, resumed = metrics(folder / source), metrics(run)
+    assert sorted(resumed) == [7, 8, 9, 10]
+    for step, found in resumed.items():
+        assert found["loss"] == pytest.approx(straight[step]["loss"], abs=1e-5)
+        assert found["grad_norm"] == pytest.approx(straight[step]["grad_norm"], rel=1e-5)
+
+
+def test_the_reference_is_a_plain_pytorch_loop(runs):
+    """`one-zero0` against transformers' model, each document alone, torch's AdamW and clipping, written out here."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from slm.inputs import open_phase_data
+    from slm.model.hf import config_to_hf
+    from slm.model.llama import initial_value
+    from slm.optim import learning_rate
+
+    folder, path = runs
+    recipe = load_recipe(path)
+    phase = recipe.phases[0]
+    model = LlamaForCausalLM(LlamaConfig(**config_to_hf(recipe.model)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(recipe.model, name, tuple(parameter.shape), recipe.seed))
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
+    )
+    data = open_phase_data(recipe, phase)
+    found = metrics(folder / "one-zero0")
+    for step in range(STEPS):
+        (batch,) = data.step_batches(step, global_batch=8, micro_batch=8, data_rank=0, data_world=1)
+        tokens, labels = batch.tokens_BT.flatten(), batch.labels_BT.flatten()
+        bounds = torch.unique(batch.piece_bounds).tolist()
+        total = torch.zeros(())
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            logits = model(tokens[None, start:end]).logits[0]
+            valid = labels[start:end] >= 0
+            total = total + torch.nn.functional.cross_entropy(logits[valid], labels[start:end][valid], reduction="sum")
+            total = total + 1e-3 * (logits[valid].logsumexp(-1) ** 2).sum()
+        loss = total / batch.num_targets
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in adam.param_groups:
+            group["lr"] = learning_rate(phase.schedule, recipe.optim.lr, step, phase.num_steps)
+        adam.step()
+        assert found[step + 1]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert found[step + 1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    reader = Reader(folder / "one-zero0" / "checkpoints" / f"main-{STEPS:08d}")
+    for name, parameter in model.named_parameters():
+        weight = reader.weight(name, tuple(parameter.shape))
+        assert (weight - parameter).norm() <= 1e-5 * parameter.norm(), name
+
+
+def test_bfloat16_trains_like_float32_and_resumes_bit_exact(runs):
+    """The GPU's precision at stages 1 and 3: losses within bfloat16's rounding of float32's, exact resume from masters."""
+    folder, recipe = runs
+    half = ["precision=bfloat16"]
+    jobs = [
+        (recipe, [*overrides_of(name, folder / f"{name}-bf16"), *half]) for name in ("two-zero1", "two-zero3-recompute")
+    ]
+    train_many(jobs, 2)
+    reference = metrics(folder / "one-zero0")
+    for name in ("two-zero1", "two-zero3-recompute"):
+        for step, found in metrics(folder / f"{name}-bf16").items():
+            assert found["loss"] == pytest.approx(reference[step]["loss"], abs=2e-2)
+        resume_copy(folder, recipe, f"{name}-bf16", f"{name}-bf16-resumed")
+    train_many([(r, [f"output={o[0].removeprefix('output=')}-resumed", *o[1:]]) for r, o in jobs], 2)
+    for name in ("two-zero1", "two-zero3-recompute"):
+        assert same_bits(folder, f"{name}-bf16", f"{name}-bf16-resumed"), name

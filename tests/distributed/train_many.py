@@ -1,0 +1,17 @@
+"""Run by ranks.train_many on every rank: `slm train` for several recipes in one process group."""
+
+import json
+import sys
+
+from slm import parallel
+from slm.recipe import load_recipe
+from slm.runtime import discover_ranks
+from slm.train import train
+
+if __name__ == "__main__":
+    parallel.start(parallel.local_device(discover_ranks().local_rank))
+    for recipe, overrides in json.loads(sys.argv[1]):
+        code = train(load_recipe(recipe, overrides))
+        if code:
+            sys.exit(code)
+    parallel.stop()

@@ -1,0 +1,424 @@
+"""`slm train` as a user meets it: resume, signals, kills, phases, init_from, logs, and every mistake in plain words."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from slm import checkpoint
+from slm.recipe import load_recipe
+from slm.train import train
+from tests.shards import make_dataset
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two training sources and a held-out one."""
+    folder = tmp_path_factory.mktemp("data")
+    make_dataset(folder / "a")
+    make_dataset(folder / "b", seed=3)
+    make_dataset(folder / "val", lengths=[90, 40, 130, 64, 65], seed=5)
+    return folder
+
+
+@pytest.fixture
+def recipe(data, tmp_path, monkeypatch, one_rank):
+    """A function: tree changes -> path of a recipe for 12 steps of 256 tokens in tmp_path/run."""
+    monkeypatch.chdir(ROOT)
+
+    def write(**changes):
+        tree = {
+            "name": "t",
+            "output": str(tmp_path / "run"),
+            "model": "cpu-tiny",
+            "data": {"sources": {"a": str(data / "a")}, "validation": {"val": str(data / "val")}},
+            "optim": {"lr": 3e-3},
+            "phases": [{"name": "main", "tokens": 12 * 256, "seq_len": 64, "batch_tokens": 256, "micro_batch": 4}],
+            "checkpoint": {"every_steps": 5},
+            **changes,
+        }
+        path = tmp_path / f"{tree['name']}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+def environment():
+    """This process's, without the ranks that it plays itself."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {**{k: v for k, v in os.environ.items() if k not in ranks}, "OMP_NUM_THREADS": "1"}
+
+
+def rows(run_dir):
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def refused(path, caplog, *overrides):
+    """Trains, expects a user's mistake, returns the message."""
+    caplog.clear()
+    code = train(load_recipe(path, list(overrides)))
+    assert code == 2, caplog.text
+    assert "Traceback" not in caplog.text
+    return caplog.records[-1].getMessage()
+
+
+def command(recipe_path, *overrides):
+    return [sys.executable, "-m", "slm", "train", str(recipe_path), *overrides]
+
+
+def test_run_directory(recipe, tmp_path):
+    """A finished run leaves what the README says; asking again does nothing and says so with code 0."""
+    assert train(load_recipe(recipe())) == 0
+    run = tmp_path / "run"
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+    assert sorted(rows(run)) == list(range(1, 13))
+    assert [p.name for p in checkpoint.newest_first(run / "checkpoints")] == [
+        "main-00000012",
+        "main-00000010",
+        "main-00000005",
+    ]
+    assert (run / "latest").resolve().name == "main-00000012"
+    for folder in (run / "checkpoints").iterdir():
+        checkpoint.verify(folder)
+        assert not any(p.suffix in (".pt", ".pkl", ".done") for p in folder.iterdir())
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    for key in ("lr", "grad_norm", "tokens_per_second", "flops_per_second/full", "flops_per_second/causal",
+                "peak_rss_bytes", "seconds/forward", "seconds/step"):  # fmt: skip
+        assert line[key] > 0, key
+    assert load_recipe(run / "recipe.yaml") == load_recipe(recipe())
+    before = sorted((run / "checkpoints").iterdir())
+    assert train(load_recipe(recipe())) == 0
+    assert sorted((run / "checkpoints").iterdir()) == before
+    assert sorted(rows(run)) == list(range(1, 13))
+
+
+def test_sigkill_at_any_moment_then_the_same_command(recipe, tmp_path):
+    """Killed three times at random; the final losses and weights are the uninterrupted run's, bit for bit."""
+    path = recipe(checkpoint={"every_steps": 2})
+    assert subprocess.run(command(path, f"output={tmp_path}/straight"), env=environment()).returncode == 0
+    seed = random.Random(7)
+    for _ in range(3):
+        process = subprocess.Popen(command(path), env=environment())
+        reached = seed.randint(1, 9)
+        deadline = time.monotonic() + 60
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= reached:
+                break
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert subprocess.run(command(path), env=environment()).returncode == 0
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+    a, b = (checkpoint.Reader(tmp_path / run / "latest") for run in ("run", "straight"))
+    for name, shape in a.shapes.items():
+        assert torch.equal(a.weight(name, shape), b.weight(name, shape)), name
+
+
+def test_a_torn_checkpoint_is_passed_over_and_none_whole_is_an_error(recipe, tmp_path, caplog):
+    """A flipped byte in the newest: the one before is used. In all: no silent start from step 0."""
+    assert train(load_recipe(recipe())) == 0
+    reference = rows(tmp_path / "run")
+    folders = checkpoint.newest_first(tmp_path / "run" / "checkpoints")
+
+    def flip(folder):
+        file = folder / "rank-00000.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-7] ^= 1
+        file.write_bytes(content)
+
+    flip(folders[0])
+    assert train(load_recipe(recipe())) == 0
+    assert "passing over a checkpoint" in caplog.text
+    assert rows(tmp_path / "run") == reference
+    checkpoint.verify(folders[0])  # made again
+    for folder in folders:
+        flip(folder)
+    assert train(load_recipe(recipe())) == 4
+    assert "nothing to go on from" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signal_saves_and_goes_on(recipe, tmp_path, name):
+    """Exit code 75, a checkpoint at that very step, and the same command ends as the uninterrupted run."""
+    path = recipe(phases=[{"name": "main", "tokens": 400 * 256, "seq_len": 64, "batch_tokens": 256, "micro_batch": 4}],
+                  checkpoint={"every_steps": 1000})  # fmt: skip
+    process = subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True, env=environment())
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert f"stopped by {name}" in printed
+    assert "Traceback" not in printed
+    stopped_at = max(rows(tmp_path / "run"))
+    assert (tmp_path / "run" / "latest").resolve().name == f"main-{stopped_at:08d}"
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 75
+
+
+def test_phases_and_mixture(recipe, data, tmp_path):
+    """The second phase goes on from the first's weights and moments at another length, mixture and stage."""
+    phases = [
+        {"name": "short", "tokens": 6 * 256, "seq_len": 32, "batch_tokens": 256, "micro_batch": 4, "mixture": {"a": 1}},
+        {"name": "long", "tokens": 5 * 256, "seq_len": 128, "batch_tokens": 256, "mixture": {"a": 1, "b": 3}, "lr": 1e-3,
+         "rope_scaling": {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": 64},
+         "deepspeed": "ds_configs/zero2.json"},
+    ]  # fmt: skip
+    path = recipe(phases=phases, data={"sources": {"a": str(data / "a"), "b": str(data / "b")}})
+    assert train(load_recipe(path)) == 0
+    run = tmp_path / "run"
+    assert sorted(rows(run)) == list(range(1, 12))
+    reader = checkpoint.Reader(run / "latest")
+    assert reader.state["optimizer_steps"] == 11
+    assert reader.state["model"]["rope_scaling"]["rope_type"] == "llama3"
+    assert {p.name for p in (run / "checkpoints").iterdir()} >= {"short-00000006", "long-00000005"}  # phase ends stay
+    straight = rows(run)
+    shutil.rmtree(run / "checkpoints" / "long-00000005")
+    assert train(load_recipe(path)) == 0  # from the boundary
+    assert rows(run) == straight
+
+
+def test_init_from_and_extension(recipe, tmp_path):
+    """Weights only, with the optimiser, from a Hugging Face folder, and a finished run made longer."""
+    assert train(load_recipe(recipe())) == 0
+    first = checkpoint.Reader(tmp_path / "run" / "latest")
+    from slm.loading import export_model, load_model
+
+    export_model(str(tmp_path / "run" / "latest"), tmp_path / "hf")
+    losses = {}
+    for name, init in {
+        "weights": {"path": str(tmp_path / "run")},
+        "optimizer": {"path": str(tmp_path / "run/latest"), "optimizer": True},
+        "hf": {"path": str(tmp_path / "hf")},
+    }.items():
+        path = recipe(name=name, output=str(tmp_path / name), init_from=init)
+        assert train(load_recipe(path, ["seed=77"])) == 0
+        losses[name] = rows(tmp_path / name)
+    assert losses["weights"] == losses["hf"]
+    assert losses["weights"][1] == losses["optimizer"][1]  # the same weights at the first step
+    assert losses["weights"][3] != losses["optimizer"][3]
+    assert losses["weights"][1] < rows(tmp_path / "run")[1] - 0.2
+    assert checkpoint.Reader(tmp_path / "optimizer" / "latest").state["optimizer_steps"] == 24
+    assert train(load_recipe(recipe(), [f"phases.main.tokens={16 * 256}"])) == 0
+    assert sorted(rows(tmp_path / "run")) == list(range(1, 17))
+    model, _ = load_model(tmp_path / "hf")
+    assert torch.equal(model.lm_head.weight, first.weight("model.embed_tokens.weight", (512, 64)))
+
+
+def test_init_from_refusals(recipe, tmp_path, caplog):
+    """Nothing there, another shape, or an optimiser that does not exist."""
+    assert train(load_recipe(recipe())) == 0
+    for path, words in (("/nowhere", "does not exist"), (str(ROOT), "neither a run with a checkpoint")):
+        assert words in refused(recipe(name="x", output=str(tmp_path / "x"), init_from={"path": path}), caplog)
+    other = {"preset": "cpu-tiny", "hidden_size": 32}
+    message = refused(
+        recipe(name="y", output=str(tmp_path / "y"), init_from={"path": str(tmp_path / "run")}, model=other), caplog
+    )
+    assert "has shape (512, 64), but the recipe's model has (512, 32)" in message
+    from slm.loading import export_model
+
+    export_model(str(tmp_path / "run"), tmp_path / "hf")
+    init = {"path": str(tmp_path / "hf"), "optimizer": True}
+    assert "which holds none" in refused(recipe(name="z", output=str(tmp_path / "z"), init_from=init), caplog)
+
+
+def test_best_checkpoint_is_kept(recipe, tmp_path):
+    """`best` is the evaluation with the lowest held-out loss and survives pruning: here an early one, because the
+    held-out text follows another rule than the one that is learned."""
+    make_dataset(tmp_path / "other-rule", rule=4)
+    path = recipe(eval={"every_steps": 2}, checkpoint={"every_steps": 2, "keep_last": 1}, optim={"lr": 0.03})
+    assert train(load_recipe(path, [f"data.validation.val={tmp_path}/other-rule"])) == 0
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluations = {x["step"]: x["eval/all/loss"] for x in lines if "eval/all/loss" in x}
+    best = min(evaluations, key=evaluations.get)
+    assert best < 12
+    assert (tmp_path / "run" / "best").resolve().name == f"main-{best:08d}"
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == len({best, 10, 12})
+
+
+def test_logs_go_on_without_repeated_steps(recipe, tmp_path, monkeypatch):
+    """TensorBoard and the real W&B client (offline) over a run that went back from step 12 to step 5."""
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    path = recipe(log={"tensorboard": True, "wandb": {"project": "t", "mode": "offline"}})
+    assert train(load_recipe(path)) == 0
+    for step in ("00000010", "00000012"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"main-{step}")
+    assert train(load_recipe(path)) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curve = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    curve.Reload()
+    assert [e.step for e in curve.Scalars("loss")] == list(range(1, 13))
+    assert [
+        json.loads(x)["step"] for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"loss"' in x
+    ] == list(range(1, 13))
+
+
+def test_profile_writes_a_trace(recipe, tmp_path):
+    """--profile 3:4 leaves a trace with our attention operator in it."""
+    assert train(load_recipe(recipe()), profile_steps=range(3, 5)) == 0
+    trace = (tmp_path / "run" / "profile" / "rank-0.json").read_text()
+    assert "slm::packed_attention_cpu" in trace
+    steps = {event["name"] for event in json.loads(trace)["traceEvents"] if "ProfilerStep" in str(event.get("name"))}
+    assert steps == {"ProfilerStep#2", "ProfilerStep#3"}  # torch counts from 0
+
+
+def test_gradients_that_are_not_finite(recipe, tmp_path, caplog, monkeypatch):
+    """One bad step is skipped with weights untouched; ten in a row end the run with code 76."""
+    from slm.engine import Engine
+
+    forward, calls = Engine.forward, []
+
+    def poisoned(self, batch):
+        loss, count = forward(self, batch)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) in bad else loss), count
+
+    monkeypatch.setattr(Engine, "forward", poisoned)
+    for stage, output in (("zero0", "s0"), ("zero1", "s1"), ("zero3", "s3")):
+        calls, bad = [], {4}
+        overrides = [f"output={tmp_path}/{output}", f"phases.main.deepspeed=ds_configs/{stage}.json"]
+        assert train(load_recipe(recipe(), overrides)) == 0
+        assert checkpoint.Reader(tmp_path / output / "latest").state["optimizer_steps"] == 11
+        assert [e for e in (tmp_path / output / "events.jsonl").read_text().splitlines() if '"skip"' in e]
+    calls, bad = [], set(range(3, 99))
+    assert train(load_recipe(recipe(), [f"output={tmp_path}/s4"])) == 76
+    assert "lower optim.lr" in caplog.records[-1].getMessage()
+
+
+def test_out_of_memory_says_what_to_turn(recipe, tmp_path):
+    """A real failed allocation (address space limited): code 77, the settings, a snapshot, no traceback."""
+    code = (
+        "import resource, sys; from slm.recipe import load_recipe; from slm.train import train\n"
+        "import slm.engine as e; build = e.Engine.write_weights\n"
+        "def limited(self, value):\n"
+        "    build(self, value); used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used + (48 << 20), -1))\n"
+        "e.Engine.write_weights = limited\n"
+        f"sys.exit(train(load_recipe({str(recipe())!r}, ['phases.main.batch_tokens=32Ki', 'phases.main.tokens=64Ki',"
+        " 'phases.main.seq_len=256', 'phases.main.micro_batch=128', 'model.hidden_size=256', 'model.intermediate_size=2048'])))"
+    )
+    make_dataset(tmp_path / "big", lengths=[256] * 200)
+    code = code.replace("['phases", f"['data.sources.a={tmp_path}/big', 'phases")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert result.returncode == 77, result.stderr[-3000:]
+    assert "phases.main.micro_batch 128 -> 64" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "rss_bytes" in (tmp_path / "run" / "memory" / "rank-0.txt").read_text()
+
+
+def test_mistakes_in_data_and_world(recipe, data, tmp_path, caplog):
+    """Missing data, a vocabulary that is too small, too little text, another tokenizer, float16 on a CPU, stage 0 in
+    bfloat16: each refused in words, with the fix."""
+    assert "slm-data shards" in refused(recipe(), caplog, "data.sources.a=/nowhere")
+    assert "set model.vocab_size to 512 or more" in refused(recipe(), caplog, "model.vocab_size=500")
+    message = refused(recipe(), caplog, "phases.main.batch_tokens=64Ki", "phases.main.tokens=64Ki")
+    assert "fewer than the 1024 of one step" in message
+    make_dataset(tmp_path / "other", fingerprint="another")
+    assert "different tokenizers" in refused(recipe(), caplog, f"data.validation.val={tmp_path}/other")
+    assert "does not train on a CPU" in refused(recipe(), caplog, "precision=float16")
+    message = refused(recipe(), caplog, "precision=bfloat16", "phases.main.deepspeed=ds_configs/zero0.json")
+    assert "use ds_configs/zero1.json" in message
+    assert "NVMe" in refused(recipe(), caplog, "phases.main.deepspeed=ds_configs/zero3_nvme.json")
+    (tmp_path / "odd.json").write_text(json.dumps({"zero_optimization": {"stage": 1, "no_such_key": 1}}))
+    assert "no_such_key" in refused(recipe(), caplog, f"phases.main.deepspeed={tmp_path}/odd.json")
+    from slm import SLMTokenizer
+
+    SLMTokenizer().save_pretrained(tmp_path / "bytes")
+    assert "were made with another" in refused(recipe(), caplog, f"tokenizer={tmp_path}/bytes")
+    (tmp_path / "empty").mkdir()
+    assert "no manifest.json" in refused(recipe(), caplog, f"data.sources.a={tmp_path}/empty")
+
+
+def test_a_checkpoint_without_its_state_disturbs_nobody(recipe, tmp_path, caplog):
+    """Passed over, not counted, not removed; training goes on and saves."""
+    assert train(load_recipe(recipe())) == 0
+    run = tmp_path / "run"
+    reference = rows(run)
+    (run / "checkpoints" / "main-00000012" / "state.json").unlink()
+    (run / "checkpoints" / "main-00000010" / "manifest.json").write_text("{")
+    assert train(load_recipe(recipe())) == 0, caplog.text
+    assert rows(run) == reference
+    checkpoint.verify(run / "checkpoints" / "main-00000012")
+
+
+def test_a_disk_that_refuses_ends_the_run_with_the_reason(recipe, tmp_path, caplog, monkeypatch):
+    """A failed save is noticed at the next step, says why, and what was committed before is whole."""
+    write, calls = checkpoint.save_file, []
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    path = recipe(checkpoint={"every_steps": 2})
+    assert train(load_recipe(path)) == 3
+    assert "No space left" in caplog.records[-1].getMessage()
+    checkpoint.verify(tmp_path / "run" / "checkpoints" / "main-00000002")
+    monkeypatch.setattr(checkpoint, "save_file", write)
+    assert train(load_recipe(path)) == 0
+    assert sorted(rows(tmp_path / "run")) == list(range(1, 13))
+
+
+def test_changed_data_under_a_half_done_phase_is_refused(recipe, data, caplog, tmp_path):
+    """Another seed, batch or dataset would make the steps before and after two different runs."""
+    assert train(load_recipe(recipe(), [f"phases.main.tokens={10 * 256}"])) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "main-00000010")
+    message = refused(recipe(), caplog, "seed=5", "phases.main.batch_tokens=512", f"data.sources.a={data}/b")
+    assert "seed was 1234, is 5" in message
+    assert "batch_tokens was 256, is 512" in message
+    assert "data was" in message
+    assert "init_from" in message
+    message = refused(recipe(), caplog, "model.num_attention_heads=2")  # the shapes are the same
+    assert "model.num_attention_heads was 4, is 2" in message
+    assert "steps cannot be taken back" in refused(recipe(), caplog, f"phases.main.tokens={4 * 256}")
+
+
+def test_run_directory_in_use(recipe, tmp_path, caplog):
+    """A second job in the same directory is refused, naming the holder, and the first loses nothing."""
+    from slm.runtime import RunLock
+
+    with RunLock(tmp_path / "run"):
+        message = refused(recipe(), caplog)
+    assert f"held by process {os.getpid()}" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_command_line_mistakes_have_no_traceback(tmp_path, recipe):
+    """What a user types wrong is one message on stderr and a code that is not 0."""
+    for arguments, message in [
+        (["train", "absent.yaml"], "does not exist"),
+        (["train", str(recipe()), "optim.rl=3"], "optim.rl is not a field"),
+        (["train", str(recipe()), "--profile", "x"], "no range of steps"),
+        (["plan", str(recipe()), "--ranks", "3"], "use 1 ranks"),
+        (["plan", str(recipe()), "--ranks", "0"], "--ranks"),
+        (["plan", str(recipe()), "optim.lr=[1"], "not valid YAML"),
+        (["plan", str(recipe()), "optim.lr=.inf"], "finite"),
+        (["plan", str(recipe()), "optim.betas=[1.5,0.9]"], "less than 1"),
+        (["plan", str(recipe()), "phases.main.mixture={a: 1, b: 1}"], "not among data.sources"),
+        (["eval", str(tmp_path), "--micro-batch", "0"], "--micro-batch"),
+        (["eval", str(tmp_path / "nothing")], "does not exist"),
+        (["generate", str(ROOT), "hello"], "neither a run with a checkpoint"),
+    ]:
+        result = subprocess.run(
+            [sys.executable, "-m", "slm", *arguments], capture_output=True, text=True, cwd=ROOT, env=environment()
+        )
+        assert result.returncode == 2, (arguments, result.stderr)
+        assert message in result.stderr, (arguments, result.stderr)
+        assert "Traceback" not in result.stderr

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Installs what the tests need (a virtual environment, Debian packages where root may) and runs them.
+#   bash tests/run.sh            ruff, mypy and the quick suite
+#   bash tests/run.sh --all      the slow tests too
+#   bash tests/run.sh ARGS…      passed on to pytest instead of the whole suite
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launchers/environment.sh
+ensure_system_packages g++
+ensure_environment dev
+
+python -m ruff check .
+python -m mypy
+# DeepSpeed's CPU Adam, which the offload tests use, is compiled here once and not inside a test's time limit.
+python -c 'import logging; logging.basicConfig(); from slm.engine import build_cpu_adam; build_cpu_adam()'
+
+markers="not gpu and not slow"
+if [ "${1:-}" = "--all" ]; then markers="not gpu"; shift; fi
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then markers="${markers//not gpu and /}"; fi
+# Tests in `distributed` and `e2e` start several processes each: one at a time; the others one a core.
+if [ $# -gt 0 ]; then exec python -m pytest -m "$markers" "$@"; fi
+export OMP_NUM_THREADS=1
+exec python -m pytest -q -n 2 --dist loadfile -m "$markers" --durations 10

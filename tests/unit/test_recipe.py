@@ -1,0 +1,249 @@
+"""Recipes: what is accepted, what is refused and how it is said; the plan's arithmetic; schedules."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slm.errors import UserError
+from slm.model.config import ModelConfig
+from slm.optim import learning_rate, parameter_groups
+from slm.plan import describe, flops_per_token, plan_phase
+from slm.recipe import Optim, Schedule, dump_recipe, gradient_accumulation, json_schema, load_recipe, parse_count
+
+ROOT = Path(__file__).parents[2]
+GOOD = {
+    "name": "t",
+    "model": "cpu-tiny",
+    "data": {"sources": {"a": "x"}},
+    "phases": [{"name": "main", "tokens": "64Ki", "seq_len": 64, "batch_tokens": 512, "micro_batch": 2}],
+}
+
+
+def write(tmp_path, tree, name="r.yaml"):
+    path = tmp_path / name
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_loads_plans_and_round_trips(path, monkeypatch):
+    """Every shipped recipe is valid, its plan can be printed, and its resolved form reads back the same."""
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(path)
+    assert recipe.name in describe(recipe, world_size=1)
+    again = yaml.safe_load(dump_recipe(recipe))
+    assert type(recipe).model_validate(again) == recipe
+
+
+def test_the_schema_file_is_current():
+    """recipes/recipe.schema.json is what `slm schema` prints."""
+    assert json.loads((ROOT / "recipes/recipe.schema.json").read_text()) == json_schema()
+
+
+def test_human_numbers():
+    """Counts as people write them."""
+    assert [parse_count(x) for x in ("100B", "4M", "8Ki", "1.5k", "1e3", "2_000", 7)] == [
+        100 * 10**9, 4 * 10**6, 8192, 1500, 1000, 2000, 7,
+    ]  # fmt: skip
+    for bad in ("ten", "4 apples", "1.5", "-3"):
+        with pytest.raises(ValueError, match="count|whole"):
+            parse_count(bad)
+
+
+def test_all_problems_are_listed_at_once(tmp_path):
+    """Unknown fields, wrong types and contradictions in one message, each with its field."""
+    tree = json.loads(json.dumps(GOOD))
+    tree |= {"speling": 1, "optim": {"lr": -1}, "precision": "float8"}
+    tree["phases"][0] |= {"seq_len": "long"}
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, tree))
+    message = str(caught.value)
+    for part in ("4 problems", "speling", "optim.lr is -1", "float8", "phases.0.seq_len", "'long'"):
+        assert part in message, message
+
+
+def test_fields_contradictions_duplicates_and_deepspeed_in_one_message(tmp_path):
+    """Problems of four kinds do not hide one another."""
+    text = yaml.safe_dump({**GOOD, "optim": {"lr": -1}}) + "seed: 1\nseed: 2\n"
+    text = text.replace("batch_tokens: 512", "batch_tokens: 500").replace(
+        "  name: main", "  name: main\n  deepspeed: no.json"
+    )
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, text))
+    for part in (
+        "4 problems",
+        "'seed' stands there twice",
+        "optim.lr is -1",
+        "batch_tokens is 500",
+        "no.json does not exist",
+    ):
+        assert part in str(caught.value), str(caught.value)
+
+
+def test_rope_scaling_carries_on_to_later_phases(tmp_path, monkeypatch):
+    """null keeps what was: the scaling of the last phase that gave one."""
+    monkeypatch.chdir(ROOT)
+    scaled = {"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 64}
+    phases = [{**GOOD["phases"][0], "name": name} for name in "abc"]
+    phases[1]["rope_scaling"] = scaled
+    recipe = load_recipe(write(tmp_path, {**GOOD, "phases": phases}))
+    kinds = [recipe.model_of(phase).rope_scaling for phase in recipe.phases]
+    assert kinds[0] is None
+    assert kinds[1] == kinds[2]
+    assert kinds[1].factor == 2.0
+
+
+def test_contradictions_name_both_sides(tmp_path):
+    """Cross-checks say the numbers of both fields and what to write instead."""
+    tree = json.loads(json.dumps(GOOD))
+    tree["phases"][0] |= {"batch_tokens": 500, "mixture": {"b": 1}, "schedule": {"warmup_steps": 10**6}}
+    tree["phases"].append({**GOOD["phases"][0], "seq_len": 2**20, "batch_tokens": 2**20})
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, tree))
+    message = str(caught.value)
+    for part in ("not a multiple of seq_len 64; try 448", "names 'b'", "used twice", "max_position_embeddings 256"):
+        assert part.replace("64; try", "64: a step could not be made of whole sequences; try") in message, message
+    assert "never reach its peak" in message
+
+
+def test_duplicate_key_is_an_error_with_its_line(tmp_path):
+    """YAML itself would silently keep the last."""
+    with pytest.raises(UserError, match=r"line 3: the key 'name' stands there twice \(first on line 1\)"):
+        load_recipe(write(tmp_path, "name: a\nseed: 1\nname: b\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- 1\n- 2\n", "no mapping"), ("a: [1\n", "not valid YAML"), ("", "no mapping")],
+)
+def test_files_that_are_no_recipe(tmp_path, text, message):
+    """Said in one line, no traceback from the YAML library."""
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(tmp_path, text))
+    with pytest.raises(UserError, match="does not exist"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_overrides(tmp_path, monkeypatch):
+    """Dotted overrides win over the file; a phase goes by name or number; nonsense is refused."""
+    monkeypatch.chdir(ROOT)
+    path = write(tmp_path, GOOD)
+    recipe = load_recipe(
+        path, ["optim.lr=1e-3", "phases.main.tokens=1M", "phases.0.seq_len=128", "model.vocab_size=600"]
+    )
+    assert (recipe.optim.lr, recipe.phases[0].tokens, recipe.phases[0].seq_len) == (1e-3, 10**6, 128)
+    assert recipe.model == ModelConfig.preset("cpu-tiny", vocab_size=600)
+    for bad, message in [
+        ("optim.lr", "no value"),
+        ("phases.x.tokens=1", "neither a position"),
+        ("seed.x=1", "no field"),
+        ("optim.rl=1", "not a field"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_recipe(path, ["seed=3", bad])
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("ds_configs/*.json")), ids=lambda p: p.name)
+def test_every_deepspeed_json_is_accepted(path, tmp_path):
+    """Each shipped strategy sets nothing that the recipe owns, and DeepSpeed itself parses it."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    tree = json.loads(json.dumps(GOOD))
+    tree["phases"][0]["deepspeed"] = str(path)
+    load_recipe(write(tmp_path, tree))
+    DeepSpeedZeroConfig(**json.loads(path.read_text())["zero_optimization"])
+
+
+def test_deepspeed_json_that_sets_what_the_recipe_owns(tmp_path):
+    """A second home for batch size or precision is refused, naming the recipe's field."""
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 1}, "bf16": {}, "train_batch_size": 8})
+    )
+    tree = json.loads(json.dumps(GOOD))
+    tree["phases"][0]["deepspeed"] = str(tmp_path / "ds.json")
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, tree))
+    assert "sets train_batch_size, but the recipe owns that: remove it there and use phases[].batch_tokens" in str(
+        caught.value
+    )
+    assert "sets bf16" in str(caught.value)
+
+
+def test_world_that_does_not_divide_the_batch(tmp_path, monkeypatch):
+    """The message says which numbers of ranks fit."""
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert gradient_accumulation(recipe.phases[0], 2) == 2
+    with pytest.raises(UserError, match="use 1, 2, 4 ranks"):
+        gradient_accumulation(recipe.phases[0], 3)
+
+
+def test_flops_of_the_1b_shape_by_hand():
+    """7.414e9 + 393,216 S (full) and + 196,608 S (causal), counted by hand from the shape."""
+    config = ModelConfig.preset("llama3.2-1b")
+    assert flops_per_token(config, 8192, causal=False) == 6 * 1_235_746_816 + 393_216 * 8192
+    assert flops_per_token(config, 8192, causal=True) == 6 * 1_235_746_816 + 196_608 * 8193
+
+
+def test_flops_equal_a_counter():
+    """torch's FlopCounterMode on the real model, forward and backward, within 1 %."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from slm.model.hf import config_to_hf
+
+    config = ModelConfig.preset("cpu-tiny")
+    model = LlamaForCausalLM(LlamaConfig(**config_to_hf(config), attn_implementation="eager"))
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).logits.sum().backward()
+    assert counter.get_total_flops() == pytest.approx(128 * flops_per_token(config, 64, causal=False), rel=0.01)
+
+
+def test_plan_needs_no_torch():
+    """`slm plan` answers on a machine without torch, so it never imports it."""
+    code = "import sys; sys.modules['torch'] = None; import slm.plan, slm.recipe, slm.data.order, slm.cli, slm; print('ok')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "ok\n"
+
+
+def test_plan_counts(tmp_path, monkeypatch):
+    """Steps round up; accumulation makes up for few ranks."""
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(write(tmp_path, GOOD), ["phases.main.tokens=1000"])
+    plan = plan_phase(recipe, recipe.phases[0], world_size=1)
+    assert (plan.steps, plan.tokens, plan.global_batch, plan.gradient_accumulation) == (2, 1024, 8, 4)
+
+
+def test_schedules_by_hand():
+    """The values at the corners of every schedule."""
+    rates = [learning_rate(Schedule(type="cosine", warmup_steps=4, min_ratio=0.1), 1.0, s, 14) for s in range(14)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[8] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+    linear = [learning_rate(Schedule(type="linear", min_ratio=0.0), 2.0, s, 4) for s in range(4)]
+    assert linear == [1.5, 1.0, 0.5, 0.0]
+    wsd = [
+        learning_rate(Schedule(type="wsd", warmup_steps=2, min_ratio=0, decay_fraction=0.4), 1.0, s, 10)
+        for s in range(10)
+    ]
+    assert wsd == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0.0])
+    assert learning_rate(Schedule(type="constant"), 3.0, 9, 10) == 3.0
+
+
+def test_decay_groups():
+    """Matrices decay, norm weights do not, the tied embedding stands in one group once."""
+    from slm import SLMForCausalLM
+
+    model = SLMForCausalLM(ModelConfig.preset("cpu-tiny"))
+    decayed, kept = parameter_groups(model, Optim(weight_decay=0.3))
+    assert decayed["weight_decay"] == 0.3
+    assert kept["weight_decay"] == 0.0
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert len(kept["params"]) == 2 * 2 + 1
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
