@@ -1,9 +1,13 @@
 """Run on every rank by test_generate_zero3.py: uneven generation from partitioned weights, then a training step.
 
-generate_zero3.py DEEPSPEED_JSON
+generate_zero3.py DEEPSPEED_JSON OUTPUT_FOLDER
+
+Leaves what it found in OUTPUT_FOLDER/rank-N.json: torchrun's ranks share one unbuffered output, where lines mix.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -30,7 +34,7 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def main(deepspeed: str) -> None:
+def main(deepspeed: str, output: str) -> None:
     device = parallel.local_device(discover_ranks().local_rank)
     parallel.start(device, timeout_minutes=1.0)
     rank = parallel.rank()
@@ -75,13 +79,14 @@ def main(deepspeed: str) -> None:
         generate(engine.module, torch.tensor([short]), max_new_tokens=0 if rank == 1 else 5)
         raise AssertionError("not refused")
     except UserError as error:
-        print(f"rank {rank} refused: {error.problem}", flush=True)
+        refused = error.problem
 
     # The weights and DeepSpeed's bookkeeping are as before: a step of training gives the same as a fresh engine.
-    print(f"rank {rank} step {step(engine)!r}", flush=True)
+    used = step(engine)
     fresh = Engine(config, phase, Optim(), precision="float32", device=device)
     fresh.write_weights(lambda name, shape: weights[name].detach())
-    print(f"rank {rank} fresh {step(fresh)!r}", flush=True)
+    found = {"refused": refused, "used": used, "fresh": step(fresh)}
+    Path(output, f"rank-{rank}.json").write_text(json.dumps(found))
     parallel.barrier()
     parallel.stop()
 
@@ -97,4 +102,4 @@ def step(engine: Engine) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2])
