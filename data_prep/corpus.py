@@ -227,13 +227,16 @@ def _text_record(data: bytes, kind: str) -> Record:
 def split_text(text: str) -> Iterator[str]:
     """A named file of text is often a whole corpus in one: it is cut into documents of about _LONG_TEXT characters, at
     blank lines where there are some, else at line ends, so that a part can be held out."""
-    while len(text) > 2 * _LONG_TEXT:
-        end = text.find("\n\n", _LONG_TEXT, 2 * _LONG_TEXT)
-        end = end + 2 if end >= 0 else text.find("\n", _LONG_TEXT, 2 * _LONG_TEXT) + 1 or 2 * _LONG_TEXT
-        yield text[:end]
-        text = text[end:]
-    if text.strip():
-        yield text
+    start = 0
+    while len(text) - start > 2 * _LONG_TEXT:
+        low, high = start + _LONG_TEXT, start + 2 * _LONG_TEXT
+        end = text.find("\n\n", low, high)
+        end = end + 2 if end >= 0 else text.find("\n", low, high) + 1 or high
+        yield text[start:end]
+        start = end
+    rest = text[start:]
+    if rest.strip():
+        yield rest
 
 
 def _json_records(file: BinaryIO, piece: Piece, text_key: str) -> Iterator[Record]:

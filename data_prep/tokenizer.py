@@ -45,6 +45,11 @@ def make_tokenizer(
     job = describe_job("tokenizer", files, vocab_size=vocab_size, kind=kind, max_bytes=max_bytes, text_key=text_key)
     if is_same_job(output, job):
         return SLMTokenizer.from_pretrained(output), 0
+    if output.is_dir() and any(output.iterdir()):  # only hidden files: others were refused above
+        raise UserError(
+            f"{output} holds hidden files, and a tokenizer's folder is put in place as a whole",
+            fix="choose another --output folder, or remove this one",
+        )
     pieces = sample(cut(files, _PIECE_BYTES), max_bytes)
     num_bytes = sum(piece.end - piece.start for piece in pieces)
     # Made beside the output and renamed: it is there whole or not at all.

@@ -23,9 +23,11 @@ ensure_environment() {
     echo "$("$python" --version) is too old: Python 3.10 or newer is needed (set PYTHON=/path/to/python3.10)" >&2
     return 3
   }
-  if [ ! -x .venv/bin/python ]; then
+  if ! [ -e .venv/bin/activate ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none, or a half-made one
+    rm -rf .venv
     "$python" -m venv .venv || {
-      echo "python's venv module is missing: apt-get install python3-venv" >&2
+      rm -rf .venv
+      echo "a virtual environment cannot be made: apt-get install python3-venv" >&2
       return 3
     }
   fi
@@ -34,10 +36,13 @@ ensure_environment() {
   stamp=".venv/.installed-${extra:-base}-$(cat constraints.txt setup.cfg pyproject.toml | sha256sum | cut -c1-16)"
   [ -e "$stamp" ] && return 0
   echo "installing into .venv (once; a few minutes, most of it PyTorch)"
-  export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR="${PIP_PROGRESS_BAR:-on}"
-  pip install -q -c constraints.txt "pip>=24" "setuptools>=70.1"
+  export PIP_DISABLE_PIP_VERSION_CHECK=1
+  # On a terminal pip shows its bars; in a log it would only fill pages.
+  local install=(python -m pip install -c constraints.txt)
+  [ -t 1 ] || install+=(-q)
+  "${install[@]}" "pip>=24" "setuptools>=70.1"
   # torch first: the others then find it, and DeepSpeed needs it to build.
-  pip install -q "$(grep '^torch==' constraints.txt)" -c constraints.txt
-  pip install -q -c constraints.txt -e ".${extra:+[$extra]}"
+  "${install[@]}" "$(grep '^torch==' constraints.txt)"
+  "${install[@]}" -e ".${extra:+[$extra]}"
   touch "$stamp"
 }

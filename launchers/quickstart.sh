@@ -6,6 +6,7 @@
 # Run again, it goes on from what is complete.
 set -euo pipefail
 if [ $# -gt 0 ]; then sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; fi
+case "${CORPUS:=}" in "" | /*) ;; *) CORPUS=$PWD/$CORPUS ;; esac # as seen from where the command is given
 cd "$(dirname "$0")/.."
 source launchers/environment.sh
 
@@ -17,10 +18,14 @@ export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 
 corpus="${CORPUS:-$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')}"
 # Each corpus has its own folders, so that one quickstart does not stand in the way of the next.
-name=quickstart${CORPUS:+-$(basename "$CORPUS" | tr -c 'A-Za-z0-9_\n' '_')}
+name=quickstart
+if [ -n "$CORPUS" ]; then
+  name+=-$(basename "$CORPUS" | tr -c 'A-Za-z0-9_\n' '_')-$(cksum <<<"$CORPUS" | cut -d' ' -f1)
+fi
 work=artifacts/$name
 run=runs/$name
 step() { printf '\n== %s\n' "$*"; }
+trap 'printf "\nstopped. The same command goes on from what is complete; to begin anew, remove %s and %s\n" $work $run >&2' ERR
 
 step "1/5 tokenizer: byte-level BPE with 4,096 entries, learned from $corpus"
 slm-data tokenizer "$corpus" --vocab-size 4096 --max-bytes 20M --max-bad-fraction 0.05 --output $work/tokenizer

@@ -39,15 +39,19 @@ def main() -> None:
         app()
     except SLMError as error:
         typer.echo(f"{error.title}: {error}", err=True)
-        _note_exit(error)
+        _note_exit(error.exit_code, str(error))
         sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == UserError.exit_code:  # typer has shown what is wrong with the command line
+            _note_exit(UserError.exit_code, "the command line is not understood; see the message above")
+        raise
 
 
-def _note_exit(error: SLMError) -> None:
-    """A launcher that waits for this process reads here how it ended (runtime.write_exit)."""
+def _note_exit(code: int, reason: str) -> None:
+    """A launcher that waits for this process reads here how it ended. (What a run has written itself stays.)"""
     from slm.runtime import write_exit
 
-    write_exit(None, error.exit_code, str(error))
+    write_exit(None, code, reason)
 
 
 @app.command()
@@ -121,7 +125,7 @@ def evaluate(
 
     table = Table("source", "targets", "loss (nats)", "perplexity", "bits per byte")
     for name, row in results.items():
-        bits = f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] else "-"
+        bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
         table.add_row(name, f"{row['targets']:,}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", bits)
     Console().print(table)
 

@@ -80,7 +80,9 @@ def resolve_precision(asked: str, device: torch.device) -> tuple[str, str]:
     return "float16", "this GPU has no bfloat16; the loss is scaled dynamically"
 
 
-def deepspeed_config(phase: Phase, optim: Optim, precision: str, data_world: int) -> dict[str, Any]:
+def deepspeed_config(
+    phase: Phase, optim: Optim, precision: str, data_world: int, device_type: str = "cpu"
+) -> dict[str, Any]:
     """The ZeRO strategy's JSON joined with what the recipe owns. Raises UserError for combinations that train wrongly."""
     strategy = read_deepspeed(phase.deepspeed)
     strategy.pop("_about", None)
@@ -96,6 +98,12 @@ def deepspeed_config(phase: Phase, optim: Optim, precision: str, data_world: int
             raise UserError(
                 f"phases.{phase.name}.deepspeed offloads to NVMe, where checkpoints by parameter name cannot reach it",
                 fix="use ds_configs/zero3_offload.json (host memory)",
+            )
+    for name in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if strategy["zero_optimization"].get(name) and device_type != "cuda":
+            raise UserError(
+                f"phases.{phase.name}.deepspeed sets {name} (ZeRO++), whose kernels DeepSpeed has for GPUs only",
+                fix="use ds_configs/zero3.json on a CPU",
             )
     accumulation = gradient_accumulation(phase, data_world)
     return {
@@ -133,7 +141,7 @@ class Engine:
 
         self.device, self.precision, self.z_loss = device, precision, phase.loss.z_loss
         self.data_world = parallel.world_size()
-        ds_config = deepspeed_config(phase, optim, precision, self.data_world)
+        ds_config = deepspeed_config(phase, optim, precision, self.data_world, device.type)
         self.stage: int = ds_config["zero_optimization"].get("stage", 0)
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         if offload:
@@ -142,6 +150,8 @@ class Engine:
         module.recompute = phase.activation_checkpointing == "full"
         module.objective = objective
         if compile_blocks:
+            # Each phase compiles for its own shapes: next to those of the phase before, they would be made dynamic.
+            torch._dynamo.reset()
             module.compile_blocks()
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in module.named_parameters()}
         groups = parameter_groups(module, optim)
@@ -339,6 +349,7 @@ class Engine:
                 group, offset, padded = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
                 flat = self._optimizer.fp32_partitioned_groups_flat[group]
                 parameter.ds_tensor.data.copy_(flat.data[offset : offset + padded])
+            self._optimizer.invalidate_secondary_tensor()  # ZeRO++'s copy of the weights within a node
             kept = self._optimizer.persistent_parameters
             if kept:
                 kept[0].all_gather(kept)

@@ -9,7 +9,7 @@ Owns the sums; the batches come from slm/data/batches.py, the losses from an eng
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,17 +38,22 @@ class Result:
 
 def evaluate(
     token_losses: Callable[[Batch], torch.Tensor],
-    sources: dict[str, Iterable[Batch]],
+    sources: Mapping[str, Iterable[Batch]],
     device: torch.device,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] = lambda num_batches: None,
 ) -> dict[str, Result]:
-    """Every rank must bring equally many batches of each source (evaluation_batches sees to it)."""
+    """Every rank must bring equally many batches of each source (EvaluationBatches sees to it).
+
+    progress: called after each batch with their number so far.
+    """
+    num_batches = 0
     sums = torch.zeros(len(sources), 2, dtype=torch.float64, device=device)
     for i, batches in enumerate(sources.values()):
         for batch in batches:
             sums[i, 0] += token_losses(batch.to(device)).sum(dtype=torch.float64)
             sums[i, 1] += batch.num_targets
-            progress()
+            num_batches += 1
+            progress(num_batches)
     parallel.reduce_tensor(sums)
     results = {name: Result(float(s), int(n)) for name, (s, n) in zip(sources, sums.tolist(), strict=True)}
     total = sums.sum(0).tolist()

@@ -9,13 +9,13 @@ is in train.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slm import checkpoint
-from slm.data.batches import Batch, PhaseData, evaluation_batches
+from slm.data.batches import EvaluationBatches, PhaseData
 from slm.data.tokens import TokenDataset
 from slm.engine import Engine
 from slm.errors import UserError
@@ -24,6 +24,8 @@ from slm.model.hf import read_config
 from slm.model.llama import initial_value
 from slm.recipe import Phase, Recipe
 from slm.runtime import Ranks
+
+log = logging.getLogger("slm")
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,9 @@ class Position:
 def open_phase_data(recipe: Recipe, phase: Phase) -> PhaseData:
     """The phase's packed sequences in their order. Raises UserError for a missing or too small dataset."""
     datasets = {name: TokenDataset(recipe.data.sources[name]) for name in phase.mixture or recipe.data.sources}
-    weights = phase.mixture or {name: float(dataset.num_tokens) for name, dataset in datasets.items()}
     data = PhaseData(
         datasets,
-        dict(weights),
+        dict(phase.mixture) or None,
         seq_len=phase.seq_len,
         seed=recipe.seed,
         phase_name=phase.name,
@@ -99,9 +100,9 @@ def check_tokenizer(recipe: Recipe, data: PhaseData) -> None:
 
 def validation_batches(
     recipe: Recipe, phase: Phase, validation: dict[str, TokenDataset], ranks: Ranks
-) -> dict[str, Iterable[Batch]]:
+) -> dict[str, EvaluationBatches]:
     return {
-        name: evaluation_batches(
+        name: EvaluationBatches(
             dataset,
             phase.seq_len,
             phase.micro_batch,
@@ -197,6 +198,21 @@ def _check_same_function(engine: Engine, path: str, reader: checkpoint.Reader | 
             reader.check_shape(name, shape)
     theirs = ModelConfig(**reader.state["model"]) if reader is not None else read_config(path)
     ours = engine.module.config
+    if ours.tie_word_embeddings and not theirs.tie_word_embeddings:
+        raise UserError(
+            f"init_from: {path} has an output head of its own, which the recipe's model, whose head is the embedding "
+            "(tie_word_embeddings), would drop",
+            fix="set model.tie_word_embeddings to false",
+        )
+    for field in ("rope_theta", "rope_scaling"):  # changed on purpose when a context is extended
+        if getattr(theirs, field) != getattr(ours, field):
+            log.warning(
+                "init_from: %s has %s %s, this run %s: its positions turn by other angles until it is trained to",
+                path,
+                field,
+                getattr(theirs, field),
+                getattr(ours, field),
+            )
     for field in ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"):
         if getattr(theirs, field) != getattr(ours, field):
             raise UserError(
@@ -213,6 +229,22 @@ def restore_state(engine: Engine, reader: checkpoint.Reader) -> None:
     engine.write_state(reader.read)
     engine.optimizer_steps = reader.state["optimizer_steps"]
     engine.loss_scale = reader.state["loss_scale"]
+
+
+def warn_of_longer_phases(reader: checkpoint.Reader, recipe: Recipe) -> None:
+    """A phase that is over stays as it was, whatever the recipe says now: says so where it says something else."""
+    position = reader.state["position"]
+    names = [phase.name for phase in recipe.phases]
+    over = recipe.phases[: names.index(position["phase"])] if position["phase"] in names else []
+    was = {p["name"]: -(-p["tokens"] // p["batch_tokens"]) for p in reader.state["recipe"]["phases"]}
+    for phase in over:
+        if was.get(phase.name, phase.num_steps) != phase.num_steps:
+            log.warning(
+                "phases.%s was over after %d steps and a later phase has begun; that it now says %d has no effect",
+                phase.name,
+                was[phase.name],
+                phase.num_steps,
+            )
 
 
 def remaining_phases(recipe: Recipe, position: Position) -> list[Phase]:

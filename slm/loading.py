@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 
 from slm import checkpoint, parallel
-from slm.data.batches import Batch, evaluation_batches
+from slm.data.batches import Batch, EvaluationBatches
 from slm.data.tokens import TokenDataset
 from slm.errors import UserError
 from slm.evaluate import ALL, evaluate
@@ -26,8 +26,8 @@ from slm.model.llama import SLMForCausalLM
 
 
 def load_model(path: str | Path, *, exact: bool = False) -> tuple[SLMForCausalLM, dict[str, Any]]:
-    """(model in eval mode, recipe fields or {} for a Hugging Face folder), on the GPU in bfloat16 if there is one that
-    has it; with `exact` on the CPU in float32, whatever is there.
+    """(model in eval mode, the checkpoint's state or {} for a Hugging Face folder), on the GPU in bfloat16 if there is
+    one that has it; with `exact` on the CPU in float32, whatever is there.
 
     A run directory means its best checkpoint, else its newest. Raises UserError, CorruptArtefact.
     """
@@ -46,15 +46,15 @@ def load_model(path: str | Path, *, exact: bool = False) -> tuple[SLMForCausalLM
     reader = checkpoint.Reader(checkpoint.locate(path))
     model = SLMForCausalLM(ModelConfig(**reader.state["model"]), seed=None).to(dtype)
     reader.fill(model)
-    return model.to(device).eval(), reader.state["recipe"]
+    return model.to(device).eval(), reader.state
 
 
 def load_for_text(path: str, tokenizer: str = "") -> tuple[SLMForCausalLM, Any]:
     """(model, tokenizer). The tokenizer is the one given, else that of the recipe, else that of the folder."""
     from slm.tokenizer import load_tokenizer
 
-    model, recipe = load_model(path)
-    spec = tokenizer or recipe.get("tokenizer") or (path if not recipe else "")
+    model, state = load_model(path)
+    spec = tokenizer or (state["recipe"]["tokenizer"] if state else path)
     if not spec:
         raise UserError(f"{path}: its recipe names no tokenizer, so text cannot be encoded", fix="give --tokenizer")
     loaded = load_tokenizer(spec)
@@ -64,14 +64,28 @@ def load_for_text(path: str, tokenizer: str = "") -> tuple[SLMForCausalLM, Any]:
             f"{model.config.vocab_size}: it is not the one the model was trained with",
             fix="give the right one with --tokenizer",
         )
+    if not tokenizer:  # another one that is given on purpose may be the same in another format
+        _check_tokenizer(path, state, spec, loaded.fingerprint)
     return model, loaded
+
+
+def _check_tokenizer(path: str, state: dict[str, Any], what: str, fingerprint: str) -> None:
+    """Raises UserError if `what` is not of the tokenizer that the checkpoint was trained with, where it is known."""
+    trained_with = state.get("identity", {}).get("tokenizer", fingerprint)
+    if fingerprint != trained_with:
+        raise UserError(
+            f"{what} is of another tokenizer (fingerprint {fingerprint[:12]}) than the one {path} was trained with "
+            f"({trained_with[:12]}): the same ids mean different text",
+            fix="use the files that the model was trained with, or make them again as they were",
+        )
 
 
 def evaluate_model(
     path: str, folders: list[str], seq_len: int, micro_batch: int, max_sequences: int
-) -> dict[str, dict[str, float]]:
-    """{source: targets, loss, perplexity, bits_per_byte (0 if unknown)} and the sum as `all`."""
-    model, recipe = load_model(path)
+) -> dict[str, dict[str, float | None]]:
+    """{source: targets, loss, perplexity, bits_per_byte (None if unknown)} and the sum as `all`."""
+    model, state = load_model(path)
+    recipe = state.get("recipe", {})
     sources = {Path(folder).as_posix(): folder for folder in folders} or recipe.get("data", {}).get("validation", {})
     if not sources:
         raise UserError(f"{path}: its recipe names no validation data", fix="name folders of token shards after MODEL")
@@ -91,9 +105,10 @@ def evaluate_model(
                 f"{model.config.vocab_size}",
                 fix="evaluate on shards of the model's own tokenizer",
             )
+        _check_tokenizer(path, state, name, dataset.tokenizer_fingerprint)
     device = next(model.parameters()).device
     batches = {
-        name: list(evaluation_batches(dataset, seq_len, micro_batch, 0, 1, max_sequences or None, 0))
+        name: EvaluationBatches(dataset, seq_len, micro_batch, 0, 1, max_sequences or None)
         for name, dataset in datasets.items()
     }
 
@@ -109,7 +124,7 @@ def evaluate_model(
             "targets": result.num_targets,
             "loss": result.loss,
             "perplexity": result.perplexity,
-            "bits_per_byte": result.loss / 0.6931471805599453 / per_byte[name] if per_byte.get(name) else 0.0,
+            "bits_per_byte": result.loss / 0.6931471805599453 / per_byte[name] if per_byte.get(name) else None,
         }
         for name, result in results.items()
         if name != ALL or len(results) > 2
@@ -126,20 +141,21 @@ def export_model(path: str, output: Path) -> None:
     """Writes config.json, model.safetensors and the tokenizer's files. Raises UserError if `output` holds something."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; nothing was written, so that nothing is lost", fix="give a new folder")
-    model, recipe = load_model(path, exact=True)
+    model, state = load_model(path, exact=True)
+    spec = state["recipe"]["tokenizer"] if state else ""
+    tokenizer = None
+    if spec:
+        from slm.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(spec)
+        _check_tokenizer(path, state, spec, tokenizer.fingerprint)
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise UserError(
             f"{output} cannot be written: {output.parent} is no folder to write in", fix="give another path"
         )
     partial = output.with_name(f".{output.name}.partial")  # a killed export leaves nothing that looks like one
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if recipe.get("tokenizer"):
-        from slm.tokenizer import load_tokenizer
-
-        loaded = load_tokenizer(recipe["tokenizer"])
-        if hasattr(loaded, "save_pretrained"):
-            loaded.save_pretrained(partial)
+    model.save_pretrained(partial, tokenizer)
     if output.exists():
         output.rmdir()
     partial.rename(output)

@@ -355,9 +355,9 @@ def peak_flops(device: Any) -> float | None:
 def mfu(flops: dict[str, float], *, seconds: float, num_devices: int, peak: float | None) -> dict[str, float]:
     """FLOP/s per device and, where the peak is known, the fraction of it, for each convention of counting.
 
-    `flops` holds the FLOPs of the whole global step by convention: "full" counts a whole square of attention
-    for each sequence (PaLM, arXiv 2204.02311, appendix B), "causal" only the pairs that the packed documents
-    really attend to. Returns flops_per_second/NAME and mfu/NAME.
+    `flops` holds the FLOPs of the whole global step by convention: "full" counts a whole square of attention for each
+    packed document (for each sequence where nothing is packed: PaLM, arXiv 2204.02311, appendix B), "causal" only the
+    pairs that a causal kernel attends to. Returns flops_per_second/NAME and mfu/NAME.
     """
     rates = {name: count / seconds / num_devices for name, count in flops.items()}
     result = {f"flops_per_second/{name}": rate for name, rate in rates.items()}

@@ -18,12 +18,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from slm.errors import SLMError, UserError
+
+log = logging.getLogger("slm")
+
 _device = torch.device("cpu")
 
 
 def local_device(local_rank: int) -> torch.device:
-    """This rank's GPU, or the CPU if there is none or DS_ACCELERATOR=cpu. Tells DeepSpeed, which would guess and warn."""
+    """This rank's GPU, or the CPU if there is none or DS_ACCELERATOR=cpu. Tells DeepSpeed, which would guess and warn.
+
+    Raises UserError if there are fewer GPUs than ranks.
+    """
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"this is rank {local_rank} of its machine, which has {torch.cuda.device_count()} visible GPUs",
+                fix="start as many ranks as there are GPUs, or set DS_ACCELERATOR=cpu",
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -115,6 +127,8 @@ def together(function: Any, *arguments: Any) -> Any:
     except Exception as error:
         failure = error
     if world_size() > 1:
+        if failure is not None and not isinstance(failure, SLMError):
+            log.error("rank %d failed", rank(), exc_info=failure)  # a traceback does not travel to the other ranks
         failures: list[Exception | None] = [None] * world_size()
         dist.all_gather_object(failures, failure)
         failure = next((f for f in failures if f is not None), None)

@@ -41,6 +41,14 @@ class StepProgress:
             left = (self._last_line - self._started) / max(1, step - self._first) * (self._total - step)
             log.info("%s step %d/%d  %s  %s left", self._title, step, self._total, note, timedelta(seconds=round(left)))
 
+    def evaluating(self, num_batches: int) -> None:
+        """An evaluation within the phase has done so many batches."""
+        if self._bar is not None:
+            self._bar.update(self._task, note=f"evaluating: {num_batches} batches done")
+        elif self._enabled and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            log.info("%s evaluating: %d batches done", self._title, num_batches)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -91,12 +91,14 @@ class DocFilter(Section):
 class Phase(Section):
     """One stretch of training with its own length, data mixture, batch and schedule."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.]+$", description="letters, digits, _ and .; names its checkpoints")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$", description="letters, digits, _ and . inside; names its checkpoints"
+    )
     tokens: Count = Field(gt=0, description="tokens of the phase, padding included; rounded up to whole steps")
     seq_len: Count = Field(gt=1, description="tokens of one packed sequence")
     batch_tokens: Count = Field(gt=0, description="tokens per optimiser step over all ranks; a multiple of seq_len")
     micro_batch: Count = Field(1, gt=0, description="sequences per rank and forward pass")
-    mixture: dict[str, Real] = Field({}, description="source: weight; empty for all sources by their size")
+    mixture: dict[str, Real] = Field({}, description="source: weight; empty for all, each by its sequences")
     filters: dict[str, DocFilter] = Field({}, description="source: which documents by length")
     rope_scaling: RopeScaling | None = Field(None, description="from this phase on; null keeps what was")
     schedule: Schedule = Field(Schedule(), description="learning rate over the phase")
@@ -251,6 +253,8 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
         line = key_node.start_mark.line + 1
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *base`, which construct_mapping puts in
+            continue
         if not isinstance(key_node, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(
                 problem="a key is a list or a mapping", problem_mark=key_node.start_mark

@@ -59,15 +59,14 @@ class Ranks:
     local_world_size: int
 
 
-def discover_ranks(argv_local_rank: int | None = None) -> Ranks:
+def discover_ranks() -> Ranks:
     """Ranks from deepspeed or torchrun, else mpirun, else srun, else one process alone.
 
     Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where they are missing,
-    so that `init_process_group` and DeepSpeed need no discovery of their own. `argv_local_rank` is the
-    `--local_rank=N` which some launchers pass.
+    so that `init_process_group` and DeepSpeed need no discovery of their own.
     """
     env = os.environ
-    found = _from_torch_environment(argv_local_rank) or _from_mpi() or _from_slurm()
+    found = _from_torch_environment() or _from_mpi() or _from_slurm()
     ranks, rendezvous = found or (Ranks(0, 1, 0, 1), _alone)
     if not 0 <= ranks.rank < ranks.world_size or not 0 <= ranks.local_rank < ranks.local_world_size:
         raise UserError(
@@ -83,16 +82,14 @@ def discover_ranks(argv_local_rank: int | None = None) -> Ranks:
     return ranks
 
 
-def _from_torch_environment(argv_local_rank: int | None) -> tuple[Ranks, Any] | None:
+def _from_torch_environment() -> tuple[Ranks, Any] | None:
     env = os.environ
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return None
     rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
     # DeepSpeed says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE. With neither, one node is assumed.
     local_world_size = _first_int("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size)
-    if argv_local_rank is None:
-        argv_local_rank = rank % local_world_size
-    local_rank = _first_int("LOCAL_RANK", default=argv_local_rank)
+    local_rank = _first_int("LOCAL_RANK", default=rank % local_world_size)
     return Ranks(rank, world_size, local_rank, local_world_size), _alone
 
 

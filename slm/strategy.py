@@ -56,7 +56,12 @@ def deepspeed_problems(path: str) -> list[str]:
         return [f"deepspeed: {path} is not valid JSON ({error})"]
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization"), dict):
         return [f"deepspeed: {path} has no zero_optimization section, so there is no ZeRO stage to use"]
-    problems = []
+    problems = [
+        f"deepspeed: {path} has zero_optimization.{part} {content['zero_optimization'][part]!r}, which is no section: "
+        'write {"device": "cpu"}, or leave it out'
+        for part in ("offload_optimizer", "offload_param")
+        if not isinstance(content["zero_optimization"].get(part, {}), dict)
+    ]
     stage = content["zero_optimization"].get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         problems.append(f"deepspeed: {path} has stage {stage!r}, and ZeRO has 0, 1, 2 and 3: give one of them")

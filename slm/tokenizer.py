@@ -321,6 +321,14 @@ class SLMTokenizer:
             self._set(engine, special, {name: id_ for id_, name, is_special in later if not is_special}, roles)
         elif re.match(rb"[A-Za-z0-9+/=]+ \d+\s", data):
             ranks = _read_ranks(data, file)
+            if len(ranks) != _LLAMA3_RANKS:
+                log.warning(
+                    "%s has %d ranks; Llama 3's has %d. A rank file does not say how text is split before merging, so "
+                    "Llama 3's way is taken: another family's ids would differ from its own tokenizer's",
+                    file,
+                    len(ranks),
+                    _LLAMA3_RANKS,
+                )
             self._set(RanksEngine(ranks), special_tokens_of(len(ranks)), None, roles)
         else:
             raise UserError(

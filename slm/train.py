@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ from slm.inputs import (
     remaining_phases,
     restore_state,
     validation_batches,
+    warn_of_longer_phases,
 )
 from slm.metrics import MetricsLogger, StepTimer, memory_stats, mfu, peak_flops
 from slm.model.llama import Objective
@@ -154,12 +155,16 @@ def _take_run_dir(recipe: Recipe, ranks: Ranks) -> RunLock | None:
 def _train(
     recipe: Recipe, ranks: Ranks, device: torch.device, run_dir: Path, stop: StopRequest, profile_steps: range
 ) -> None:
-    data, validation, identities = parallel.together(_open_inputs, recipe, ranks, device)
     # Rank 0 chooses where to go on, for all.
     folder = parallel.first_rank_decides(checkpoint.choose, run_dir)
+    if folder is None:  # a run that has checkpoints of its own no longer needs what it began from
+        parallel.together(check_init_from, recipe)
+    data, validation, identities = parallel.together(_open_inputs, recipe, ranks, device)
     reader = checkpoint.Reader(folder) if folder else None
     position = position_of(reader, recipe, identities) if reader else Position()
     if ranks.rank == 0:
+        if reader:
+            warn_of_longer_phases(reader, recipe)
         atomic_write(run_dir / "recipe.yaml", dump_recipe(recipe))
         log.info("%s", plan.describe(recipe, ranks.world_size))
         for phase in recipe.phases:
@@ -189,8 +194,8 @@ def _open_inputs(
     """Everything that can be wrong is found here, before anything is built: (data by phase, validation, identities)."""
     precision, _ = resolve_precision(recipe.precision, device)
     for phase in recipe.phases:
-        deepspeed_config(phase, recipe.optim, precision, ranks.world_size)  # refuses what would train wrongly
-    check_init_from(recipe)
+        # Refuses what would train wrongly.
+        deepspeed_config(phase, recipe.optim, precision, ranks.world_size, device.type)
     data = {phase.name: open_phase_data(recipe, phase) for phase in recipe.phases}
     validation = {name: TokenDataset(path) for name, path in recipe.data.validation.items()}
     check_vocabulary(recipe, [*data.values()], validation)
@@ -228,7 +233,7 @@ def open_run(
 def run_phases(
     run: Run,
     data: dict[str, StepData],
-    validation: Callable[[Phase], dict[str, Iterable[Batch]]],
+    validation: Callable[[Phase], Mapping[str, Iterable[Batch]]],
     position: Position,
     reader: checkpoint.Reader | None,
     *,
@@ -269,7 +274,7 @@ def run_phase(
     run: Run,
     phase: Phase,
     data: StepData,
-    validation: Callable[[], dict[str, Iterable[Batch]]],
+    validation: Callable[[], Mapping[str, Iterable[Batch]]],
     position: Position,
     *,
     load: Callable[[Engine], None],
@@ -390,7 +395,7 @@ def run_phase(
             every = recipe.eval.every_steps
             if last or (every and position.step % every == 0):
                 with timer.part("eval"):
-                    results = evaluate(engine.token_losses, validation(), device)
+                    results = evaluate(engine.token_losses, validation(), device, progress.evaluating)
                 if results[ALL].num_targets:
                     best = position.best_loss is None or results[ALL].loss < position.best_loss
                     if best:

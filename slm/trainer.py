@@ -15,8 +15,9 @@ import atexit
 import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,13 @@ class TextDataset:
             )
         self.max_length, self.stride = max_length, stride
         self._documents = [_encode(tokenizer, text) for text in texts]
+        largest = max((int(ids.max()) for ids in self._documents if len(ids)), default=0)
+        if hasattr(tokenizer, "__len__") and largest >= len(tokenizer):
+            raise UserError(
+                f"TextDataset: the tokenizer gave the id {largest}, but its len() is {len(tokenizer)}: a model of that "
+                "vocabulary has no row for it",
+                fix="let len(tokenizer) be its largest id + 1",
+            )
         # (document, start, end, first token whose successor counts)
         windows = [w for d, ids in enumerate(self._documents) for w in self._windows(d, len(ids))]
         self.num_tokens = sum(len(ids) for ids in self._documents)
@@ -114,7 +122,7 @@ class TextDataset:
         return digest.hexdigest()
 
     def batch(self, indices: Iterable[int]) -> Batch:
-        """Sequences by index as one batch; None or a number past the end gives an empty row."""
+        """Sequences by index as one batch; a number past the end gives an empty row."""
         rows: list[list[Piece]] = []
         uncounted: list[tuple[int, int, int]] = []  # (row, first, last) positions whose labels count elsewhere
         for b, index in enumerate(indices):
@@ -223,7 +231,16 @@ class SLMTrainer:
         none); a path goes on from that run or checkpoint. Without it, an output_dir that already holds checkpoints is
         refused, so that nothing is lost. Raises UserError.
         """
-        recipe = recipe_from_tree(self._recipe_tree(num_epochs), "SLMTrainer")
+        if not num_epochs > 0:
+            raise UserError(f"SLMTrainer: num_epochs is {num_epochs}: nothing would be trained", fix="give more than 0")
+        environment = dict(os.environ)
+        try:
+            return self._train(num_epochs, resume_from_checkpoint)
+        finally:  # what discover_ranks set is of this call: a command started from the notebook must not inherit it
+            os.environ.clear()
+            os.environ.update(environment)
+
+    def _train(self, num_epochs: float, resume_from_checkpoint: bool | str | Path | None) -> dict[str, Any]:
         ranks = discover_ranks()
         device = parallel.local_device(ranks.local_rank)
         if parallel.start(device):
@@ -233,6 +250,7 @@ class SLMTrainer:
         stop = StopRequest()
         try:
             setup_logging(ranks.rank, self.output_dir)
+            recipe = recipe_from_tree(self._recipe_tree(num_epochs), "SLMTrainer")
             data = _EpochData(self.train_dataset, self.config.seed)
             shape = self.model.config.model_dump(mode="json")
             identities = {"train": {"data": self.train_dataset.fingerprint, "seed": self.config.seed, "model": shape}}
@@ -256,9 +274,12 @@ class SLMTrainer:
             finally:
                 run.saver.finish(timeout_seconds=120)
                 run.metrics.close()
+            # Another run that has all the steps already leaves none to do here: its state is the result.
+            last = self.output_dir / "latest" if (self.output_dir / "latest").exists() else folder
+            assert last is not None
             if ranks.rank == 0:
-                self._keep_best()
-            checkpoint.Reader(self.output_dir / "latest").fill(self.model)
+                self._keep_best(self.output_dir / "best" if (self.output_dir / "best").exists() else last)
+            checkpoint.Reader(last).fill(self.model)
             return _last_metrics(self.output_dir)
         finally:
             if lock is not None:
@@ -269,9 +290,8 @@ class SLMTrainer:
         config, length = self.config, self.train_dataset.max_length
         num_steps = max(1, -(-int(len(self.train_dataset) * num_epochs) // config.batch_size))
         steps_per_epoch = max(1, len(self.train_dataset) // config.batch_size)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        # float32 needs no ZeRO in one process; half precision needs stage 1's float32 masters.
-        stage = 1 if torch.cuda.is_available() else 0
+        # float32 needs no ZeRO in one process; half precision needs float32 masters, and stage 2 to accumulate in float32.
+        stage = 2 if torch.cuda.is_available() else 0
         strategy = self.output_dir / "deepspeed.json"
         atomic_write(strategy, json.dumps({"zero_optimization": {"stage": stage}}))
         return {
@@ -317,7 +337,7 @@ class SLMTrainer:
         weights = dict(self.model.named_parameters())
         engine.write_weights(lambda name, shape: weights[name].detach().cpu())
 
-    def _validation(self, phase: Phase, rank: int, world: int) -> dict[str, Iterable[Batch]]:
+    def _validation(self, phase: Phase, rank: int, world: int) -> Mapping[str, Iterable[Batch]]:
         if self.eval_dataset is None:
             return {}
         size = phase.micro_batch * world
@@ -346,21 +366,21 @@ class SLMTrainer:
 
         return objective
 
-    def _keep_best(self) -> None:
-        """Writes OUTPUT_DIR/best_model (the best by eval loss, else the last) and swaps it in by one rename."""
-        best = self.output_dir / "best"
-        reader = checkpoint.Reader(best if best.exists() else self.output_dir / "latest")
-        new = self.output_dir / ".best_model.new"
-        shutil.rmtree(new, ignore_errors=True)
+    def _keep_best(self, folder: Path) -> None:
+        """Writes the model of a checkpoint to OUTPUT_DIR/best_model: beside the old one first, then in its place."""
+        new, old = (self.output_dir / f".best_model.{which}" for which in ("new", "old"))
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         model = SLMForCausalLM(self.model.config, seed=None)
-        reader.fill(model)
-        model.save_pretrained(new)
+        checkpoint.Reader(folder).fill(model)
+        model.save_pretrained(new, self.tokenizer)
         if hasattr(self.tokenizer, "save_pretrained"):
-            self.tokenizer.save_pretrained(new)
             self.tokenizer.save_pretrained(self.output_dir / "tokenizer")
         final = self.output_dir / "best_model"
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
         new.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
         log.info("the best model is in %s", final)
 
 

@@ -14,10 +14,9 @@ python -m mypy
 # DeepSpeed's CPU Adam, which the offload tests use, is compiled here once and not inside a test's time limit.
 python -c 'import logging; logging.basicConfig(); from slm.engine import build_cpu_adam; build_cpu_adam()'
 
-markers="not gpu and not slow"
-if [ "${1:-}" = "--all" ]; then markers="not gpu"; shift; fi
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then markers="${markers//not gpu and /}"; fi
-# Tests in `distributed` and `e2e` start several processes each: one at a time; the others one a core.
-if [ $# -gt 0 ]; then exec python -m pytest -m "$markers" "$@"; fi
+slow="not slow" gpu="not gpu"
+if [ "${1:-}" = "--all" ]; then slow="(slow or not slow)"; shift; fi
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then gpu="(gpu or not gpu)"; fi
+if [ $# -gt 0 ]; then exec python -m pytest -m "$slow and $gpu" "$@"; fi
 export OMP_NUM_THREADS=1
-exec python -m pytest -q -n 2 --dist loadfile -m "$markers" --durations 10
+exec python -m pytest -q -n 2 --dist loadfile -m "$slow and $gpu" --durations 10

@@ -36,8 +36,6 @@ class Batch:
     # int32, starts of the pieces in the flattened [B*T], every row start among them; of a fixed size (filled
     # up with B*T), so that compiled code sees one shape. Padding at a row's end is a piece of its own.
     piece_bounds: torch.Tensor
-    source_B: torch.Tensor  # int64, which source of the mixture each row is from
-    max_piece_tokens: int  # of the longest piece in piece_bounds, padding among them
     num_targets: int
     num_tokens: int  # without padding
     attention_pairs: int  # (query, key) pairs a causal kernel touches: sum of n (n + 1) / 2 over the pieces
@@ -63,7 +61,6 @@ def assemble(
     seq_len: int,
     pad_id: int,
     max_pieces: int,
-    sources: Sequence[int] | None = None,
 ) -> Batch:
     """Rows of pieces -> a micro-batch. max_pieces: the most pieces in any row of the whole data."""
     B = len(rows)
@@ -103,8 +100,6 @@ def assemble(
         labels_BT=torch.from_numpy(labels).view(B, seq_len),
         positions_BT=torch.from_numpy(positions).view(B, seq_len),
         piece_bounds=torch.from_numpy(bounds),
-        source_B=torch.tensor([0] * B if sources is None else sources, dtype=torch.int64),
-        max_piece_tokens=int(lengths.max()),
         num_targets=num_tokens - (following.count(IGNORE) - int(padded.sum())),
         num_tokens=num_tokens,
         attention_pairs=(squares + num_tokens) // 2,
@@ -132,12 +127,16 @@ class _Source:
 
 
 class PhaseData:
-    """All sequences of a phase, by step. A thread prepares the next step's batches while this one trains."""
+    """All sequences of a phase, by step. A thread prepares the next step's batches while this one trains.
+
+    weights: how often each source is drawn; None for as often as it has sequences (of the documents that the filters
+    leave), so that the epochs of all sources end together.
+    """
 
     def __init__(
         self,
         sources: dict[str, TokenDataset],
-        weights: dict[str, float],
+        weights: dict[str, float] | None,
         *,
         seq_len: int,
         seed: int,
@@ -160,11 +159,13 @@ class PhaseData:
             for name, dataset in sources.items()
         ]
         for name, s in zip(sources, self._sources, strict=True):
-            if weights[name] and not s.plan.num_sequences:
+            if (weights is None or weights[name]) and not s.plan.num_sequences:
                 raise UserError(
                     f"phase {phase_name}: the source {name!r} has no document to train on",
                     fix="loosen its filters or give it weight 0",
                 )
+        if weights is None:
+            weights = {name: float(s.plan.num_sequences) for name, s in zip(sources, self._sources, strict=True)}
         self.max_pieces = max(s.plan.max_pieces_per_sequence for s in self._sources)
         identities = [f"{s.dataset.fingerprint}/{s.plan.fingerprint}" for s in self._sources]
         key = phase_key(seed, phase_name, identities)
@@ -207,8 +208,7 @@ class PhaseData:
         """The sequences of these places in the phase's order, as one micro-batch."""
         located = [self.order.locate(k) for k in indices]
         rows = [self._sources[source].row(sequence) for source, sequence, _ in located]
-        sources = [source for source, _, _ in located]
-        return assemble(rows, self.seq_len, self.pad_id, self.max_pieces, sources)
+        return assemble(rows, self.seq_len, self.pad_id, self.max_pieces)
 
     def sample_ids(self, step: int, global_batch: int) -> list[tuple[str, int, int]]:
         """(source, sequence, epoch) of every sequence of a step, over all ranks."""
@@ -253,26 +253,38 @@ def _packed(dataset: TokenDataset, seq_len: int) -> PackingPlan:
     return pack([shard.doc_offsets for shard in dataset.shards], seq_len)
 
 
-def evaluation_batches(
-    dataset: TokenDataset,
-    seq_len: int,
-    micro_batch: int,
-    data_rank: int,
-    data_world: int,
-    max_sequences: int | None = None,
-    pad_id: int = 0,
-) -> Iterator[Batch]:
+class EvaluationBatches:
     """A dataset in packed order, split over the ranks; of more than max_sequences, that many evenly spaced (the
-    first ones would be the longest documents).
+    first ones would be the longest documents). Made as they are iterated.
 
     Every rank gets equally many batches of one shape: rows that are missing at the end are empty, so that a
     collective forward never waits for a rank that is done.
     """
-    source = _Source(dataset, _packed(dataset, seq_len))
-    num_sequences = min(source.plan.num_sequences, max_sequences or source.plan.num_sequences)
-    num_batches = -(-num_sequences // (micro_batch * data_world))
-    for i in range(num_batches):
-        first = (i * data_world + data_rank) * micro_batch
-        picked = [s * source.plan.num_sequences // num_sequences for s in range(first, first + micro_batch)]
-        rows = [source.row(s) if s < source.plan.num_sequences else [] for s in picked]
-        yield assemble(rows, seq_len, pad_id, source.plan.max_pieces_per_sequence)
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        seq_len: int,
+        micro_batch: int,
+        data_rank: int,
+        data_world: int,
+        max_sequences: int | None = None,
+        pad_id: int = 0,
+    ) -> None:
+        self.seq_len, self.micro_batch, self.pad_id = seq_len, micro_batch, pad_id
+        self.data_rank, self.data_world = data_rank, data_world
+        self._source = _Source(dataset, _packed(dataset, seq_len))
+        available = self._source.plan.num_sequences
+        self.num_sequences = min(available, max_sequences or available)
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return -(-self.num_sequences // (self.micro_batch * self.data_world))
+
+    def __iter__(self) -> Iterator[Batch]:
+        plan = self._source.plan
+        for i in range(len(self)):
+            first = (i * self.data_world + self.data_rank) * self.micro_batch
+            picked = [s * plan.num_sequences // self.num_sequences for s in range(first, first + self.micro_batch)]
+            rows = [self._source.row(s) if s < plan.num_sequences else [] for s in picked]
+            yield assemble(rows, self.seq_len, self.pad_id, plan.max_pieces_per_sequence)

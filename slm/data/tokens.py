@@ -270,6 +270,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CorruptArtefact(f"{path} is not readable ({error})") from None
     if schema != SCHEMA:
         raise CorruptArtefact(f"{path} has schema {schema!r}; this version reads {SCHEMA!r}")
+    if missing := [key for key in ("tokenizer", "num_tokens", "num_docs", "shards") if key not in manifest]:
+        raise CorruptArtefact(f"{path} lacks {', '.join(missing)}: it is no whole manifest")
     if manifest.get("sha256", "") not in ("", _manifest_sha256(manifest)):
         raise CorruptArtefact(f"{path} was changed: its contents do not have the SHA-256 that it names")
     return manifest

@@ -53,16 +53,21 @@ def packed_attention(
     return out.view(B, T, H, D)
 
 
+@torch.compiler.disable  # the pieces differ from batch to batch
 def _piece_by_piece(
     q_BTHD: torch.Tensor, k_BTJD: torch.Tensor, v_BTJD: torch.Tensor, piece_bounds: torch.Tensor
 ) -> torch.Tensor:
-    """For what the variable-length kernel does not take (float32, GPUs before Ampere): one causal SDPA call a piece."""
-    q, k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in (q_BTHD, k_BTJD, v_BTJD))  # [1, heads, B*T, D]
+    """For what the variable-length kernel does not take (float32, GPUs before Ampere): one causal SDPA call a piece.
+
+    Key/value heads are repeated: the memory-efficient kernel, the only one there that builds no [T, T] matrix, takes no
+    grouped ones.
+    """
+    groups = q_BTHD.shape[2] // k_BTJD.shape[2]
+    k_BTHD, v_BTHD = (x.repeat_interleave(groups, dim=2) for x in (k_BTJD, v_BTJD))
+    q, k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in (q_BTHD, k_BTHD, v_BTHD))  # [1, H, B*T, D]
     bounds = piece_bounds.tolist()
     outputs = [
-        F.scaled_dot_product_attention(
-            q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], is_causal=True, enable_gqa=True
-        )
+        F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], is_causal=True)
         for start, end in zip(bounds, bounds[1:], strict=False)
         if end > start
     ]

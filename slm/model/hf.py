@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,23 +148,28 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype) -> SLMForCausalLM:
     return model.eval()
 
 
-def save_pretrained(model: SLMForCausalLM, folder: str | Path) -> None:
-    """Writes config.json and model.safetensors of a whole (not partitioned) model."""
-    write_folder(model.config, ((n, p.detach()) for n, p in model.named_parameters()), folder)
+def save_pretrained(model: SLMForCausalLM, folder: str | Path, tokenizer: Any = None) -> None:
+    """Writes a whole (not partitioned) model: temporary file, rename, config.json last.
 
-
-def write_folder(config: ModelConfig, weights: Iterable[tuple[str, torch.Tensor]], folder: str | Path) -> None:
-    """Writes a model folder from (name, tensor) pairs: temporary file, rename, config last."""
+    tokenizer: any object; its files too, if it has save_pretrained, and its bos_, eos_ and pad_token_id, so that
+    transformers' generate knows where a text ends.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "model.safetensors"
     temporary = folder / ".model.safetensors.tmp"
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in weights}
+    tensors = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}
     save_file(tensors, temporary, metadata={"format": "pt"})
     os.chmod(temporary, 0o644)  # safetensors makes it readable by the owner alone
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     temporary.replace(target)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    hf = config_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
+    # Null where there is none: transformers would otherwise take Llama 1's, which are ordinary tokens here.
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {name: getattr(tokenizer, name, None) for name in names}
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    atomic_write(folder / "generation_config.json", json.dumps(special, indent=2) + "\n")
+    hf = config_to_hf(model.config) | special | {"dtype": dtype, "torch_dtype": dtype}
     atomic_write(folder / "config.json", json.dumps(hf, indent=2) + "\n")

@@ -262,11 +262,11 @@ class SLMForCausalLM(nn.Module):
 
         return load_pretrained(path, dtype)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes a folder that transformers' AutoModelForCausalLM loads."""
+    def save_pretrained(self, path: str | Path, tokenizer: Any = None) -> None:
+        """Writes a folder that transformers' AutoModelForCausalLM loads, with the tokenizer and its special ids if given."""
         from slm.model.hf import save_pretrained
 
-        save_pretrained(self, path)
+        save_pretrained(self, path, tokenizer)
 
     def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
         """Continues token ids [B, T]; returns [B, up to max_length]. Options: slm.generate.generate."""

@@ -156,6 +156,15 @@ def test_local_sh_passes_recipe_ranks_and_overrides():
     assert "NUMBER_OF_RANKS" in show("--help")
 
 
+def test_a_mistyped_option_is_no_crash(tmp_path):
+    """The ranks say what they do not understand; the launcher does not add that they were killed."""
+    command = ["bash", ROOT / "launchers" / "local.sh", ROOT / "recipes" / "demo.yaml", "1", "--bogus"]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    assert result.returncode == 2
+    assert "--bogus" in result.stderr
+    assert "crashed or was killed" not in result.stderr
+
+
 def test_an_impossible_number_of_ranks_is_a_users_mistake():
     """Said without a traceback, with code 2."""
     command = [sys.executable, ROOT / "launchers" / "launch.py", "--ranks", "0", PROBE]

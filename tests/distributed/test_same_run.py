@@ -208,18 +208,20 @@ def test_the_reference_is_a_plain_pytorch_loop(runs):
 
 
 def test_bfloat16_trains_like_float32_and_resumes_bit_exact(runs):
-    """The GPU's precision at stages 1 and 3: losses within bfloat16's rounding of float32's, exact resume from masters."""
+    """The GPU's precision at stages 1, 2 (accumulating) and 3: losses within bfloat16's rounding of float32's, and an exact
+    resume from the masters."""
     folder, recipe = runs
     half = ["precision=bfloat16"]
+    names = ("two-zero1", "two-zero2-accumulate2", "two-zero3-recompute")
     jobs = [
-        (recipe, [*overrides_of(name, folder / f"{name}-bf16"), *half]) for name in ("two-zero1", "two-zero3-recompute")
+        (recipe, [*overrides_of(name, folder / f"{name}-bf16"), *half]) for name in names
     ]
     train_many(jobs, 2)
     reference = metrics(folder / "one-zero0")
-    for name in ("two-zero1", "two-zero3-recompute"):
+    for name in names:
         for step, found in metrics(folder / f"{name}-bf16").items():
             assert found["loss"] == pytest.approx(reference[step]["loss"], abs=2e-2)
         resume_copy(folder, recipe, f"{name}-bf16", f"{name}-bf16-resumed")
     train_many([(r, [f"output={o[0].removeprefix('output=')}-resumed", *o[1:]]) for r, o in jobs], 2)
-    for name in ("two-zero1", "two-zero3-recompute"):
+    for name in names:
         assert same_bits(folder, f"{name}-bf16", f"{name}-bf16-resumed"), name

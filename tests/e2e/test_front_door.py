@@ -1,6 +1,7 @@
 """The Python front door, each snippet as a user would type it, on a small shape. Real DeepSpeed, one process."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -82,6 +83,21 @@ def test_basic_training_then_inference_from_best_model(tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out/best_model", dtype=torch.float32)
     torch.testing.assert_close(theirs(prompt).logits, best(prompt), rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out/best_model").decode(prompt[0, 1:]) == "The quick jumps"
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    for found in (theirs.config, theirs.generation_config):  # so that their generate ends where a text ends
+        assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == special
+
+    # A run that has all the steps already is taken over as it is.
+    other = SLMTrainer(
+        config=config,
+        model=SLMForCausalLM(config, seed=9),
+        tokenizer=tokenizer,
+        train_dataset=TextDataset(TEXTS, tokenizer, max_length=64),
+        output_dir=tmp_path / "other",
+    )
+    other.train(num_epochs=6, resume_from_checkpoint=tmp_path / "out" / "latest")
+    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), model.parameters(), strict=True))
+    assert (tmp_path / "other/best_model/config.json").exists()
 
 
 class Letters:
@@ -113,7 +129,9 @@ def test_custom_tokenizer(tmp_path):
 
     config, model, tokenizer, dataset = small_setup()
     trainer = SLMTrainer(config=config, model=model, tokenizer=tokenizer, train_dataset=dataset, output_dir=tmp_path)
+    before = dict(os.environ)
     assert trainer.train(num_epochs=2)["loss"] < 3.0
+    assert dict(os.environ) == before  # a command started from the notebook inherits no rank
     assert (tmp_path / "best_model/model.safetensors").exists()
 
 
@@ -233,6 +251,15 @@ def test_mistakes_in_the_notebook_are_explained():
         TextDataset("one string", tokenizer)
     with pytest.raises(UserError, match="stride is 0"):
         TextDataset(["a"], tokenizer, max_length=4, stride=0)
+    class TooShort(Letters):
+        def __len__(self):
+            return 5
+
+    with pytest.raises(UserError, match="but its len.. is 5"):
+        TextDataset(["abcdef"], TooShort(), max_length=4)
+    trainer = SLMTrainer(config=config, model=model, tokenizer=tokenizer, train_dataset=dataset)
+    with pytest.raises(UserError, match="num_epochs is 0"):
+        trainer.train(num_epochs=0)
     with pytest.raises(ValueError, match="not divisible by num_key_value_heads"):
         SLMConfig(num_attention_heads=32, num_key_value_heads=5)
     big = SLMConfig(vocab_size=len(tokenizer), **{**SMALL, "batch_size": 10**6, "use_distillation": True})

@@ -170,7 +170,7 @@ def test_signal_saves_and_goes_on(recipe, tmp_path, name):
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 75
 
 
-def test_phases_and_mixture(recipe, data, tmp_path):
+def test_phases_and_mixture(recipe, data, tmp_path, caplog):
     """The second phase goes on from the first's weights and moments at another length, mixture and stage."""
     phases = [
         {"name": "short", "tokens": 6 * 256, "seq_len": 32, "batch_tokens": 256, "micro_batch": 4, "mixture": {"a": 1}},
@@ -190,6 +190,36 @@ def test_phases_and_mixture(recipe, data, tmp_path):
     shutil.rmtree(run / "checkpoints" / "long-00000005")
     assert train(load_recipe(path)) == 0  # from the boundary
     assert rows(run) == straight
+    phases[0]["tokens"] *= 2
+    path = recipe(phases=phases, data={"sources": {"a": str(data / "a"), "b": str(data / "b")}})
+    assert train(load_recipe(path)) == 0
+    assert "phases.short was over after 6 steps" in caplog.text
+    assert rows(run) == straight
+
+
+def test_a_compiled_run_is_the_eager_run_and_compiles_once_per_phase(recipe, tmp_path, monkeypatch):
+    """Two phases of different length with evaluations: one graph to train and one to evaluate each, none later."""
+    from torch._dynamo.utils import counters
+
+    import slm.train
+
+    phases = [
+        {"name": n, "tokens": 6 * 256, "seq_len": s, "batch_tokens": 256, "micro_batch": 4} for n, s in (("a", 64), ("b", 32))
+    ]
+    path = recipe(phases=phases, eval={"every_steps": 2})
+    assert train(load_recipe(path, [f"output={tmp_path}/eager"])) == 0
+    graphs, step_itself = [], slm.train.train_step
+
+    def counted(*args, **kwargs):
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        return step_itself(*args, **kwargs)
+
+    monkeypatch.setattr(slm.train, "train_step", counted)
+    before = counters["stats"]["unique_graphs"]
+    assert train(load_recipe(path, ["compile=true"])) == 0
+    assert graphs == [0, 1, 2, 2, 2, 2, 2, 3, 4, 4, 4, 4]  # before each step
+    assert counters["stats"]["unique_graphs"] - before == 4
+    assert rows(tmp_path / "run") == pytest.approx(rows(tmp_path / "eager"), abs=1e-5)
 
 
 def test_init_from_and_extension(recipe, tmp_path):
@@ -213,6 +243,12 @@ def test_init_from_and_extension(recipe, tmp_path):
     assert losses["weights"][3] != losses["optimizer"][3]
     assert losses["weights"][1] < rows(tmp_path / "run")[1] - 0.2
     assert checkpoint.Reader(tmp_path / "optimizer" / "latest").state["optimizer_steps"] == 24
+    # Once a run has a checkpoint of its own, what it began from may be gone.
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    path = recipe(name="weights", output=str(tmp_path / "weights"), init_from={"path": str(tmp_path / "run")})
+    assert train(load_recipe(path, ["seed=77", f"phases.main.tokens={14 * 256}"])) == 0
+    assert sorted(rows(tmp_path / "weights")) == list(range(1, 15))
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
     assert train(load_recipe(recipe(), [f"phases.main.tokens={16 * 256}"])) == 0
     assert sorted(rows(tmp_path / "run")) == list(range(1, 17))
     model, _ = load_model(tmp_path / "hf")
@@ -234,6 +270,17 @@ def test_init_from_refusals(recipe, tmp_path, caplog):
     export_model(str(tmp_path / "run"), tmp_path / "hf")
     init = {"path": str(tmp_path / "hf"), "optimizer": True}
     assert "which holds none" in refused(recipe(name="z", output=str(tmp_path / "z"), init_from=init), caplog)
+    from slm import SLMForCausalLM
+    from slm.model.config import ModelConfig
+
+    SLMForCausalLM(ModelConfig.preset("cpu-tiny", tie_word_embeddings=False)).save_pretrained(tmp_path / "untied")
+    init = {"path": str(tmp_path / "untied")}
+    message = refused(recipe(name="u", output=str(tmp_path / "u"), init_from=init), caplog)
+    assert "has an output head of its own" in message
+    untied = {"preset": "cpu-tiny", "tie_word_embeddings": False, "rope_theta": 5e5}
+    path = recipe(name="w", output=str(tmp_path / "w"), init_from=init, model=untied)
+    assert train(load_recipe(path)) == 0
+    assert "rope_theta 10000.0, this run 500000.0" in caplog.text  # said, but not refused: contexts are extended so
 
 
 def test_best_checkpoint_is_kept(recipe, tmp_path):
@@ -334,6 +381,7 @@ def test_mistakes_in_data_and_world(recipe, data, tmp_path, caplog):
     message = refused(recipe(), caplog, "precision=bfloat16", "phases.main.deepspeed=ds_configs/zero0.json")
     assert "use ds_configs/zero1.json" in message
     assert "NVMe" in refused(recipe(), caplog, "phases.main.deepspeed=ds_configs/zero3_nvme.json")
+    assert "for GPUs only" in refused(recipe(), caplog, "phases.main.deepspeed=ds_configs/zeropp.json")
     (tmp_path / "odd.json").write_text(json.dumps({"zero_optimization": {"stage": 1, "no_such_key": 1}}))
     assert "no_such_key" in refused(recipe(), caplog, f"phases.main.deepspeed={tmp_path}/odd.json")
     from slm import SLMTokenizer
@@ -398,6 +446,34 @@ def test_run_directory_in_use(recipe, tmp_path, caplog):
         message = refused(recipe(), caplog)
     assert f"held by process {os.getpid()}" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_tokenizer_is_refused_when_evaluating(recipe, tmp_path):
+    """Shards and tokenizers of the right size but another meaning: no number and no text comes of them."""
+    from slm import SLMTokenizer
+    from slm.errors import UserError
+    from slm.loading import evaluate_model, export_model, load_for_text
+
+    assert train(load_recipe(recipe())) == 0
+    make_dataset(tmp_path / "other", fingerprint="another")
+    with pytest.raises(UserError, match="is of another tokenizer"):
+        evaluate_model(str(tmp_path / "run"), [str(tmp_path / "other")], 0, 4, 0)
+    SLMTokenizer().save_pretrained(tmp_path / "bytes")
+    state = tmp_path / "run" / "best" / "state.json"
+    content = json.loads(state.read_text())
+    content["recipe"]["tokenizer"] = str(tmp_path / "bytes")  # as if its files had been made anew since
+    state.write_text(json.dumps(content))
+    manifest = state.with_name("manifest.json")
+    entries = json.loads(manifest.read_text())
+    for entry in entries["files"]:
+        if entry["file"] == "state.json":
+            entry |= checkpoint._fsync_and_hash(state)
+    manifest.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match="is of another tokenizer"):
+        load_for_text(str(tmp_path / "run"))
+    with pytest.raises(UserError, match="is of another tokenizer"):
+        export_model(str(tmp_path / "run"), tmp_path / "hf")
+    load_for_text(str(tmp_path / "run"), str(tmp_path / "bytes"))  # asked for by name
 
 
 def test_command_line_mistakes_have_no_traceback(tmp_path, recipe):

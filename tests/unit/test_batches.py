@@ -1,7 +1,6 @@
 """Batches: every token but a document's first is a label once, whatever the ranks and micro-batches."""
 
 import threading
-import time
 from collections import Counter
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm.data.batches import Batch, PhaseData, assemble, evaluation_batches
+from slm.data.batches import Batch, EvaluationBatches, PhaseData, assemble
 from slm.data.tokens import ShardWriter, TokenDataset, write_manifest
 from slm.errors import UserError
 from slm.losses import IGNORE
@@ -62,11 +61,9 @@ def check_shape(batch: Batch, max_pieces: int):
     assert set(range(0, B * T + 1, T)) <= set(bounds.tolist())
     assert len(set(bounds.tolist())) - 1 == (bounds.diff() > 0).sum()
     found = list(pieces(batch))
-    assert batch.max_piece_tokens == max(len(tokens) for tokens, _, _ in found)
     for tokens, _, positions in found:
         assert positions == list(range(len(tokens)))
     assert batch.num_targets == int((batch.labels_BT != IGNORE).sum())
-    assert batch.source_B.shape == (B,)
 
 
 lengths_lists = st.lists(st.integers(1, 60), min_size=2, max_size=40).filter(lambda lengths: max(lengths) > 1)
@@ -80,7 +77,7 @@ def test_every_token_but_the_first_is_a_label_once(tmp_path_factory, lengths, se
     for ids in documents(dataset):
         expected.update(zip(ids[1:], ids[:-1], strict=True))
     found, num_tokens, pairs, pairs_full = {}, 0, 0, 0
-    for batch in evaluation_batches(dataset, seq_len, micro_batch, 0, 1):
+    for batch in EvaluationBatches(dataset, seq_len, micro_batch, 0, 1):
         check_shape(batch, (batch.piece_bounds.numel() - 1) // micro_batch - 1)
         for tokens, labels, _ in pieces(batch):
             if tokens[0] == 0:  # padding: no document holds token 0
@@ -104,7 +101,7 @@ def test_every_token_but_the_first_is_a_label_once(tmp_path_factory, lengths, se
 
 def test_the_last_label_of_a_piece_is_read_from_the_shard(tmp_path):
     dataset = unique_dataset(tmp_path, [21, 3], num_shards=1)
-    batch = next(evaluation_batches(dataset, 10, 3, 0, 1))
+    batch = next(iter(EvaluationBatches(dataset, 10, 3, 0, 1)))
     assert batch.labels_BT.tolist() == [
         list(range(3, 13)),
         list(range(13, 23)),  # its last label is the dropped one-token tail
@@ -117,13 +114,12 @@ def test_the_last_label_of_a_piece_is_read_from_the_shard(tmp_path):
 
 
 def test_an_empty_row_is_padding():
-    batch = assemble([[], [(np.array([5, 6, 7]), None)]], 4, 9, 2, [1, 0])
+    batch = assemble([[], [(np.array([5, 6, 7]), None)]], 4, 9, 2)
     assert batch.tokens_BT.tolist() == [[9, 9, 9, 9], [5, 6, 7, 9]]
     assert batch.labels_BT.tolist() == [[IGNORE] * 4, [6, 7, IGNORE, IGNORE]]
     assert batch.positions_BT.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
     assert batch.piece_bounds.tolist() == [0, 4, 7, 8, 8, 8, 8]
-    assert batch.source_B.tolist() == [1, 0]
-    assert (batch.num_tokens, batch.num_targets, batch.max_piece_tokens) == (3, 2, 4)
+    assert (batch.num_tokens, batch.num_targets) == (3, 2)
 
 
 # --- a phase -------------------------------------------------------------------------------------------------
@@ -140,7 +136,7 @@ def phase(two_sources):
     return PhaseData(two_sources, {"web": 0.7, "code": 0.3}, seq_len=64, seed=0, phase_name="a")
 
 
-FIELDS = ("tokens_BT", "labels_BT", "positions_BT", "source_B")
+FIELDS = ("tokens_BT", "labels_BT", "positions_BT")
 
 
 def step_rows(data, step, world, micro_batch):
@@ -169,11 +165,19 @@ def test_batches_of_a_phase_are_well_formed(phase):
             check_shape(batch, phase.max_pieces)
 
 
-def test_source_of_each_row(phase):
-    batch = phase.sequences(range(200))
+def test_sources_by_weight(phase):
     names = [name for name, _, _ in phase.sample_ids(0, 200)]
-    assert batch.source_B.tolist() == [("web", "code").index(name) for name in names]
     assert 30 <= Counter(names)["code"] <= 90
+
+
+def test_without_weights_a_source_is_drawn_as_often_as_its_filters_leave_sequences(two_sources):
+    """Nearly all of `web` is filtered out: what is left is not repeated to fill the place of the rest."""
+    data = PhaseData(two_sources, None, seq_len=64, seed=0, phase_name="a", min_doc_tokens={"web": 120})
+    sequences = {name: row["sequences"] for name, row in data.report().items()}
+    drawn = Counter(name for name, _, _ in data.sample_ids(0, data.num_sequences))
+    assert 0 < sequences["web"] < sequences["code"]
+    for name in two_sources:
+        assert abs(drawn[name] - sequences[name]) <= 6  # an epoch of both, up to the shuffle within a block
 
 
 def test_an_epoch_shows_every_label_once(tmp_path):
@@ -284,9 +288,9 @@ def test_an_error_of_the_thread_is_raised_where_its_step_is_asked_for(phase, mon
 @pytest.mark.parametrize("most", [None, 1, 7, 10**6])
 def test_evaluation_shows_each_sequence_once(tmp_path, world, micro_batch, most):
     dataset = unique_dataset(tmp_path, [5, 17, 40, 3, 2, 33, 16, 9, 60])
-    whole = [row for b in evaluation_batches(dataset, 16, 1, 0, 1) for row in b.tokens_BT.tolist()]
+    whole = [row for b in EvaluationBatches(dataset, 16, 1, 0, 1) for row in b.tokens_BT.tolist()]
     expected = min(len(whole), most or len(whole))
-    by_rank = [list(evaluation_batches(dataset, 16, micro_batch, r, world, most)) for r in range(world)]
+    by_rank = [list(EvaluationBatches(dataset, 16, micro_batch, r, world, most)) for r in range(world)]
     assert {len(batches) for batches in by_rank} == {-(-expected // (micro_batch * world))}
     assert len({b.piece_bounds.shape for batches in by_rank for b in batches}) == 1
     rows = [row for i in range(len(by_rank[0])) for r in range(world) for row in by_rank[r][i].tokens_BT.tolist()]
@@ -303,26 +307,11 @@ def test_evaluation_shows_each_sequence_once(tmp_path, world, micro_batch, most)
 
 def test_a_part_of_an_evaluation_is_not_the_longest_documents(tmp_path):
     dataset = unique_dataset(tmp_path, [80] * 10 + [7] * 100)
-    batches = list(evaluation_batches(dataset, 16, 1, 0, 1, max_sequences=20))
+    batches = list(EvaluationBatches(dataset, 16, 1, 0, 1, max_sequences=20))
     assert len(batches) == 20
-    assert 5 <= sum(b.max_piece_tokens < 16 for b in batches) <= 12  # 50 of 100 sequences are of short documents
+    short = [int(b.piece_bounds.diff().max()) < 16 for b in batches]
+    assert 5 <= sum(short) <= 12  # 50 of 100 sequences are of short documents
 
 
 def test_an_empty_dataset_has_no_batches(tmp_path):
-    assert list(evaluation_batches(unique_dataset(tmp_path, []), 16, 2, 0, 1)) == []
-
-
-# --- speed ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("B", "T"), [(1, 8192), (16, 512)])
-def test_assembling_is_no_bottleneck(B, T):
-    """A tenth of a millisecond on a laptop; the bound leaves room for a busy machine."""
-    tokens = np.arange(B * T, dtype=np.uint16)
-    rows = [[(tokens[b * T + s : b * T + s + T // 8], 1) for s in range(0, T, T // 8)] for b in range(B)]
-    times = []
-    for _ in range(20):
-        began = time.perf_counter()
-        assemble(rows, T, 0, 8)
-        times.append(time.perf_counter() - began)
-    assert min(times) < 5e-3
+    assert list(EvaluationBatches(unique_dataset(tmp_path, []), 16, 2, 0, 1)) == []

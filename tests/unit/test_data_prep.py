@@ -442,6 +442,11 @@ def test_tokenizer_command(tmp_path, slm_data, kind):
     code, _, error = slm_data("tokenizer", bad, "--output", tmp_path / "u", "--kind", kind, "--vocab-size", 300)
     assert code == 2
     assert "50 of 50 documents cannot be used" in error
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / ".gitkeep").touch()
+    code, _, error = slm_data("tokenizer", corpus, "--output", tmp_path / "v", "--kind", kind, "--vocab-size", 300)
+    assert code == 2  # before the long part, not after it
+    assert "hidden files" in error
 
 
 def test_verify_finds_a_flipped_bit_and_a_cut_file_anywhere(tmp_path, slm_data, trained):

@@ -13,6 +13,7 @@ from slm.model.config import ModelConfig
 from slm.optim import learning_rate, parameter_groups
 from slm.plan import describe, flops_per_token, plan_phase
 from slm.recipe import Optim, Schedule, dump_recipe, gradient_accumulation, json_schema, load_recipe, parse_count
+from slm.strategy import deepspeed_problems
 
 ROOT = Path(__file__).parents[2]
 GOOD = {
@@ -171,6 +172,42 @@ def test_deepspeed_json_that_sets_what_the_recipe_owns(tmp_path):
         caught.value
     )
     assert "sets bf16" in str(caught.value)
+
+
+def test_deepspeed_json_with_a_malformed_section(tmp_path):
+    """null or a word in place of {"device": …} is said, not crashed on."""
+    for value in (None, "cpu"):
+        path = tmp_path / "odd.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 1, "offload_optimizer": value}}))
+        (problem,) = deepspeed_problems(str(path))
+        assert "offload_optimizer" in problem
+        assert '{"device": "cpu"}' in problem
+
+
+def test_merge_keys_and_duplicates(tmp_path):
+    """`<<` puts in a mapping that stands elsewhere; what is given beside it counts; a key given twice is still told."""
+    text = (
+        "name: t\nmodel: cpu-tiny\ndata: {sources: {a: x}}\nphases:\n"
+        "- &base {name: a, tokens: 4Ki, seq_len: 64, batch_tokens: 1Ki, micro_batch: 4}\n- {<<: *base, name: b}\n"
+    )
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    first, second = load_recipe(path).phases
+    assert (second.name, second.tokens, second.micro_batch) == ("b", first.tokens, first.micro_batch)
+    path.write_text(text + "- {<<: *base, name: c, name: d}\n")
+    with pytest.raises(UserError, match="'name' stands there twice"):
+        load_recipe(path)
+
+
+def test_phase_names_are_visible_folders(tmp_path):
+    """Checkpoints of a phase `.main` would lie in hidden folders, which a resume does not look into."""
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: t\nmodel: cpu-tiny\ndata: {sources: {a: x}}\n"
+        "phases: [{name: .main, tokens: 4Ki, seq_len: 64, batch_tokens: 1Ki}]\n"
+    )
+    with pytest.raises(UserError, match=r"phases.0.name"):
+        load_recipe(path)
 
 
 def test_world_that_does_not_divide_the_batch(tmp_path, monkeypatch):

@@ -71,12 +71,6 @@ def test_torchrun_and_deepspeed(env):
     assert discover_ranks() == Ranks(5, 8, 1, 2)
 
 
-def test_local_rank_from_the_command_line(env):
-    """Old launchers pass --local_rank=N and set no LOCAL_RANK."""
-    env(RANK=1, WORLD_SIZE=2, MASTER_ADDR="h", MASTER_PORT=7)
-    assert discover_ranks(argv_local_rank=0) == Ranks(1, 2, 0, 2)
-
-
 def test_srun(env):
     """Ranks, this node's number of tasks, and an address and port that each task works out by itself."""
     env(SLURM_JOB_ID=77, SLURM_STEP_ID=0, SLURM_PROCID=4, SLURM_LOCALID=0, SLURM_NODEID=2)

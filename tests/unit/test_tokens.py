@@ -141,7 +141,7 @@ def test_what_is_no_dataset(tmp_path):
         TokenDataset(tmp_path / "absent")
     with pytest.raises(UserError, match="no complete dataset"):
         TokenDataset(tmp_path)
-    for content in ("{", "[]", '{"schema": "slm-tokens/99"}'):
+    for content in ("{", "[]", '{"schema": "slm-tokens/99"}', '{"schema": "slm-tokens/1"}'):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(CorruptArtefact):
             TokenDataset(tmp_path)
