@@ -1,4 +1,4 @@
-"""The `slm-data` command: tokenizer, shards, verify.
+"""The `slm-data` command: tokenizer, shards, verify, stats, show, import, export.
 
 Owns the arguments and what is printed; each command is one call into the module that does the work.
 
@@ -8,6 +8,7 @@ Owns the arguments and what is printed; each command is one call into the module
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from enum import Enum
@@ -19,24 +20,43 @@ import typer
 from slm.errors import CorruptArtefact, SLMError, UserError
 
 app = typer.Typer(
-    help="From text to token shards: INPUT is JSON lines (.jsonl, .json), text files (long ones are cut into several "
-    "documents) or folders (a document a file).",
+    help="From text to token shards. INPUT is JSON lines (.jsonl, .json; also .gz, .zst, .bz2), Parquet, Arrow, text files "
+    "(long ones are cut into several documents), folders (structured files as such, any other text file a document) or "
+    "hf://NAME?split=train (a dataset of Hugging Face, streamed).",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="JSON lines, text files, folders of text files")]
-TextKey = Annotated[str, typer.Option(help="the field of JSON lines that holds the text")]
+Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="files, folders, hf://NAME")]
+TextKey = Annotated[str, typer.Option(help="the field or column that holds the text")]
 MaxBad = Annotated[
     float, typer.Option(help="give up if a larger share of the documents (of a folder's bytes) is unusable")
 ]
 
 
-class Kind(str, Enum):
+class Kind(Enum):
     bpe = "bpe"
     sentencepiece = "sentencepiece"
+
+
+class OnBad(Enum):
+    skip = "skip"
+    replace = "replace"
+    fail = "fail"
+
+
+class Encoder(Enum):
+    auto = "auto"
+    reference = "reference"
+    gigatoken = "gigatoken"
+
+
+class Layout(Enum):
+    megatron = "megatron"
+    datatrove = "datatrove"
+    olmo = "olmo"
 
 
 def main() -> None:
@@ -45,7 +65,8 @@ def main() -> None:
     try:
         app()
     except SLMError as error:
-        typer.echo(f"{error.title}: {error}", err=True)
+        if not getattr(error, "told", False):  # under mpirun, what the first rank found is said by it alone
+            typer.echo(f"{error.title}: {error}", err=True)
         sys.exit(error.exit_code)
 
 
@@ -86,9 +107,22 @@ def shards(
     processes: Annotated[int | None, typer.Option(help="default: one a core; any number gives the same bytes")] = None,
     text_key: TextKey = "text",
     max_bad_fraction: MaxBad = 0.01,
+    on_bad: Annotated[
+        OnBad, typer.Option(help="what is no document: skip it (and count), replace what is no UTF-8, or fail")
+    ] = OnBad.skip,
+    max_doc_bytes: Annotated[str, typer.Option(help="longer documents are rejected: bounds the memory")] = "64Mi",
+    min_tokens: Annotated[int, typer.Option(min=0, help="shorter documents are left out (BOS and EOS count)")] = 0,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="longer documents are left out")] = None,
+    deduplicate: Annotated[bool, typer.Option(help="of equal documents keep the first, in a pass before")] = False,
+    engine: Annotated[
+        Encoder, typer.Option(help="auto: gigatoken if it is installed and agrees, else the reference")
+    ] = Encoder.auto,
     shard_bytes: Annotated[str, typer.Option(help="text per shard, such as 64M; a kill costs one at most")] = "auto",
 ) -> None:
-    """Encode text into token shards. Killed, it goes on by the same command."""
+    """Encode text into token shards. Killed, it goes on by the same command; under mpirun, srun or a SLURM array, or started
+    several times, the processes share the work."""
+    from data_prep.claims import find_share
+    from data_prep.reading import Reading
     from data_prep.shards import make_shards, summarise
 
     try:
@@ -98,13 +132,19 @@ def shards(
             output,
             validation_fraction=validation_fraction,
             processes=processes,
-            text_key=text_key,
+            reading=Reading(text_key, on_bad.value, _count("--max-doc-bytes", max_doc_bytes)),
             max_bad_fraction=max_bad_fraction,
             shard_bytes=None if shard_bytes == "auto" else _count("--shard-bytes", shard_bytes),
+            min_tokens=min_tokens,
+            max_tokens=max_tokens,
+            deduplicate=deduplicate,
+            engine=engine.value,
         )
     except KeyboardInterrupt:
         typer.echo("stopped; what is finished is kept, and the same command goes on", err=True)
         sys.exit(130)
+    if not find_share().leads:
+        return
     if result.already:
         typer.echo(f"{output}: complete already, nothing to do")
     typer.echo(summarise(result))
@@ -124,6 +164,63 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a dataset
             f"{num_broken} of the datasets in {folder} cannot be trusted",
             fix="copy it again, or make it again with slm-data shards in a new folder",
         )
+
+
+@app.command()
+def stats(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a dataset, or a folder of several")],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Count and draw: documents, tokens by source, lengths, bytes per token."""
+    from data_prep.stats import draw
+    from data_prep.stats import stats as count
+    from data_prep.verify import find_datasets
+
+    found = [count(path) for path in find_datasets(folder)]
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for one in found:
+        draw(one)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a dataset")],
+    doc: Annotated[int, typer.Option(help="which document, from 0")],
+    tokenizer: Annotated[str, typer.Option(help="if it is no longer where the dataset says")] = "",
+) -> None:
+    """Decode a document and say which line of which file it came from."""
+    from data_prep.show import show as describe
+
+    typer.echo(describe(folder, doc, tokenizer))
+
+
+@app.command("import")
+def import_(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="files, prefixes or folders")],
+    layout: Annotated[Layout, typer.Option("--format", help="whose files these are")],
+    tokenizer: Annotated[str, typer.Option(help="what the tokens were made with")],
+    output: Annotated[Path, typer.Option(help="folder of the new dataset")],
+) -> None:
+    """Make a dataset of tokens that Megatron, datatrove or OLMo wrote; the tokens are copied as they are."""
+    from data_prep.exchange import import_dataset
+
+    manifest = import_dataset(inputs, layout.value, tokenizer, output)
+    typer.echo(f"{output}: {manifest['num_docs']:,} documents, {manifest['num_tokens']:,} tokens")
+
+
+@app.command("export")
+def export_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a dataset")],
+    layout: Annotated[Layout, typer.Option("--format", help="whose files to write")],
+    output: Annotated[Path, typer.Option(help="folder to write")],
+) -> None:
+    """Write a dataset as Megatron, datatrove or OLMo files; the tokens are copied as they are."""
+    from data_prep.exchange import export_dataset
+
+    for path in export_dataset(folder, layout.value, output):
+        typer.echo(str(path))
 
 
 def _count(option: str, text: str) -> int:

@@ -1,13 +1,13 @@
-"""What a corpus is: which files, cut into which pieces, and the documents in a piece.
+"""What a corpus is: which files, of which kind, cut into which pieces.
 
-Owns finding, cutting and reading of input: JSON lines (one document a line), plain text (a file named by the user is one
-document, or several if it is long) and folders (source trees: each text file a document, each .jsonl file JSON lines).
-It counts nothing and writes nothing; what is no document is told by its reason.
+Owns finding and cutting; the documents in a piece are reading.py's. Kinds of input: JSON lines (a document a line),
+Parquet and Arrow (a document a row), plain text (a file named by the user is one document, or several if it is long),
+folders (structured files as such, every other text file a document) and Hugging Face datasets (hf://NAME).
+JSON lines and text may be compressed (.gz, .zst, .bz2).
 
-    files, skipped = find_files(["books.jsonl", "cpython/Lib"])
+    files, skipped = find_files(["books.jsonl.zst", "cpython/Lib"], text_key="text")
     for piece in cut(files, piece_bytes=1 << 20):
-        for record in read_piece(piece, text_key="text"):
-            print(record.line, record.text or record.problem)
+        ...
 """
 
 from __future__ import annotations
@@ -16,75 +16,72 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
-
-import orjson
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 
 from slm.errors import UserError
 
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
 # Files that are no text whatever their first bytes look like; others are found out by a NUL byte.
 _BINARY_SUFFIXES = set(
-    """.7z .a .arrow .avi .bin .bmp .bz2 .class .dll .doc .docx .dylib .eot .exe .gif .gz .h5 .ico .idx .jar .jpeg .jpg
-    .lz4 .mo .mp3 .mp4 .npy .npz .o .obj .ogg .otf .parquet .pdf .pickle .pkl .png .ppt .pptx .pt .pth .pyc .pyd .pyo
-    .rar .safetensors .so .sqlite .sqlite3 .tar .tgz .tif .tiff .ttf .wav .webp .whl .woff .woff2 .xls .xlsx .xz .zip
-    .zst""".split()
+    """.7z .a .avi .bin .bmp .class .dll .doc .docx .dylib .eot .exe .gif .h5 .ico .idx .jar .jpeg .jpg .lz4 .mo .mp3
+    .mp4 .npy .npz .o .obj .ogg .otf .pdf .pickle .pkl .png .ppt .pptx .pt .pth .pyc .pyd .pyo .rar .safetensors .so
+    .sqlite .sqlite3 .tar .tgz .tif .tiff .ttf .wav .webp .whl .woff .woff2 .xls .xlsx .xz .zip""".split()
 )
-_UNSUPPORTED_SUFFIXES = {".gz", ".zst", ".bz2", ".xz", ".parquet", ".arrow", ".zip", ".tar"}
-_LONG_TEXT = 1 << 14
+_UNSUPPORTED_SUFFIXES = {".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+_JSON_SUFFIXES = (".jsonl", ".ndjson")
+HUB = "hf://"
 _BOM = b"\xef\xbb\xbf"
 
-# Why a record is no document. The first three are ordinary in healthy corpora and not held against them.
-BLANK_LINE, EMPTY_FILE, BINARY_FILE = "blank line", "empty file", "binary file"
-HARMLESS = {BLANK_LINE, EMPTY_FILE, BINARY_FILE}
-NOT_UTF8, BROKEN_JSON, NO_OBJECT = "not UTF-8", "broken JSON", "not a JSON object"
-NO_FIELD, NOT_TEXT, EMPTY, UNREADABLE = "no such field", "field is not a string", "empty document", "cannot be read"
+# Why something that was found is not looked into: ordinary in healthy corpora.
+EMPTY_FILE, BINARY_FILE, HIDDEN_FILE, SAME_FILE = "empty file", "binary file", "hidden file", "same file again"
 
 
 class InputFile(NamedTuple):
-    """kind: "jsonl", "text" (named by the user) or "tree" (found in a folder, where odd files are ordinary)."""
+    """kind: "jsonl", "parquet", "arrow", "hub", "text" (named by the user) or "tree" (found in a folder, where odd files
+    are ordinary). size in bytes; of a dataset on the hub, its shards."""
 
     path: str
     kind: str
     size: int
     mtime_ns: int
+    compression: str = ""
 
 
 class Piece(NamedTuple):
-    """Bytes start to end of a file. Of JSON lines, a piece has the lines that begin in it."""
+    """A part of a file. start, end: bytes; row groups of Parquet; shards of the hub. Of JSON lines, a piece has the lines
+    that begin in it. size: about its bytes."""
 
     file: InputFile
     start: int
     end: int
-
-
-class Record(NamedTuple):
-    """A document, or the reason why there is none here. line: 1 for the first of the piece; 0 for a whole file."""
-
-    text: str | None
-    problem: str
-    line: int
+    size: int
 
 
 # --- finding -------------------------------------------------------------------------------------------------
 
 
-def find_files(inputs: Sequence[str | Path], exclude: str | None = None) -> tuple[list[InputFile], Counter[str]]:
+def find_files(
+    inputs: Sequence[str | Path], exclude: str | None = None, text_key: str = "text"
+) -> tuple[list[InputFile], Counter[str]]:
     """All files of the inputs, in their order, folders sorted; and how many were passed over, by reason.
 
     exclude: the real path of a folder that is not looked into, such as the output. Raises UserError for an input that
-    is missing, empty, or of a kind that cannot be read.
+    is missing, empty, of a kind that cannot be read, or a table without a column text_key.
     """
     files: dict[str, InputFile] = {}
     skipped: Counter[str] = Counter()
     for given in inputs:
         path = Path(given)
-        if path.is_dir():
+        if str(given).startswith(HUB):
+            found = [_on_the_hub(str(given))]
+        elif path.is_dir():
             found = list(_walk(os.path.abspath(path), exclude, skipped))
             if not found:
                 raise UserError(
                     f"the folder {path} has no text files (hidden and binary ones do not count): no documents",
-                    fix="give a folder with text, or JSON lines (.jsonl)",
+                    fix="give a folder with text, JSON lines (.jsonl), Parquet or Arrow",
                 )
         elif path.is_file():
             found = [_named_file(Path(os.path.abspath(path)))]
@@ -92,45 +89,78 @@ def find_files(inputs: Sequence[str | Path], exclude: str | None = None) -> tupl
             what = "is no file and no folder" if path.exists() else "does not exist"
             raise UserError(f"the input {path} {what}: there is no text to read", fix="correct the path")
         for file in found:
-            real = os.path.realpath(file.path)
-            skipped["same file again"] += real in files
+            real = file.path if file.kind == "hub" else os.path.realpath(file.path)
+            skipped[SAME_FILE] += real in files
             files.setdefault(real, file)
     if not sum(file.size for file in files.values()):
         raise UserError(
             f"all inputs are empty ({', '.join(map(str, inputs))}): no documents", fix="give files with text"
         )
+    for file in files.values():
+        _check_column(file, text_key)
     return list(files.values()), +skipped
 
 
 def _walk(folder: str, exclude: str | None, skipped: Counter[str]) -> Iterator[InputFile]:
     for at, folders, names in os.walk(folder):
+        if "dataset_dict.json" in names:
+            splits = ", ".join(sorted(folders))
+            raise UserError(
+                f"{at} is a saved dataset of several splits ({splits}): training on all of them would mix in the held-out",
+                fix=f"name the split: {os.path.join(at, 'train')}",
+            )
         wanted = (name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS)
         folders[:] = sorted(name for name in wanted if os.path.realpath(os.path.join(at, name)) != exclude)
+        saved = "state.json" in names and "dataset_info.json" in names  # datasets' save_to_disk
         for name in sorted(names):
             path = os.path.join(at, name)
-            suffix = os.path.splitext(name)[1].lower()
+            kind, compression = kind_of(name)
             if name.startswith("."):
-                skipped["hidden file"] += 1
-            elif suffix in _BINARY_SUFFIXES or not os.path.isfile(path):
+                skipped[HIDDEN_FILE] += 1
+            elif kind == "binary" or not os.path.isfile(path) or (saved and kind != "arrow"):
                 skipped[BINARY_FILE] += 1
             elif not (stat := os.stat(path)).st_size:
                 skipped[EMPTY_FILE] += 1
             else:
-                yield InputFile(path, "jsonl" if suffix == ".jsonl" else "tree", stat.st_size, stat.st_mtime_ns)
+                yield InputFile(path, kind, stat.st_size, stat.st_mtime_ns, compression)
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """(kind, compression) of a file found in a folder, by its name: "tree" for text, "binary" for what is not read."""
+    stem, suffix = os.path.splitext(name.lower())
+    compression = COMPRESSIONS.get(suffix, "")
+    if compression:
+        suffix = os.path.splitext(stem)[1]
+        if suffix not in (*_JSON_SUFFIXES, ".json", ".txt"):  # an archive of anything else
+            return "binary", ""
+    if suffix in _JSON_SUFFIXES or (compression and suffix == ".json"):
+        return "jsonl", compression
+    if suffix in (".parquet", ".arrow"):
+        return suffix[1:], ""
+    return ("binary" if suffix in _BINARY_SUFFIXES else "tree"), compression
 
 
 def _named_file(path: Path) -> InputFile:
-    suffix = path.suffix.lower()
-    if suffix in _UNSUPPORTED_SUFFIXES:
-        raise UserError(f"the input {path} is a {suffix} file, which is not read", fix="unpack or convert it to .jsonl")
+    if path.suffix.lower() in _UNSUPPORTED_SUFFIXES:
+        raise UserError(
+            f"the input {path} is a {path.suffix} file, which is not read",
+            fix="unpack it, or compress its JSON lines with gzip or zstd",
+        )
     stat = path.stat()
-    kind = "jsonl" if suffix in (".jsonl", ".json", ".ndjson") else "text"
-    if kind == "jsonl" and _first_bytes(path).removeprefix(_BOM).lstrip()[:1] == b"[":
+    compression = COMPRESSIONS.get(path.suffix.lower(), "")
+    suffix = path.with_suffix("").suffix.lower() if compression else path.suffix.lower()
+    if suffix in (".parquet", ".arrow"):
+        kind = suffix[1:]
+    elif suffix in (*_JSON_SUFFIXES, ".json"):
+        kind = "jsonl"
+    else:
+        kind = "text"
+    if kind == "jsonl" and not compression and _first_bytes(path).removeprefix(_BOM).lstrip()[:1] == b"[":
         raise UserError(
             f"the input {path} is one JSON array; this reads JSON lines, one object a line",
             fix=f"convert it, such as with: jq -c '.[]' {path.name} > {path.stem}.jsonl",
         )
-    return InputFile(str(path), kind, stat.st_size, stat.st_mtime_ns)
+    return InputFile(str(path), kind, stat.st_size, stat.st_mtime_ns, compression)
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -141,15 +171,97 @@ def _first_bytes(path: Path) -> bytes:
         raise UserError(f"the input {path} cannot be read: {error.strerror}", fix="change its permissions") from None
 
 
+# --- tables and the hub --------------------------------------------------------------------------------------
+
+
+def open_hub(spec: str) -> Any:
+    """The streaming dataset of hf://NAME?split=train&config=…&revision=…; NAME may be a local folder. Raises UserError."""
+    import datasets
+
+    name, _, query = spec.removeprefix(HUB).partition("?")
+    options = dict(parse_qsl(query))
+    if unknown := options.keys() - {"split", "config", "revision"}:
+        raise UserError(
+            f"the input {spec} has the option {min(unknown)!r}, which is not known",
+            fix="give split, config and revision, as in hf://NAME?split=train",
+        )
+    try:
+        return datasets.load_dataset(
+            name,
+            options.get("config"),
+            split=options.get("split", "train"),
+            revision=options.get("revision"),
+            streaming=True,
+        )
+    except Exception as error:  # of many kinds: no such dataset, no network, no such split
+        raise UserError(
+            f"the input {spec} cannot be opened: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            fix="check the name, the split and the network; a local folder of Parquet or JSON lines works too",
+        ) from None
+
+
+def _on_the_hub(spec: str) -> InputFile:
+    return InputFile(spec, "hub", open_hub(spec).num_shards, 0)
+
+
+def _check_column(file: InputFile, text_key: str) -> None:
+    """Raises UserError if a table is not readable at all, or has no column text_key: known before anything is read."""
+    if file.kind not in ("parquet", "arrow") or not file.size:
+        return
+    import pyarrow
+
+    try:
+        names = parquet_file(file.path).schema_arrow.names if file.kind == "parquet" else arrow_reader(file.path)[0]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"the input {file.path} is not a readable {file.kind} file ({str(error).splitlines()[0]})",
+            fix="copy it again, or leave it out",
+        ) from None
+    if text_key not in names:
+        raise UserError(
+            f"the input {file.path} has no column {text_key!r}; its columns are {', '.join(names)}",
+            fix="name the column with the text by --text-key",
+        )
+
+
+def parquet_file(path: str) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+
+
+def arrow_reader(path: str) -> tuple[list[str], Iterator[Any]]:
+    """(column names, record batches) of an Arrow file of either layout: random access, or the stream that datasets writes."""
+    import pyarrow
+
+    source = pyarrow.memory_map(path)
+    try:
+        reader = pyarrow.ipc.open_file(source)
+        return reader.schema.names, (reader.get_batch(i) for i in range(reader.num_record_batches))
+    except pyarrow.ArrowInvalid:
+        source.seek(0)
+        stream = pyarrow.ipc.open_stream(source)
+        return stream.schema.names, iter(stream)
+
+
 # --- cutting -------------------------------------------------------------------------------------------------
 
 
 def cut(files: Iterable[InputFile], piece_bytes: int) -> list[Piece]:
-    """JSON lines in pieces of piece_bytes, other files whole."""
+    """Plain JSON lines in pieces of piece_bytes, Parquet by row groups, the hub by shards, other files whole."""
     pieces = []
     for file in files:
-        step = piece_bytes if file.kind == "jsonl" else max(1, file.size)
-        pieces += [Piece(file, at, min(at + step, file.size)) for at in range(0, max(1, file.size), step)]
+        if file.kind == "parquet" and file.size:
+            metadata = parquet_file(file.path).metadata
+            sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+            pieces += [Piece(file, i, i + 1, size) for i, size in enumerate(sizes)]
+        elif file.kind == "hub":
+            pieces += [Piece(file, i, i + 1, piece_bytes) for i in range(file.size)]
+        else:
+            splits = file.kind == "jsonl" and not file.compression
+            step = piece_bytes if splits else max(1, file.size)
+            ends = ((at, min(at + step, file.size)) for at in range(0, max(1, file.size), step))
+            pieces += [Piece(file, start, end, end - start) for start, end in ends]
     return pieces
 
 
@@ -158,118 +270,26 @@ def group(pieces: Iterable[Piece], unit_bytes: int) -> list[list[Piece]]:
     units: list[list[Piece]] = []
     room = 0
     for piece in pieces:
-        size = piece.end - piece.start
-        if not units or size > room:
+        if not units or piece.size > room:
             units.append([])
             room = unit_bytes
         units[-1].append(piece)
-        room -= size
+        room -= piece.size
     return units
 
 
 def sample(pieces: Sequence[Piece], max_bytes: int) -> list[Piece]:
     """About max_bytes of the pieces, evenly spread over the whole corpus; the same ones each time."""
-    total = sum(piece.end - piece.start for piece in pieces)
+    total = sum(piece.size for piece in pieces)
     if total <= max_bytes:
         return list(pieces)
     chosen, budget = [], 0.0
     for piece in pieces:
-        size = piece.end - piece.start
-        budget += size * max_bytes / total
-        if budget >= size:
+        budget += piece.size * max_bytes / total
+        if budget >= piece.size:
             chosen.append(piece)
-            budget -= size
-    return chosen or [min(pieces, key=lambda piece: piece.end - piece.start)]
-
-
-# --- reading -------------------------------------------------------------------------------------------------
-
-
-def read_piece(piece: Piece, text_key: str) -> Iterator[Record]:
-    """One record for each line of JSON lines that begins in the piece, or one for a file of text."""
-    path = piece.file.path
-    try:
-        with open(path, "rb", buffering=1 << 20) as file:
-            stat = os.fstat(file.fileno())
-            if (stat.st_size, stat.st_mtime_ns) != (piece.file.size, piece.file.mtime_ns):
-                raise UserError(
-                    f"the input {path} changed while it was being read: its shards would be a mixture",
-                    fix="start again with a new output folder, when the file is at rest",
-                )
-            if piece.file.kind == "jsonl":
-                yield from _json_records(file, piece, text_key)
-            else:
-                record = _text_record(file.read(), piece.file.kind)
-                if piece.file.kind == "text" and record.text is not None:
-                    yield from (Record(text, "", 0) for text in split_text(record.text))
-                else:
-                    yield record
-    except OSError as error:
-        if piece.file.kind == "jsonl":
-            raise UserError(
-                f"the input {path} cannot be read: {error.strerror}", fix="mend the file or leave it out"
-            ) from None
-        yield Record(None, UNREADABLE, 0)
-
-
-def _text_record(data: bytes, kind: str) -> Record:
-    if b"\0" in data:
-        return Record(None, BINARY_FILE if kind == "tree" else NOT_UTF8, 0)
-    try:
-        text = data.removeprefix(_BOM).decode()
-    except UnicodeDecodeError:
-        return Record(None, NOT_UTF8, 0)
-    if not text.strip():
-        return Record(None, EMPTY_FILE if kind == "tree" else EMPTY, 0)
-    return Record(text, "", 0)
-
-
-def split_text(text: str) -> Iterator[str]:
-    """A named file of text is often a whole corpus in one: it is cut into documents of about _LONG_TEXT characters, at
-    blank lines where there are some, else at line ends, so that a part can be held out."""
-    start = 0
-    while len(text) - start > 2 * _LONG_TEXT:
-        low, high = start + _LONG_TEXT, start + 2 * _LONG_TEXT
-        end = text.find("\n\n", low, high)
-        end = end + 2 if end >= 0 else text.find("\n", low, high) + 1 or high
-        yield text[start:end]
-        start = end
-    rest = text[start:]
-    if rest.strip():
-        yield rest
-
-
-def _json_records(file: BinaryIO, piece: Piece, text_key: str) -> Iterator[Record]:
-    at = piece.start
-    if at:  # the line that the cut went through belongs to the piece before; a cut right after "\n" loses nothing
-        file.seek(at - 1)
-        at += len(file.readline()) - 1
-    line = 0
-    while at < piece.end and (data := file.readline()):
-        line += 1
-        yield _json_record(data if at else data.removeprefix(_BOM), text_key, line)
-        at += len(data)
-
-
-def _json_record(data: bytes, text_key: str, line: int) -> Record:
-    try:
-        value = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        if not data.strip():
-            return Record(None, BLANK_LINE, line)
-        try:
-            data.decode()
-        except UnicodeDecodeError:
-            return Record(None, NOT_UTF8, line)
-        return Record(None, BROKEN_JSON, line)
-    if not isinstance(value, dict):
-        return Record(None, NO_OBJECT, line)
-    if text_key not in value:
-        return Record(None, NO_FIELD, line)
-    text = value[text_key]
-    if not isinstance(text, str):
-        return Record(None, NOT_TEXT, line)
-    return Record(text, "", line) if text.strip() else Record(None, EMPTY, line)
+            budget -= piece.size
+    return chosen or [min(pieces, key=lambda piece: piece.size)]
 
 
 # --- showing -------------------------------------------------------------------------------------------------

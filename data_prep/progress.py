@@ -18,8 +18,12 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
-def byte_progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Gives the function to call with the number of bytes just finished. done: what an earlier run left."""
+def byte_progress(title: str, total: int, done: int = 0, *, enabled: bool = True) -> Iterator[Callable[[int], None]]:
+    """Gives the function to call with the number of bytes just finished. done: what an earlier run left.
+    enabled: False shows nothing, for all ranks but one."""
+    if not enabled:
+        yield lambda size: None
+        return
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.corpus import HARMLESS, Piece, cut, find_files, read_piece, sample
+from data_prep.corpus import Piece, cut, find_files, sample
 from data_prep.job import describe_job, is_same_job, write_job
 from data_prep.progress import byte_progress
+from data_prep.reading import HARMLESS, Reading, read_piece
 from slm.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def make_tokenizer(
     if max_bytes < 1:
         raise UserError(f"--max-bytes is {max_bytes}: no text would be read", fix="give a size such as 200M")
     output = Path(os.path.abspath(output))
-    files, _ = find_files(inputs, exclude=os.path.realpath(output))
+    files, _ = find_files(inputs, os.path.realpath(output), text_key)
     job = describe_job("tokenizer", files, vocab_size=vocab_size, kind=kind, max_bytes=max_bytes, text_key=text_key)
     if is_same_job(output, job):
         return SLMTokenizer.from_pretrained(output), 0
@@ -51,7 +52,7 @@ def make_tokenizer(
             fix="choose another --output folder, or remove this one",
         )
     pieces = sample(cut(files, _PIECE_BYTES), max_bytes)
-    num_bytes = sum(piece.end - piece.start for piece in pieces)
+    num_bytes = sum(piece.size for piece in pieces)
     # Made beside the output and renamed: it is there whole or not at all.
     staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
@@ -72,14 +73,14 @@ def _documents(
     num_docs = num_bad = 0
     first = ""
     for piece in pieces:
-        for record in read_piece(piece, text_key):
+        for record in read_piece(piece, Reading(text_key)):
             if record.text is not None:
                 num_docs += 1
                 yield record.text
             elif record.problem not in HARMLESS and piece.file.kind != "tree":  # shards.py will weigh those
                 num_bad += 1
                 first = first or f"{piece.file.path}: {record.problem}"
-        advance(piece.end - piece.start)
+        advance(piece.size)
     if num_bad > max_bad_fraction * (num_bad + num_docs):
         raise UserError(
             f"{num_bad:,} of {num_bad + num_docs:,} documents cannot be used, the first in {first}",

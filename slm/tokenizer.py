@@ -40,6 +40,7 @@ from slm.tokenizer_engines import (
     train_ranks,
     train_sentencepiece,
 )
+from slm.tokenizer_fast import HARD_TEXTS, FastEncoder, fast_encoder, first_difference
 
 log = logging.getLogger("slm")
 
@@ -69,6 +70,7 @@ class SLMTokenizer:
                 len(self),
             )
 
+    _fast: FastEncoder | None = None  # see use_fast_engine
     _wanted: int | None = None  # the vocabulary size that `train` makes by default
 
     def _set(
@@ -98,6 +100,7 @@ class SLMTokenizer:
         self._added_pattern = _any_of(self._added)
         self._all_pattern = _any_of(self._special | self._added)
         self._fingerprint = ""
+        self._fast = None
 
     # --- what it is ------------------------------------------------------------------------------------------
 
@@ -140,7 +143,7 @@ class SLMTokenizer:
         """What a manifest records."""
         return {
             "kind": self.kind,
-            "engine": self._engine.version,
+            "engine": self._fast.version if self._fast else self._engine.version,
             "fingerprint": self.fingerprint,
             "vocab_size": len(self),
             "bos_id": self.bos_token_id,
@@ -173,8 +176,28 @@ class SLMTokenizer:
         for text in texts:
             check_utf8(text)
         if self._engine.knows_special or self._added_pattern is None:
-            return self._engine.encode_batch(texts)
+            return (self._fast or self._engine).encode_batch(texts)
         return [np.array(self.encode(text), dtype=np.int32) for text in texts]
+
+    def use_fast_engine(self, texts: Sequence[str] = ()) -> bool:
+        """Lets `encode_batch` run on gigatoken if it is installed and encodes HARD_TEXTS and `texts` exactly as the engine
+        so far; whether it does. Only byte-level BPE has a faster engine."""
+        if not isinstance(self._engine, RanksEngine):
+            return False
+        fast = fast_encoder(str(self._engine.files({}, {}, None, Path())["tokenizer.json"]))
+        if fast is None:
+            return False
+        different = first_difference(fast.encode_batch, self._engine.encode_batch, [*HARD_TEXTS, *texts])
+        if different is not None:
+            log.warning(
+                "%s encodes %r otherwise than %s, which is used instead",
+                fast.version,
+                different[:60],
+                self._engine.version,
+            )
+            return False
+        self._fast = fast
+        return True
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text. An id without a token, and bytes that are no UTF-8, become U+FFFD."""

@@ -223,8 +223,9 @@ class TokenDataset:
 
     def _wrong_sizes(self, entry: dict[str, Any]) -> list[str]:
         wrong = []
-        for suffix, size in ((".bin", entry["bin_bytes"]), (".idx", entry["idx_bytes"])):
-            file = self.path / (entry["name"] + suffix)
+        for suffix in _suffixes(entry):
+            size = entry[f"{suffix}_bytes"]
+            file = self.path / f"{entry['name']}.{suffix}"
             found = file.stat().st_size if file.is_file() else "no"
             if found != size:
                 wrong.append(f"{file} has {found} bytes, but the manifest says {size}")
@@ -237,16 +238,16 @@ class TokenDataset:
             if wrong := self._wrong_sizes(entry):
                 problems += wrong
                 continue  # reading a map past the end of its file would kill the process
-            for suffix, key in ((".bin", "sha256_bin"), (".idx", "sha256_idx")):
-                file = self.path / (entry["name"] + suffix)
+            for suffix in _suffixes(entry):
+                file = self.path / f"{entry['name']}.{suffix}"
                 with open(file, "rb") as handle:
                     digest = hashlib.sha256()
                     while chunk := handle.read(1 << 22):
                         digest.update(chunk)
                         advance(len(chunk))
-                found = digest.hexdigest()
-                if found != entry[key]:
-                    problems.append(f"{file}: SHA-256 is {found[:16]}…, the manifest says {entry[key][:16]}…")
+                found, wanted = digest.hexdigest(), entry[f"sha256_{suffix}"]
+                if found != wanted:
+                    problems.append(f"{file}: SHA-256 is {found[:16]}…, the manifest says {wanted[:16]}…")
             for token in (int(shard.tokens.min()), int(shard.tokens.max())) if shard.num_tokens else ():
                 if not 0 <= token < self.vocab_size:
                     problems.append(f"{shard.name}: holds token {token}; the vocabulary is {self.vocab_size}")
@@ -255,6 +256,11 @@ class TokenDataset:
             if self.eos_id is not None and np.any(ends != self.eos_id):
                 problems.append(f"{shard.name}: {int((ends != self.eos_id).sum())} documents do not end in EOS")
         return problems
+
+
+def _suffixes(entry: dict[str, Any]) -> list[str]:
+    """Of a shard's files; NAME.src, where each document came from, is there if slm-data shards wrote it."""
+    return [suffix for suffix in ("bin", "idx", "src") if f"{suffix}_bytes" in entry]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from data_prep import cli
-from data_prep.corpus import InputFile, cut, find_files, group, read_piece, sample
-from data_prep.shards import is_validation
+from data_prep.corpus import InputFile, cut, find_files, group, sample
+from data_prep.reading import Reading, read_piece
+from data_prep.units import is_validation
 from slm.data.tokens import TokenDataset
 from slm.tokenizer import load_tokenizer
 
@@ -85,7 +86,7 @@ def test_pieces_of_any_size_have_each_line_once(tmp_path, newline, bom, end):
     path.write_bytes(bom + (newline.join(json.dumps({"text": t + "x"}) for t in texts) + end).encode())
     files, _ = find_files([path])
     for size in range(1, path.stat().st_size + 2):
-        records = [r for piece in cut(files, size) for r in read_piece(piece, "text")]
+        records = [r for piece in cut(files, size) for r in read_piece(piece, Reading())]
         assert [r.text for r in records if r.text] == [t + "x" for t in texts], size
         assert {r.problem for r in records if not r.text} <= {"blank line"}
 
@@ -110,9 +111,9 @@ def test_groups_and_samples():
     pieces = cut([InputFile(f"f{i}", "tree", size, 0) for i, size in enumerate([5, 5, 5, 30, 1, 9] * 50)], 100)
     groups = group(pieces, 10)
     assert [p for g in groups for p in g] == pieces
-    assert all(sum(p.end for p in g) <= 10 or len(g) == 1 for g in groups)
+    assert all(sum(p.size for p in g) <= 10 or len(g) == 1 for g in groups)
     chosen = sample(pieces, 500)
-    assert 400 <= sum(p.end for p in chosen) <= 500
+    assert 400 <= sum(p.size for p in chosen) <= 500
     assert pieces.index(chosen[0]) < 60
     assert pieces.index(chosen[-1]) > 240
     assert sample(pieces, 10**6) == pieces
@@ -261,7 +262,7 @@ BAD_LINES = [
     (b'{"other": "abc"}', "no such field"),
     (b'{"text": null}', "field is not a string"),
     (b'{"text": 3}', "field is not a string"),
-    (b'{"text": "\\ud800"}', "broken JSON"),
+    (b'{"text": "\\ud800"}', "lone surrogate"),
     (b'{"text": ""}', "empty document"),
     (b'{"text": "  \\n"}', "empty document"),
     (b'["abc"]', "not a JSON object"),
@@ -321,7 +322,8 @@ def test_odd_files_in_folders_are_weighed_by_bytes(tmp_path, slm_data, trained):
         ("empty.jsonl", b"", "are empty"),
         ("blank.jsonl", b"\n\n", "no documents"),
         ("array.json", b'[{"text": "a"}]', "one JSON array"),
-        ("a.jsonl.gz", b"\x1f\x8b", "unpack"),
+        ("a.jsonl.gz", b"\x1f\x8b", "compressed data broken"),
+        ("a.jsonl.xz", b"\xfd7z", "unpack"),
         ("latin.txt", b"caf\xe9", "1 not UTF-8"),
         ("empty.txt", b" ", "1 empty document"),
     ],

@@ -1,0 +1,87 @@
+"""One document of a dataset, decoded, and where it came from.
+
+Owns the way back from a token to a line: shard -> NAME.src -> file and place in it.
+
+    print(show(Path("data/mine/train"), 12345))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slm.data.tokens import TokenDataset, TokenShard
+from slm.errors import CorruptArtefact, UserError
+
+
+def show(folder: Path, doc: int, tokenizer: str = "") -> str:
+    """What is known of document `doc` (counted from 0 over the shards), then its text. Raises UserError."""
+    from slm.tokenizer import load_tokenizer
+
+    dataset = TokenDataset(folder)
+    if not 0 <= doc < dataset.num_docs:
+        raise UserError(
+            f"--doc is {doc}, but {folder} has {dataset.num_docs:,} documents", fix=f"give 0 to {dataset.num_docs - 1}"
+        )
+    spec = tokenizer or dataset.manifest["tokenizer"].get("spec", "")
+    loaded = load_tokenizer(spec)
+    if loaded.fingerprint != dataset.tokenizer_fingerprint:
+        raise UserError(
+            f"{spec} is another tokenizer than the one that {folder} was made with: its text would be nonsense",
+            fix="give the right one with --tokenizer",
+        )
+    shard, entry, number = _find(dataset, doc)
+    start, end = int(shard.doc_offsets[number]), int(shard.doc_offsets[number + 1])
+    text = loaded.decode(shard.tokens[start:end].tolist())
+    lines = [
+        f"document {doc} of {folder}: {end - start:,} tokens, {shard.name} from token {start:,}",
+        f"from {_origin(dataset, shard, entry, number)}",
+    ]
+    return "\n".join([*lines, "", text])
+
+
+def _find(dataset: TokenDataset, doc: int) -> tuple[TokenShard, dict[str, Any], int]:
+    for shard, entry in zip(dataset.shards, dataset.manifest["shards"], strict=True):
+        if doc < shard.num_docs:
+            return shard, entry, doc
+        doc -= shard.num_docs
+    raise AssertionError("the shards have fewer documents than the manifest says")
+
+
+def _origin(dataset: TokenDataset, shard: TokenShard, entry: dict[str, Any], number: int) -> str:
+    """File and line (or row, or byte) of a document, in words."""
+    if "src_bytes" not in entry:
+        return "an import, which does not say where documents came from"
+    origins = np.fromfile(dataset.path / f"{shard.name}.src", "<i8")
+    if len(origins) != 2 * shard.num_docs:
+        raise CorruptArtefact(
+            f"{dataset.path / shard.name}.src has {len(origins) // 2} origins for {shard.num_docs} documents"
+        )
+    piece, at = origins.reshape(-1, 2)[number].tolist()
+    source = entry["sources"][piece]
+    path = source["path"]
+    if source["kind"] == "jsonl" and source.get("compression"):
+        return f"{path}, line {at + 1}"
+    if source["kind"] == "jsonl":
+        line = _line_at(Path(path), at)
+        return f"{path}, line {line}" if line else f"{path}, byte {at} (the file is no longer there)"
+    if source["kind"] in ("parquet", "arrow"):
+        return f"{path}, row {at + 1}"
+    if source["kind"] == "hub":
+        return f"{path}, shard {source['start']}, row {at + 1}"
+    return path if source["kind"] == "tree" else f"{path}, byte {at}"
+
+
+def _line_at(path: Path, byte: int) -> int:
+    """The line, from 1, that begins at this byte; 0 if the file is not there."""
+    try:
+        with open(path, "rb") as file:
+            lines = 1
+            while byte > 0 and (data := file.read(min(byte, 1 << 22))):
+                lines += data.count(b"\n")
+                byte -= len(data)
+            return lines
+    except OSError:
+        return 0
