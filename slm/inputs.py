@@ -16,13 +16,14 @@ from typing import Any
 
 from slm import checkpoint
 from slm.data.batches import EvaluationBatches, PhaseData
+from slm.data.selection import Selection, by_length, by_share, without
 from slm.data.tokens import TokenDataset
 from slm.engine import Engine
 from slm.errors import UserError
 from slm.model.config import ModelConfig
 from slm.model.hf import read_config
 from slm.model.llama import initial_value
-from slm.recipe import Phase, Recipe
+from slm.recipe import DocFilter, Phase, Recipe
 from slm.runtime import Ranks
 
 log = logging.getLogger("slm")
@@ -42,7 +43,8 @@ class Position:
 
 def open_phase_data(recipe: Recipe, phase: Phase) -> PhaseData:
     """The phase's packed sequences in their order. Raises UserError for a missing or too small dataset."""
-    datasets = {name: TokenDataset(recipe.data.sources[name]) for name in phase.mixture or recipe.data.sources}
+    names = phase.mixture or recipe.data.sources
+    datasets = {name: TokenDataset(recipe.data.sources[name]) for name in names}
     data = PhaseData(
         datasets,
         dict(phase.mixture) or None,
@@ -50,8 +52,9 @@ def open_phase_data(recipe: Recipe, phase: Phase) -> PhaseData:
         seed=recipe.seed,
         phase_name=phase.name,
         pad_id=0,
-        min_doc_tokens={name: f.min_doc_tokens for name, f in phase.filters.items()},
-        max_doc_tokens={name: f.max_doc_tokens for name, f in phase.filters.items() if f.max_doc_tokens},
+        repeats=dict(phase.repeats),
+        selections={name: selected_documents(recipe, phase, name, dataset) for name, dataset in datasets.items()},
+        plans_folder=recipe.run_dir / "packing" / phase.name,
     )
     if data.num_sequences < phase.global_batch:
         raise UserError(
@@ -61,6 +64,25 @@ def open_phase_data(recipe: Recipe, phase: Phase) -> PhaseData:
             fix="give more text, or make batch_tokens or seq_len smaller",
         )
     return data
+
+
+def selected_documents(recipe: Recipe, phase: Phase, source: str, dataset: TokenDataset) -> Selection:
+    """Which documents of a source the phase trains on: what its filters leave, less the documents of the earlier phases
+    that exclude_seen names. Those are the documents of the plan, whatever was run of it, under any name of the folder."""
+    rule = phase.filters.get(source, DocFilter())
+    chosen = [
+        by_length(shard.doc_offsets, rule.min_doc_tokens, rule.max_doc_tokens) & by_share(i, shard.num_docs, rule.share)
+        for i, shard in enumerate(dataset.shards)
+    ]
+    folder = Path(recipe.data.sources[source]).resolve()
+    seen = [
+        selected_documents(recipe, earlier, name, dataset)
+        for earlier in recipe.phases
+        if earlier.name in rule.exclude_seen
+        for name in earlier.mixture or recipe.data.sources
+        if earlier.mixture.get(name, 1.0) > 0 and Path(recipe.data.sources[name]).resolve() == folder
+    ]
+    return without(chosen, seen)
 
 
 def check_vocabulary(recipe: Recipe, data: list[PhaseData], validation: dict[str, TokenDataset]) -> None:

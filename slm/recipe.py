@@ -84,8 +84,12 @@ class Loss(Section):
 
 
 class DocFilter(Section):
+    """Which documents of a source a phase trains on. For a mixture by length, name the same folder as several sources."""
+
     min_doc_tokens: Count = Field(0, ge=0, description="shorter documents are left out of this phase")
     max_doc_tokens: Count | None = Field(None, description="longer documents are left out of this phase")
+    share: Real = Field(1.0, gt=0, le=1, description="only this share of the documents, the same ones in every phase")
+    exclude_seen: list[str] = Field([], description="earlier phases, whose documents are left out of this one")
 
 
 class Phase(Section):
@@ -99,6 +103,7 @@ class Phase(Section):
     batch_tokens: Count = Field(gt=0, description="tokens per optimiser step over all ranks; a multiple of seq_len")
     micro_batch: Count = Field(1, gt=0, description="sequences per rank and forward pass")
     mixture: dict[str, Real] = Field({}, description="source: weight; empty for all, each by its sequences")
+    repeats: dict[str, Real] = Field({}, description="source: epochs for each one of the others; instead of mixture")
     filters: dict[str, DocFilter] = Field({}, description="source: which documents by length")
     rope_scaling: RopeScaling | None = Field(None, description="from this phase on; null keeps what was")
     schedule: Schedule = Field(Schedule(), description="learning rate over the phase")
@@ -214,11 +219,27 @@ class Recipe(Section):
                 f"{at}.schedule.warmup_steps is {phase.schedule.warmup_steps}, but the phase has only "
                 f"{phase.num_steps} steps (tokens / batch_tokens): the learning rate would never reach its peak"
             )
-        for field, names in (("mixture", phase.mixture), ("filters", phase.filters)):
+        for field, names in (("mixture", phase.mixture), ("repeats", phase.repeats), ("filters", phase.filters)):
             for name in names:
                 if name not in self.data.sources:
                     known = ", ".join(self.data.sources)
                     problems.append(f"{at}.{field} names {name!r}, which is not among data.sources ({known})")
+        if phase.mixture and phase.repeats:
+            problems.append(
+                f"{at} has a mixture and repeats, which both say how often a source is drawn: give one of them"
+            )
+        if any(not r > 0 for r in phase.repeats.values()):
+            problems.append(
+                f"{at}.repeats is {phase.repeats}: a source cannot be seen less than a bit; give more than 0"
+            )
+        earlier = [p.name for p in self.phases[: self.phases.index(phase)]]
+        for name, filtered in phase.filters.items():
+            for other in filtered.exclude_seen:
+                if other not in earlier:
+                    problems.append(
+                        f"{at}.filters.{name}.exclude_seen names {other!r}, which is no earlier phase "
+                        f"({', '.join(earlier) or 'there is none'})"
+                    )
         if any(w < 0 for w in phase.mixture.values()) or (phase.mixture and not sum(phase.mixture.values()) > 0):
             problems.append(f"{at}.mixture has weights {phase.mixture}: none may be negative and their sum must be > 0")
         elif any(0 < w < 1e-6 * sum(phase.mixture.values()) for w in phase.mixture.values()):

@@ -14,13 +14,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from slm import parallel
 from slm.data.order import PhaseOrder, phase_key
-from slm.data.packing import PackingPlan, pack
+from slm.data.packing import PackingPlan, load_plan, pack, save_plan
+from slm.data.selection import Selection, selection_digest
 from slm.data.tokens import TokenDataset
 from slm.errors import UserError
 from slm.losses import IGNORE
@@ -107,6 +110,17 @@ def assemble(
     )
 
 
+def packed(dataset: TokenDataset, seq_len: int, selection: Selection | None, path: Path | None) -> PackingPlan:
+    """The packing plan, from the file if it is of this very dataset, length and choice; else made, and kept there."""
+    key = f"{dataset.fingerprint}/{seq_len}/{selection_digest(selection)}"
+    plan = load_plan(path, key) if path is not None else None
+    if plan is None:
+        plan = pack([shard.doc_offsets for shard in dataset.shards], seq_len, selection=selection)
+        if path is not None and parallel.rank() == 0:
+            save_plan(plan, path, key)
+    return plan
+
+
 class _Source:
     """One dataset packed at one length."""
 
@@ -129,8 +143,9 @@ class _Source:
 class PhaseData:
     """All sequences of a phase, by step. A thread prepares the next step's batches while this one trains.
 
+    selections: which documents of a source; all, where it is not named. plans_folder: where packing plans are kept.
     weights: how often each source is drawn; None for as often as it has sequences (of the documents that the filters
-    leave), so that the epochs of all sources end together.
+    leave), so that the epochs of all sources end together; times its `repeats`.
     """
 
     def __init__(
@@ -142,19 +157,15 @@ class PhaseData:
         seed: int,
         phase_name: str,
         pad_id: int = 0,
-        min_doc_tokens: dict[str, int] | None = None,
-        max_doc_tokens: dict[str, int] | None = None,
+        repeats: dict[str, float] | None = None,
+        selections: dict[str, Selection] | None = None,
+        plans_folder: Path | None = None,
     ) -> None:
         self.sources, self.seq_len, self.pad_id = sources, seq_len, pad_id
         self._sources = [
             _Source(
                 dataset,
-                pack(
-                    [shard.doc_offsets for shard in dataset.shards],
-                    seq_len,
-                    min_doc_tokens=(min_doc_tokens or {}).get(name, 0),
-                    max_doc_tokens=(max_doc_tokens or {}).get(name),
-                ),
+                packed(dataset, seq_len, (selections or {}).get(name), plans_folder and plans_folder / f"{name}.npz"),
             )
             for name, dataset in sources.items()
         ]
@@ -165,7 +176,11 @@ class PhaseData:
                     fix="loosen its filters or give it weight 0",
                 )
         if weights is None:
-            weights = {name: float(s.plan.num_sequences) for name, s in zip(sources, self._sources, strict=True)}
+            times = repeats or {}
+            weights = {
+                name: s.plan.num_sequences * times.get(name, 1.0)
+                for name, s in zip(sources, self._sources, strict=True)
+            }
         self.max_pieces = max(s.plan.max_pieces_per_sequence for s in self._sources)
         identities = [f"{s.dataset.fingerprint}/{s.plan.fingerprint}" for s in self._sources]
         key = phase_key(seed, phase_name, identities)
@@ -250,7 +265,7 @@ class PhaseData:
 @lru_cache(maxsize=16)
 def _packed(dataset: TokenDataset, seq_len: int) -> PackingPlan:
     """The plan of a held-out dataset, made once for all evaluations of a run."""
-    return pack([shard.doc_offsets for shard in dataset.shards], seq_len)
+    return packed(dataset, seq_len, None, None)
 
 
 class EvaluationBatches:

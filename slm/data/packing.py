@@ -12,10 +12,16 @@ packed independently, so the cost is linear and the plan is the same however it 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
+
+from slm.data.selection import Selection
+from slm.runtime import atomic_write
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class PackingPlan:
     its last token has no label. Every token is packed, dropped or filtered.
 
     num_padding: places that no token fills. num_dropped: tokens alone at their document's end, which predict
-    nothing (they stay the label of the token before). num_filtered: tokens of documents outside min/max.
+    nothing (they stay the label of the token before). num_filtered: tokens of documents that are not selected.
     """
 
     seq_len: int
@@ -50,14 +56,13 @@ def pack(
     doc_offsets_by_shard: Sequence[np.ndarray],
     seq_len: int,
     *,
-    min_doc_tokens: int = 0,
-    max_doc_tokens: int | None = None,
+    selection: Selection | None = None,
     block_pieces: int = 1 << 16,
 ) -> PackingPlan:
-    """doc_offsets_by_shard: int64 [num_docs + 1] per shard, in tokens. Documents outside min/max are out."""
+    """doc_offsets_by_shard: int64 [num_docs + 1] per shard, in tokens. selection: bool [num_docs] per shard; None for all."""
     if seq_len < 1 or block_pieces < 1:
         raise ValueError(f"seq_len {seq_len} and block_pieces {block_pieces} must be positive")
-    cut, num_dropped = _cut(doc_offsets_by_shard, seq_len, min_doc_tokens, max_doc_tokens)
+    cut, num_dropped = _cut(doc_offsets_by_shard, seq_len, selection)
     shard, start, length, is_last = cut
     order_parts, counts = [], []
     for first in range(0, len(length), block_pieces):
@@ -68,9 +73,6 @@ def pack(
     pieces_in = np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
     sequence_offsets = np.concatenate([[0], np.cumsum(pieces_in)]).astype(np.int64)
     arrays = (shard[order], start[order], length[order], is_last[order], sequence_offsets)
-    digest = hashlib.sha256(str(seq_len).encode())
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes())
     num_tokens = int(length.sum())
     return PackingPlan(
         seq_len,
@@ -80,19 +82,54 @@ def pack(
         num_dropped=num_dropped,
         num_filtered=sum(int(o[-1] - o[0]) for o in doc_offsets_by_shard) - num_tokens - num_dropped,
         max_pieces_per_sequence=int(pieces_in.max(initial=0)),
-        fingerprint=digest.hexdigest(),
+        fingerprint=_fingerprint(seq_len, arrays),
     )
 
 
+def _fingerprint(seq_len: int, arrays: Sequence[np.ndarray]) -> str:
+    digest = hashlib.sha256(str(seq_len).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+_ARRAYS = ("piece_shard", "piece_start", "piece_length", "piece_is_last", "sequence_offsets")
+
+
+def save_plan(plan: PackingPlan, path: Path, key: str) -> None:
+    """Writes a plan as an .npz that numpy.load reads; `key` says what it was made from."""
+    numbers = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in _ARRAYS}
+    header = np.frombuffer(json.dumps({"key": key, **numbers}).encode(), dtype=np.uint8)
+    content = io.BytesIO()
+    np.savez(content, header=header, **{name: getattr(plan, name) for name in _ARRAYS})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, content.getvalue())
+
+
+def load_plan(path: Path, key: str) -> PackingPlan | None:
+    """The plan in a file; None if there is none, or it is of another key or not whole: then it is made again."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            header = json.loads(content["header"].tobytes())
+            arrays = {name: content[name] for name in _ARRAYS}
+        if header.pop("key") != key or header["fingerprint"] != _fingerprint(header["seq_len"], list(arrays.values())):
+            return None
+        return PackingPlan(**header, **arrays)
+    except Exception:  # whatever numpy makes of a damaged file
+        return None
+
+
 def _cut(
-    doc_offsets_by_shard: Sequence[np.ndarray], seq_len: int, min_doc_tokens: int, max_doc_tokens: int | None
+    doc_offsets_by_shard: Sequence[np.ndarray], seq_len: int, selection: Selection | None
 ) -> tuple[tuple[np.ndarray, ...], int]:
     """((shard, start, length, is_last) of every piece in document order, number of tokens dropped)."""
     columns: list[tuple[np.ndarray, ...]] = []
     num_dropped = 0
     for shard, offsets in enumerate(doc_offsets_by_shard):
         starts, lengths = np.asarray(offsets[:-1], np.int64), np.diff(offsets).astype(np.int64)
-        kept = (lengths >= max(1, min_doc_tokens)) & (lengths <= (max_doc_tokens or np.iinfo(np.int64).max))
+        kept = lengths > 0 if selection is None else (lengths > 0) & selection[shard]
         starts, lengths = starts[kept], lengths[kept]
         pieces = -(-lengths // seq_len)
         doc = np.repeat(np.arange(len(lengths)), pieces)

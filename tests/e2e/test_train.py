@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from slm import checkpoint
+from slm.errors import UserError
 from slm.recipe import load_recipe
 from slm.train import train
 from tests.shards import make_dataset
@@ -195,6 +196,41 @@ def test_phases_and_mixture(recipe, data, tmp_path, caplog):
     assert train(load_recipe(path)) == 0
     assert "phases.short was over after 6 steps" in caplog.text
     assert rows(run) == straight
+
+
+def test_a_later_phase_leaves_out_what_an_earlier_one_planned(recipe, data, tmp_path):
+    """Half of a source by share, then the rest by exclude_seen under another name of the same folder: every document once."""
+    from slm.inputs import open_phase_data
+
+    phases = [
+        {"name": "one", "tokens": 4 * 256, "seq_len": 32, "batch_tokens": 256, "micro_batch": 4, "mixture": {"a": 1},
+         "filters": {"a": {"share": 0.5}}},
+        {"name": "two", "tokens": 4 * 256, "seq_len": 64, "batch_tokens": 256, "micro_batch": 2,
+         "repeats": {"b": 3}, "filters": {"again": {"exclude_seen": ["one"], "min_doc_tokens": 3}}},
+    ]  # fmt: skip
+    sources = {"a": str(data / "a"), "b": str(data / "b"), "again": str(data / "a")}
+    path = recipe(phases=phases, data={"sources": sources})
+    assert train(load_recipe(path)) == 0
+    loaded = load_recipe(path)
+    one, two = (open_phase_data(loaded, phase) for phase in loaded.phases)
+    (plan_one,) = (s.plan for s in one._sources)
+    plan_two = dict(zip(two.sources, (s.plan for s in two._sources), strict=True))["again"]
+    starts = [{*zip(p.piece_shard.tolist(), p.piece_start.tolist(), strict=True)} for p in (plan_one, plan_two)]
+    assert starts[0]
+    assert starts[1]
+    assert not starts[0] & starts[1]
+    ends = plan_one.num_tokens + plan_one.num_dropped + plan_two.num_tokens + plan_two.num_dropped
+    tiny = sum(int((s.doc_offsets[1:] - s.doc_offsets[:-1]).tolist().count(2)) for s in two.sources["again"].shards)
+    assert one.sources["a"].num_tokens - 2 * tiny <= ends <= one.sources["a"].num_tokens
+    counts = {name: row["sequences"] for name, row in two.report().items()}
+    drawn = [source for source, _, _ in two.sample_ids(0, 1024)]  # a block, over which a mixture is exact
+    assert drawn.count("b") / drawn.count("a") == pytest.approx(3 * counts["b"] / counts["a"], rel=0.02)
+    assert (tmp_path / "run" / "packing" / "two" / "again.npz").exists()
+    refuse = [{**phases[0], "filters": {"a": {"exclude_seen": ["two"]}}}, {**phases[1], "mixture": {"a": 1}}]
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe(phases=refuse, data={"sources": sources}))
+    assert "names 'two', which is no earlier phase (there is none)" in str(caught.value)
+    assert "has a mixture and repeats" in str(caught.value)
 
 
 def test_a_compiled_run_is_the_eager_run_and_compiles_once_per_phase(recipe, tmp_path, monkeypatch):
@@ -451,7 +487,6 @@ def test_run_directory_in_use(recipe, tmp_path, caplog):
 def test_another_tokenizer_is_refused_when_evaluating(recipe, tmp_path):
     """Shards and tokenizers of the right size but another meaning: no number and no text comes of them."""
     from slm import SLMTokenizer
-    from slm.errors import UserError
     from slm.loading import evaluate_model, export_model, load_for_text
 
     assert train(load_recipe(recipe())) == 0

@@ -1,5 +1,6 @@
 """Batches: every token but a document's first is a label once, whatever the ranks and micro-batches."""
 
+import hashlib
 import threading
 from collections import Counter
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm.data.batches import Batch, EvaluationBatches, PhaseData, assemble
+from slm.data.selection import by_length
 from slm.data.tokens import ShardWriter, TokenDataset, write_manifest
 from slm.errors import UserError
 from slm.losses import IGNORE
@@ -131,6 +133,10 @@ def two_sources(tmp_path_factory):
     return {"web": make_dataset(folder / "web"), "code": make_dataset(folder / "code", seed=5, num_shards=1)}
 
 
+def longer(sources, name, least):
+    return {name: [by_length(shard.doc_offsets, least, None) for shard in sources[name].shards]}
+
+
 @pytest.fixture
 def phase(two_sources):
     return PhaseData(two_sources, {"web": 0.7, "code": 0.3}, seq_len=64, seed=0, phase_name="a")
@@ -159,6 +165,39 @@ def test_one_token_stream_for_every_world_and_micro_batch(phase, world, micro_ba
             assert torch.equal(rows[name], getattr(whole, name))
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+@pytest.mark.parametrize("sequence_parallel", [1, 2])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_stream_of_every_step_has_one_hash(two_sources, world, micro_batch, sequence_parallel, ahead):
+    """Over world, micro-batch, sequence-parallel degree (whose ranks share a row) and prefetching or not; from a resume in
+    the middle of an epoch; in each of two phases of different length."""
+    if world % sequence_parallel or 8 % (world // sequence_parallel * micro_batch):
+        return
+    data_world = world // sequence_parallel
+
+    def hashes(seq_len, name, steps, data_world, micro_batch, ahead):
+        data = PhaseData(two_sources, None, seq_len=seq_len, seed=0, phase_name=name)
+        ranks = [PhaseData(two_sources, None, seq_len=seq_len, seed=0, phase_name=name) for _ in range(data_world)]
+        found = []
+        for step in steps:
+            digest = hashlib.sha256()
+            for rank, mine in enumerate(ranks):
+                share = dict(global_batch=8, micro_batch=micro_batch, data_rank=rank, data_world=data_world)
+                batches = mine.step_batches(step, **share) if ahead else data._make(step, *share.values())
+                for batch in batches:
+                    digest.update(torch.stack([batch.tokens_BT, batch.labels_BT, batch.positions_BT], 1).numpy().tobytes())
+            found.append(digest.hexdigest())
+        return found
+
+    for seq_len, name in ((32, "short"), (128, "long")):
+        epoch = PhaseData(two_sources, None, seq_len=seq_len, seed=0, phase_name=name).num_sequences // 8
+        reference = hashes(seq_len, name, range(epoch + 2), 1, 8, True)
+        assert len(set(reference)) == len(reference)
+        middle = epoch // 2
+        assert hashes(seq_len, name, range(middle, epoch + 2), data_world, micro_batch, ahead) == reference[middle:]
+
+
 def test_batches_of_a_phase_are_well_formed(phase):
     for step in range(10):
         for batch in phase.step_batches(step, global_batch=8, micro_batch=2, data_rank=1, data_world=2):
@@ -172,7 +211,7 @@ def test_sources_by_weight(phase):
 
 def test_without_weights_a_source_is_drawn_as_often_as_its_filters_leave_sequences(two_sources):
     """Nearly all of `web` is filtered out: what is left is not repeated to fill the place of the rest."""
-    data = PhaseData(two_sources, None, seq_len=64, seed=0, phase_name="a", min_doc_tokens={"web": 120})
+    data = PhaseData(two_sources, None, seq_len=64, seed=0, phase_name="a", selections=longer(two_sources, "web", 120))
     sequences = {name: row["sequences"] for name, row in data.report().items()}
     drawn = Counter(name for name, _, _ in data.sample_ids(0, data.num_sequences))
     assert 0 < sequences["web"] < sequences["code"]
@@ -220,8 +259,7 @@ def test_filters_and_report(two_sources):
         seq_len=64,
         seed=0,
         phase_name="a",
-        min_doc_tokens={"web": 50},
-        max_doc_tokens={"web": 100},
+        selections={"web": [by_length(s.doc_offsets, 50, 100) for s in two_sources["web"].shards]},
     )
     lengths = [len(ids) for ids in documents(two_sources["web"])]
     report = data.report()
@@ -234,7 +272,7 @@ def test_filters_and_report(two_sources):
 
 
 def test_a_source_without_documents(two_sources):
-    settings = {"seq_len": 64, "seed": 0, "phase_name": "a", "min_doc_tokens": {"code": 10**6}}
+    settings = {"seq_len": 64, "seed": 0, "phase_name": "a", "selections": longer(two_sources, "code", 10**6)}
     with pytest.raises(UserError, match="'code' has no document"):
         PhaseData(two_sources, {"web": 1.0, "code": 1.0}, **settings)
     data = PhaseData(two_sources, {"web": 1.0, "code": 0.0}, **settings)

@@ -1,11 +1,14 @@
 """Packing: every token once, nothing over capacity, as few sequences as best-fit decreasing can make."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm.data.packing import best_fit, pack
+from slm.data.packing import best_fit, load_plan, pack, save_plan
+from slm.data.selection import by_length, by_share, selection_digest, without
 
 shards_of_lengths = st.lists(st.lists(st.integers(0, 70), max_size=25), min_size=1, max_size=3)
 
@@ -36,8 +39,7 @@ def test_every_kept_token_once(lengths_by_shard, seq_len, least, most, block_pie
     plan = pack(
         [offsets(lengths) for lengths in lengths_by_shard],
         seq_len,
-        min_doc_tokens=least,
-        max_doc_tokens=most,
+        selection=[by_length(offsets(lengths), least, most) for lengths in lengths_by_shard],
         block_pieces=block_pieces,
     )
     expected, dropped, filtered = {}, 0, 0  # (shard, start) -> (length, is last)
@@ -98,7 +100,8 @@ def test_a_tail_of_one_token_is_dropped_and_stays_a_label():
 
 
 def test_filters_are_inclusive():
-    plan = pack([offsets([3, 4, 5, 6, 7])], 8, min_doc_tokens=4, max_doc_tokens=6)
+    shards = [offsets([3, 4, 5, 6, 7])]
+    plan = pack(shards, 8, selection=[by_length(shards[0], 4, 6)])
     assert sorted(plan.piece_length.tolist()) == [4, 5, 6]
     assert plan.num_filtered == 10
 
@@ -126,10 +129,43 @@ def test_golden_plan():
 
 def test_fingerprint_is_of_the_plan():
     base = pack([offsets([9, 5, 30])], 16).fingerprint
-    assert pack([offsets([9, 5, 30])], 16, max_doc_tokens=99).fingerprint == base
+    assert pack([offsets([9, 5, 30])], 16, selection=[np.ones(3, bool)]).fingerprint == base
     assert pack([offsets([9, 5, 30])], 17).fingerprint != base
     assert pack([offsets([5, 9, 30])], 16).fingerprint != base
     assert pack([offsets([9, 5]), offsets([30])], 16).fingerprint != base
+
+
+def test_a_plan_comes_back_from_its_file_or_not_at_all(tmp_path):
+    """Of the same key and whole, it is the same plan; of another key, cut off or with a flipped bit, it is none."""
+    plan = pack([offsets([9, 5, 30, 64])], 16)
+    path = tmp_path / "a" / "plan.npz"
+    save_plan(plan, path, "key")
+    found = load_plan(path, "key")
+    for field in fields(plan):
+        assert np.array_equal(getattr(found, field.name), getattr(plan, field.name)), field.name
+    assert load_plan(path, "other") is None
+    assert load_plan(tmp_path / "absent", "key") is None
+    data = path.read_bytes()
+    for at in range(0, len(data), 37):
+        path.write_bytes(data[:at])
+        assert load_plan(path, "key") is None
+        path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        again = load_plan(path, "key")
+        assert again is None or again.fingerprint == plan.fingerprint  # the zip's own bookkeeping may not matter
+
+
+def test_shares_and_what_was_seen():
+    """A share is the same documents each time, near its size; without them, exactly the others are left."""
+    for share in (0.1, 0.5, 0.9):
+        chosen = [by_share(shard, 20_000, share) for shard in (0, 1)]
+        assert [abs(c.mean() - share) < 0.015 for c in chosen] == [True, True]
+        assert not np.array_equal(*chosen)
+        assert np.array_equal(chosen[0], by_share(0, 20_000, share))
+        rest = without([np.ones(20_000, bool)] * 2, [chosen])
+        assert all(np.array_equal(r, ~c) for r, c in zip(rest, chosen, strict=True))
+    assert by_share(0, 20_000, 0.1)[~by_share(0, 20_000, 0.5)].sum() == 0  # a smaller share is part of a larger one
+    assert by_share(3, 5, 1.0).all()
+    assert selection_digest([np.ones(3, bool)]) != selection_digest([np.ones(4, bool)])
 
 
 def test_fits_closely_at_scale():
