@@ -93,7 +93,9 @@ def assemble(
     padded = np.array(is_padding)
     for start, end in zip(starts[padded].tolist(), ends[padded].tolist(), strict=True):
         labels[start:end] = IGNORE
-    positions = np.arange(B * seq_len) - np.repeat(starts, lengths)
+    positions, ramp = np.empty(B * seq_len, dtype=np.int64), _ramp(seq_len)
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        positions[start:end] = ramp[: end - start]
     bounds = np.full(B * (max_pieces + 1) + 1, B * seq_len, dtype=np.int32)
     bounds[: len(starts)] = starts
     real = lengths[~padded]
@@ -119,6 +121,11 @@ def packed(dataset: TokenDataset, seq_len: int, selection: Selection | None, pat
         if path is not None and parallel.rank() == 0:
             save_plan(plan, path, key)
     return plan
+
+
+@lru_cache(maxsize=8)
+def _ramp(length: int) -> np.ndarray:
+    return np.arange(length)
 
 
 class _Source:

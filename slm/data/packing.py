@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -150,51 +151,27 @@ def _cut(
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Best-fit decreasing: (piece indices, sequence by sequence; pieces per sequence), both int64.
 
-    Longest first, each into the fullest sequence that still has room, else into a new one. Which rooms are
-    open stands in a bitset of two levels, so finding one takes a few operations on short integers at any
-    capacity. Pieces that fill a sequence alone take no search.
+    Longest first, each into the fullest sequence that still has room, else into a new one (Johnson, 1973). The open
+    sequences stand in a list sorted by their room; pieces that fill a sequence alone take no search.
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     num_full = int((lengths == capacity).sum())
-    shift = max(5, capacity.bit_length() // 2)  # words of about sqrt(capacity) bits
-    mask = (1 << shift) - 1
-    # Bit r & mask of word r >> shift: some sequence has exactly r places left.
-    words = [0] * ((capacity >> shift) + 1)
-    summary = 0  # bit w: word w is not 0
-    # A stack of sequences per room, linked: the latest to get there, then the one below each; -1 ends it.
-    top = [-1] * (capacity + 1)
-    below: list[int] = []
+    open_: list[int] = []  # room << 32 | sequence
     assigned: list[int] = []  # the sequence of each piece
+    num_sequences = 0
     for length in lengths[order[num_full:]].tolist():
-        word, bit = length >> shift, length & mask
-        bits = words[word] >> bit << bit
-        if not bits:
-            above = summary >> (word + 1)
-            if above:
-                word += (above & -above).bit_length()
-                bits = words[word]
-        if bits:
-            low = bits & -bits
-            room = (word << shift) + low.bit_length() - 1
-            sequence = top[room]
-            top[room] = under = below[sequence]
-            if under < 0:
-                words[word] ^= low
-                if not words[word]:
-                    summary ^= 1 << word
+        at = bisect_left(open_, length << 32)
+        if at < len(open_):
+            entry = open_.pop(at)
+            room, sequence = entry >> 32, entry & 0xFFFFFFFF
         else:
-            room, sequence = capacity, len(below)
-            below.append(-1)
+            room, sequence = capacity, num_sequences
+            num_sequences += 1
         assigned.append(sequence)
-        left = room - length
-        if left:
-            below[sequence] = under = top[left]
-            top[left] = sequence
-            if under < 0:
-                words[left >> shift] |= 1 << (left & mask)
-                summary |= 1 << (left >> shift)
+        if room > length:
+            insort(open_, (room - length) << 32 | sequence)
     sequence_of = np.array(assigned, dtype=np.int64)
     by_sequence = np.argsort(sequence_of, kind="stable")
-    sizes = np.bincount(sequence_of, minlength=len(below))
+    sizes = np.bincount(sequence_of, minlength=num_sequences)
     full = np.ones(num_full, np.int64)
     return np.concatenate([order[:num_full], order[num_full:][by_sequence]]), np.concatenate([full, sizes])
