@@ -124,7 +124,7 @@ def test_golden_plan():
     plan = pack(shards, 256, block_pieces=300)
     assert plan.fingerprint == pack(shards, 256, block_pieces=300).fingerprint
     assert (plan.num_sequences, plan.num_tokens, plan.num_dropped) == (1557, 394952, 1)
-    assert plan.fingerprint == "3c04c4295daab9ce1c8572ddb987b31c2d974842cbd0288b035b9e219f804359"
+    assert plan.fingerprint == "d2eae70cc3ea9072832b4cc1015f64f0a81527da31d77d7a54c8ad0bbd2b0c44"
 
 
 def test_fingerprint_is_of_the_plan():
