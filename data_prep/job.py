@@ -21,12 +21,22 @@ from slm.runtime import atomic_write
 JOB = "job.json"
 
 
+class OtherJob(UserError):
+    """A folder is another job's. inputs_changed: of the same one, but for the files that it reads."""
+
+    inputs_changed = False
+
+
 def describe_job(command: str, files: Sequence[InputFile], **options: Any) -> dict[str, Any]:
     return {"schema": f"slm-data-{command}/1", **options, "files": {f.path: [f.size, f.mtime_ns] for f in files}}
 
 
-def is_same_job(folder: Path, job: dict[str, Any]) -> bool:
-    """True if the folder is this very job's, False if it is free. Raises UserError, with the difference, otherwise."""
+def is_same_job(folder: Path, job: dict[str, Any], *, complete: bool = True) -> bool:
+    """True if the folder is this very job's, False if it is free. Raises OtherJob, with the difference, otherwise.
+
+    complete: whether there is a result, or only unfinished work.
+    """
+    there: dict[str, Any] = {}
     path = folder / JOB
     try:
         if folder.exists() and not folder.is_dir():
@@ -45,10 +55,17 @@ def is_same_job(folder: Path, job: dict[str, Any]) -> bool:
     except OSError as error:
         raise _unusable(folder, error) from None
     if difference:
-        raise UserError(
-            f"{folder} holds {difference}. Nothing was changed",
-            fix="choose another --output folder, or remove this one",
+        what = difference if complete else difference.replace("the result of", "the unfinished work of")
+        fix = "choose another --output folder, or remove this one"
+        other = OtherJob(
+            f"{folder} holds {what}. Nothing was changed",
+            fix=fix
+            if complete
+            else f"give the command as it was, to go on; or {fix.replace('choose', 'begin anew: choose')}",
         )
+        kept = {"files", "shard_bytes"}  # the size of the units follows from the files
+        other.inputs_changed = bool(there) and all(there.get(k) == job.get(k) for k in {*there, *job} - kept)
+        raise other
     return True
 
 

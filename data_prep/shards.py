@@ -10,6 +10,7 @@ fixed parts of the corpus, so nothing depends on the number of processes, ranks 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import time
@@ -23,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 from data_prep.claims import Share, claim, find_share, take
 from data_prep.corpus import HUB, InputFile, Piece, cut, find_files, group, shown
 from data_prep.duplicates import found_path, hashes_path, write_duplicates
-from data_prep.job import describe_job, is_same_job, remove_job, write_job
+from data_prep.job import OtherJob, describe_job, is_same_job, remove_job, write_job
 from data_prep.progress import byte_progress
 from data_prep.reading import Reading, read_piece
 from data_prep.report import NothingToKeep, Result, stop_if_all_bad, summarise, write_manifests
@@ -33,6 +34,8 @@ from slm.errors import EnvironmentProblem, UserError
 
 if TYPE_CHECKING:
     from slm.tokenizer import SLMTokenizer
+
+log = logging.getLogger("slm")
 
 __all__ = ["Result", "make_shards", "summarise"]
 # Units are 1/256 of the corpus, so that many cores have work and a kill costs little, within these bounds: smaller
@@ -72,7 +75,7 @@ def make_shards(
     unit_bytes = shard_bytes or min(max(total_bytes // 256, _SMALLEST_UNIT_BYTES), _LARGEST_UNIT_BYTES)
     loaded, info = _load(tokenizer)
     job = _describe(settings, files, info, unit_bytes)
-    if share.from_first(lambda: is_same_job(output, job)):
+    if share.from_first(lambda: _is_begun(output, job)):
         if _is_complete(output):
             return _finished(output)
     else:
@@ -121,6 +124,20 @@ def make_shards(
             "a worker process died, most likely for want of memory; what is finished is kept",
             fix="give fewer --processes; the same command goes on",
         ) from None
+
+
+def _is_begun(output: Path, job: dict[str, Any]) -> bool:
+    """Whether this very job has begun here. Unfinished work on files that have changed since is of no use, and removed: who
+    mends the input, as an error said, gives the same command again."""
+    complete = _is_complete(output)
+    try:
+        return is_same_job(output, job, complete=complete)
+    except OtherJob as error:
+        if complete or not error.inputs_changed:
+            raise
+        log.warning("the input has changed since %s was begun and not finished: it is begun anew", output)
+        _discard(output)
+        return False
 
 
 def _describe(settings: Settings, files: list[InputFile], info: dict[str, Any], unit_bytes: int) -> dict[str, Any]:

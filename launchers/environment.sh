@@ -43,6 +43,7 @@ ensure_environment() {
   "${install[@]}" "pip>=24" "setuptools>=70.1"
   # torch first: the others then find it, and DeepSpeed needs it to build.
   "${install[@]}" "$(grep '^torch==' constraints.txt)"
-  "${install[@]}" -e ".${extra:+[$extra]}"
+  # compat: by a path. Beside a clone that is named slm, Python would take its folder for the package otherwise.
+  "${install[@]}" --config-settings editable_mode=compat -e ".${extra:+[$extra]}"
   touch "$stamp"
 }

@@ -13,6 +13,8 @@ source launchers/environment.sh
 ensure_system_packages g++ || true # only torch.compile and optimiser offload want a compiler; the quickstart does not
 ensure_environment
 started=$SECONDS
+case "${HELD_OUT:=0.02}" in 0 | 0.0 | .0) echo "HELD_OUT is 0: the quickstart evaluates on held-out documents; give 0.2, say" >&2; exit 2 ;; esac
+case "${RANKS:=2}" in '' | *[!0-9]* | 0) echo "RANKS is '$RANKS': give the number of processes, 1 or more" >&2; exit 2 ;; esac
 # On the CPU also where there are GPUs: the figures of this page are a CPU's. DS_ACCELERATOR=cuda RANKS=1 uses a GPU.
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 
@@ -25,16 +27,16 @@ fi
 work=artifacts/$name
 run=runs/$name
 step() { printf '\n== %s\n' "$*"; }
-trap 'printf "\nstopped. The same command goes on from what is complete; to begin anew, remove %s and %s\n" $work $run >&2' ERR
+trap 'printf "\nstopped. The same command goes on from what is complete; to begin anew, remove %s and %s\n(--validation-fraction is HELD_OUT=%s here, --output is chosen)\n" "$PWD/$work" "$PWD/$run" "$HELD_OUT" >&2' ERR
 
 step "1/5 tokenizer: byte-level BPE with 4,096 entries, learned from $corpus"
 slm-data tokenizer "$corpus" --vocab-size 4096 --max-bytes 20M --max-bad-fraction 0.05 --output $work/tokenizer
 
-step "2/5 token shards, a share of ${HELD_OUT:-0.02} of the documents held out"
-slm-data shards "$corpus" --tokenizer $work/tokenizer --validation-fraction "${HELD_OUT:-0.02}" --max-bad-fraction 0.05 --output $work/tokens
+step "2/5 token shards, a share of $HELD_OUT of the documents held out"
+slm-data shards "$corpus" --tokenizer $work/tokenizer --validation-fraction "$HELD_OUT" --max-bad-fraction 0.05 --output $work/tokens
 
-step "3/5 training on ${RANKS:-2} ranks with DeepSpeed ZeRO-2 (recipes/quickstart.yaml)"
-bash launchers/local.sh recipes/quickstart.yaml "${RANKS:-2}" "name=$name" "tokenizer=$work/tokenizer" \
+step "3/5 training on $RANKS ranks with DeepSpeed ZeRO-2 (recipes/quickstart.yaml)"
+bash launchers/local.sh recipes/quickstart.yaml "$RANKS" "name=$name" "tokenizer=$work/tokenizer" \
   "data.sources.corpus=$work/tokens/train" "data.validation.corpus=$work/tokens/validation"
 
 step "4/5 held-out loss of the best checkpoint"

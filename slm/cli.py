@@ -154,13 +154,15 @@ def generate(
         top_p=top_p,
         do_sample=temperature > 0,
     )
-    if len(prompt) == 1:
-        typer.echo(prompt[0], nl=False)
-    try:
-        outputs = generate_text(loaded, text, prompt, seed=seed, stream=len(prompt) == 1, **options)
-    except SLMError:
-        typer.echo()  # the message begins on a line of its own
-        raise
+    begun = False
+
+    def echo_prompt(_: list[int | None]) -> None:  # with the first token: what is wrong with the options comes before
+        nonlocal begun
+        if not begun and len(prompt) == 1:
+            typer.echo(prompt[0], nl=False)
+        begun = True
+
+    outputs = generate_text(loaded, text, prompt, seed=seed, stream=len(prompt) == 1, on_tokens=echo_prompt, **options)
     if len(prompt) > 1:
         for asked, answer in zip(prompt, outputs, strict=True):
             typer.echo(f"--- {asked}\n{answer}")

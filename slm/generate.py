@@ -235,7 +235,7 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float, do_samp
     if not 0 < temperature < float("inf"):
         raise UserError(
             f"temperature is {temperature}: logits are divided by it, so it must be above 0",
-            fix="give one such as 0.8, or do_sample=False for the likeliest token",
+            fix="give one such as 0.8; for the likeliest token do_sample=False (--temperature 0)",
         )
     if top_k is not None and top_k < 0:
         raise UserError(f"top_k is {top_k}: a number of tokens to draw from", fix="give 1 or more, 0 for all")
@@ -319,7 +319,7 @@ def _limits(
             raise UserError(
                 f"prompt {row} could grow to {limits[-1]} tokens, but the model's context is {context} "
                 "(max_position_embeddings): beyond it the text is no longer to be trusted",
-                fix=f"use a prompt and max_length of at most {context} tokens",
+                fix=f"use a shorter prompt or fewer new tokens (--max-new-tokens): {context} in all",
             )
     return limits
 

@@ -253,7 +253,25 @@ def restore_state(engine: Engine, reader: checkpoint.Reader) -> None:
     engine.loss_scale = reader.state["loss_scale"]
 
 
-def warn_of_longer_phases(reader: checkpoint.Reader, recipe: Recipe) -> None:
+def recipe_changes(reader: checkpoint.Reader, recipe: Recipe) -> list[str]:
+    """What the recipe says otherwise than when the checkpoint was made, one change an entry, also written to the log."""
+    was, now = (_flat(tree) for tree in (reader.state["recipe"], recipe.model_dump(mode="json")))
+    changes = [f"{key} was {was.get(key)}, is {now.get(key)}" for key in now if was.get(key) != now.get(key)]
+    for change in changes:
+        log.info("from here on %s", change)
+    _warn_of_longer_phases(reader, recipe)
+    return changes
+
+
+def _flat(tree: Any, at: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{at}.{key}" if at else key).items()}
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):  # phases, by their names
+        return {k: v for item in tree for k, v in _flat(item, f"{at}.{item.get('name')}").items()}
+    return {at: tree}
+
+
+def _warn_of_longer_phases(reader: checkpoint.Reader, recipe: Recipe) -> None:
     """A phase that is over stays as it was, whatever the recipe says now: says so where it says something else."""
     position = reader.state["position"]
     names = [phase.name for phase in recipe.phases]

@@ -19,7 +19,7 @@ from rich.progress import track
 from slm import checkpoint, parallel
 from slm.data.batches import Batch, EvaluationBatches
 from slm.data.tokens import TokenDataset
-from slm.errors import UserError
+from slm.errors import EnvironmentProblem, UserError
 from slm.evaluate import ALL, evaluate
 from slm.model.config import ModelConfig
 from slm.model.llama import SLMForCausalLM
@@ -155,7 +155,13 @@ def export_model(path: str, output: Path) -> None:
         )
     partial = output.with_name(f".{output.name}.partial")  # a killed export leaves nothing that looks like one
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, tokenizer)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
+    try:
+        model.save_pretrained(partial, tokenizer)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise EnvironmentProblem(
+            f"{output} cannot be written: {error.strerror or error}", fix="give another path, or make room"
+        ) from None

@@ -118,6 +118,15 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is no longer there, by what gloo and NCCL say of it."""
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(
+        words in said
+        for words in ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "ncclRemoteError")
+    )
+
+
 def together(function: Any, *arguments: Any) -> Any:
     """Runs function on every rank; if it fails on one, the first failure is raised on all of them."""
     result: Any = None

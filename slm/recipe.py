@@ -27,6 +27,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12, "ki": 2**10, "
 
 def parse_count(value: Any) -> Any:
     """'100B' -> 100_000_000_000, '8Ki' -> 8192; numbers pass. Raises ValueError."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is not a count")
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, str):
@@ -155,7 +157,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="of the run; also its name in W&B")
     output: str = Field("", description="run directory; empty for runs/NAME")
-    seed: Count = Field(1234, ge=0, description="of the initial weights and of the data order")
+    seed: Count = Field(1234, ge=0, lt=2**63, description="of the initial weights and of the data order")
     model: ModelConfig = Field(description="preset: NAME and/or fields of the model's shape")
     tokenizer: str = Field("", description="tokenizer folder or file, or module:Class; empty if nothing is decoded")
     data: Data
@@ -308,6 +310,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{path} is not valid YAML: {error}", fix="mend it there; recipes/ has examples") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no mapping of fields, so it is no recipe", fix="see recipes/quickstart.yaml")
+    given = [override.partition("=")[0] for override in overrides or []]
+    for dotted in {name for name in given if given.count(name) > 1}:
+        raise UserError(f"the override {dotted} is given twice; only one could count", fix="remove one of them")
     for override in overrides or []:
         _apply(tree, override)
     _resolve_deepspeed_paths(tree, path)

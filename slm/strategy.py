@@ -49,7 +49,7 @@ def resolve_deepspeed(name: str, recipe_path: Path) -> str:
 def deepspeed_problems(path: str) -> list[str]:
     """What is wrong with a DeepSpeed JSON file, in words; empty if nothing."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(), object_pairs_hook=_unique)
     except OSError:
         return [f"deepspeed: {path} does not exist; the files that come with this project are in ds_configs/"]
     except ValueError as error:
@@ -70,6 +70,14 @@ def deepspeed_problems(path: str) -> list[str]:
         for key, owner in _OWNED_BY_RECIPE.items()
         if key in content
     ]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} stands there twice; only one could count")
+    return dict(pairs)
 
 
 def read_deepspeed(path: str) -> dict[str, Any]:

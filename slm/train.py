@@ -35,10 +35,10 @@ from slm.inputs import (
     open_phase_data,
     origin,
     position_of,
+    recipe_changes,
     remaining_phases,
     restore_state,
     validation_batches,
-    warn_of_longer_phases,
 )
 from slm.metrics import MetricsLogger, StepTimer, memory_stats, mfu, peak_flops
 from slm.model.llama import Objective
@@ -127,7 +127,11 @@ def train(recipe: Recipe, *, profile_steps: range = range(0)) -> int:
         log.error(reason)
     except Exception as error:
         code, reason = EXIT_CRASHED, f"{type(error).__name__}: {error}"
-        log.error("crashed\n%s", traceback.format_exc())
+        if parallel.is_lost_peer(error):
+            reason = "another rank has gone (killed, out of memory, or crashed: see its log); the same command goes on"
+            log.error("%s\n%s", reason, str(error).splitlines()[0])
+        else:
+            log.error("crashed\n%s", traceback.format_exc())
     write_exit(run_dir, code, reason)
     if joined and code in (0, EXIT_STOPPED):  # after a failure another rank may be in a collective call: just leave
         parallel.stop()
@@ -162,15 +166,17 @@ def _train(
     data, validation, identities = parallel.together(_open_inputs, recipe, ranks, device)
     reader = checkpoint.Reader(folder) if folder else None
     position = position_of(reader, recipe, identities) if reader else Position()
+    changes = recipe_changes(reader, recipe) if reader else []
     if ranks.rank == 0:
-        if reader:
-            warn_of_longer_phases(reader, recipe)
-        atomic_write(run_dir / "recipe.yaml", dump_recipe(recipe))
+        if remaining_phases(recipe, position):  # where nothing is left to train, it stays the recipe of what was
+            atomic_write(run_dir / "recipe.yaml", dump_recipe(recipe))
         log.info("%s", plan.describe(recipe, ranks.world_size))
         for phase in recipe.phases:
             log.info("phase %s data: %s", phase.name, data[phase.name].describe())
         log.info("going on from %s" if folder else "starting from %s", folder or origin(recipe))
     run = open_run(recipe, ranks, device, run_dir, stop, position, profile_steps)
+    if changes:
+        run.metrics.event("recipe changed", step=position.global_step, changes=changes)
     try:
         run_phases(
             run,

@@ -78,6 +78,10 @@ class TextDataset:
         stride = max_length if stride is None else stride
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise UserError("TextDataset: texts is not a list of strings", fix="pass a list, one string per document")
+        if not isinstance(max_length, int) or max_length < 2:
+            raise UserError(f"TextDataset: max_length is {max_length!r}", fix="give a whole number of tokens, 2 or more")
+        if not hasattr(tokenizer, "encode"):
+            raise UserError(f"TextDataset: tokenizer is a {type(tokenizer).__name__} without encode()", fix="see SLMTokenizer")
         if not 0 < stride <= max_length:
             raise UserError(
                 f"TextDataset: stride is {stride} with max_length {max_length}: windows further apart than they are long "
@@ -184,6 +188,17 @@ class SLMTrainer:
         output_dir: str | Path = "output",
         distillation_loss: DistillationLoss | None = None,
     ) -> None:
+        for name, value, wanted in (
+            ("config", config, SLMConfig),
+            ("model", model, SLMForCausalLM),
+            ("train_dataset", train_dataset, TextDataset),
+            ("output_dir", output_dir, (str, Path)),
+        ):
+            if not isinstance(value, wanted):
+                kind = getattr(wanted, "__name__", "str or Path")
+                raise UserError(f"SLMTrainer: {name} is a {type(value).__name__}, not a {kind}", fix=f"give a {kind}")
+        if not hasattr(tokenizer, "__len__"):
+            raise UserError(f"SLMTrainer: tokenizer is a {type(tokenizer).__name__} without len()", fix="see SLMTokenizer")
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.train_dataset, self.eval_dataset, self.teacher_model = train_dataset, eval_dataset, teacher_model
         self.output_dir = Path(output_dir)
@@ -231,7 +246,7 @@ class SLMTrainer:
         none); a path goes on from that run or checkpoint. Without it, an output_dir that already holds checkpoints is
         refused, so that nothing is lost. Raises UserError.
         """
-        if not num_epochs > 0:
+        if isinstance(num_epochs, bool) or not isinstance(num_epochs, (int, float)) or not num_epochs > 0:
             raise UserError(f"SLMTrainer: num_epochs is {num_epochs}: nothing would be trained", fix="give more than 0")
         environment = dict(os.environ)
         try:

@@ -25,7 +25,7 @@ from slm.data.order import PhaseOrder, phase_key
 from slm.data.packing import PackingPlan, load_plan, pack, save_plan
 from slm.data.selection import Selection, selection_digest
 from slm.data.tokens import TokenDataset
-from slm.errors import UserError
+from slm.errors import CorruptArtefact, UserError
 from slm.losses import IGNORE
 
 
@@ -189,6 +189,7 @@ class PhaseData:
                 for name, s in zip(sources, self._sources, strict=True)
             }
         self.max_pieces = max(s.plan.max_pieces_per_sequence for s in self._sources)
+        self._vocab_size = max(dataset.vocab_size for dataset in sources.values())
         identities = [f"{s.dataset.fingerprint}/{s.plan.fingerprint}" for s in self._sources]
         key = phase_key(seed, phase_name, identities)
         # What the order of this phase depends on, as one string.
@@ -230,7 +231,16 @@ class PhaseData:
         """The sequences of these places in the phase's order, as one micro-batch."""
         located = [self.order.locate(k) for k in indices]
         rows = [self._sources[source].row(sequence) for source, sequence, _ in located]
-        return assemble(rows, self.seq_len, self.pad_id, self.max_pieces)
+        batch = assemble(rows, self.seq_len, self.pad_id, self.max_pieces)
+        low, high = (int(x) for x in batch.tokens_BT.aminmax())
+        if low < 0 or high >= self._vocab_size:  # a damaged shard; as an index it would be a crash without a name
+            folders = ", ".join(str(self._sources[source].dataset.path) for source in {s for s, _, _ in located})
+            raise CorruptArtefact(
+                f"a sequence of {folders} holds the token {low if low < 0 else high}, and its tokenizer has "
+                f"{self._vocab_size}: the shards are damaged",
+                fix=f"slm-data verify {folders.split(',')[0]}, then copy the files again or make them anew",
+            )
+        return batch
 
     def sample_ids(self, step: int, global_batch: int) -> list[tuple[str, int, int]]:
         """(source, sequence, epoch) of every sequence of a step, over all ranks."""

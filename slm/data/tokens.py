@@ -267,7 +267,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         what = "has no manifest.json, so it is no complete dataset" if folder.is_dir() else "does not exist"
-        fix = f"make it with: slm-data shards INPUT --output {folder.parent}"
+        if folder.is_file():
+            what = "is a file, and a dataset is a folder"
+        fix = "make it with: slm-data shards INPUT --tokenizer T --output DIR, and name DIR/train and DIR/validation"
+        if (folder / "train" / MANIFEST).is_file():
+            fix = f"name {folder / 'train'} (or {folder / 'validation'})"
         raise UserError(f"the token dataset {folder} {what}", fix=fix)
     try:
         manifest = json.loads(path.read_text())

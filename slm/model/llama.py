@@ -247,7 +247,9 @@ class SLMForCausalLM(nn.Module):
             block.compile()
 
     def resize_token_embeddings(self, num_tokens: int) -> None:
-        """Changes the vocabulary to `num_tokens` rows; new rows are the mean of the old ones."""
+        """Changes the vocabulary to `num_tokens` rows; new rows are the mean of the old ones. Raises ValueError."""
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens is {num_tokens}; a vocabulary has at least one token")
         embedding, head = self.model.embed_tokens, self.lm_head
         self.config = self.config.model_copy(update={"vocab_size": num_tokens})
         embedding.weight = nn.Parameter(_resized_rows(embedding.weight.data, num_tokens))

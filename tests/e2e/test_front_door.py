@@ -257,9 +257,19 @@ def test_mistakes_in_the_notebook_are_explained():
 
     with pytest.raises(UserError, match="but its len.. is 5"):
         TextDataset(["abcdef"], TooShort(), max_length=4)
-    trainer = SLMTrainer(config=config, model=model, tokenizer=tokenizer, train_dataset=dataset)
-    with pytest.raises(UserError, match="num_epochs is 0"):
-        trainer.train(num_epochs=0)
+    good = dict(config=config, model=model, tokenizer=tokenizer, train_dataset=dataset)
+    trainer = SLMTrainer(**good)
+    for epochs in (0, "x", None, True):
+        with pytest.raises(UserError, match=f"num_epochs is {epochs}"):
+            trainer.train(num_epochs=epochs)
+    for name, value in (("config", {}), ("model", "x"), ("train_dataset", [1]), ("tokenizer", None), ("output_dir", None)):
+        with pytest.raises(UserError, match=f"{name} is a {type(value).__name__}"):
+            SLMTrainer(**{**good, name: value})
+    for arguments in ((None, 4), (tokenizer, "32"), (tokenizer, 0)):
+        with pytest.raises(UserError, match="TextDataset: "):
+            TextDataset(["abc"], arguments[0], max_length=arguments[1])
+    with pytest.raises(ValueError, match="at least one token"):
+        model.resize_token_embeddings(-1)
     with pytest.raises(ValueError, match="not divisible by num_key_value_heads"):
         SLMConfig(num_attention_heads=32, num_key_value_heads=5)
     big = SLMConfig(vocab_size=len(tokenizer), **{**SMALL, "batch_size": 10**6, "use_distillation": True})

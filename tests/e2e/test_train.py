@@ -474,6 +474,29 @@ def test_changed_data_under_a_half_done_phase_is_refused(recipe, data, caplog, t
     assert "steps cannot be taken back" in refused(recipe(), caplog, f"phases.main.tokens={4 * 256}")
 
 
+def test_a_damaged_shard_is_named(recipe, tmp_path, caplog):
+    """An id outside the vocabulary, in a file of the right size: code 4 and slm-data verify, not an index error."""
+    make_dataset(tmp_path / "a")
+    shard = next((tmp_path / "a").glob("*.bin"))
+    data = bytearray(shard.read_bytes())
+    data[1::2] = b"\xff" * (len(data) // 2)
+    shard.write_bytes(data)
+    assert train(load_recipe(recipe(), [f"data.sources.a={tmp_path}/a"])) == 4
+    assert f"slm-data verify {tmp_path}/a" in caplog.records[-1].getMessage()
+
+
+def test_a_changed_recipe_is_said(recipe, tmp_path, caplog):
+    """In the log and among the events where the run goes on; where nothing is left to do, recipe.yaml stays what it was."""
+    assert train(load_recipe(recipe())) == 0
+    assert train(load_recipe(recipe(), ["optim.lr=1e-2"])) == 0
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").optim.lr == 3e-3
+    assert train(load_recipe(recipe(), ["optim.lr=1e-2", f"phases.main.tokens={14 * 256}"])) == 0
+    assert "from here on optim.lr was 0.003, is 0.01" in caplog.text
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert "optim.lr was 0.003, is 0.01" in [e for e in events if "changes" in e][-1]["changes"]
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").optim.lr == 1e-2
+
+
 def test_run_directory_in_use(recipe, tmp_path, caplog):
     """A second job in the same directory is refused, naming the holder, and the first loses nothing."""
     from slm.runtime import RunLock
@@ -526,6 +549,7 @@ def test_command_line_mistakes_have_no_traceback(tmp_path, recipe):
         (["eval", str(tmp_path), "--micro-batch", "0"], "--micro-batch"),
         (["eval", str(tmp_path / "nothing")], "does not exist"),
         (["generate", str(ROOT), "hello"], "neither a run with a checkpoint"),
+        (["train", str(recipe()), f"data.sources.a={ROOT / 'README.md'}"], "is a file, and a dataset is a folder"),
     ]:
         result = subprocess.run(
             [sys.executable, "-m", "slm", *arguments], capture_output=True, text=True, cwd=ROOT, env=environment()

@@ -296,6 +296,24 @@ def test_bad_lines_are_counted_and_named_and_the_others_kept(tmp_path, slm_data,
     assert rejected["harmless"] == {"blank line": 1}
 
 
+def test_who_mends_the_input_gives_the_same_command_again(tmp_path, slm_data, trained):
+    """Unfinished work on a file that has changed since is begun anew; another option is told, as unfinished work."""
+    texts = texts_of(50)
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts)
+    whole = corpus.read_bytes()
+    corpus.write_bytes(whole + b'{"text": "caf\xe9"}\n')
+    base = ("shards", corpus, "--tokenizer", trained, "--output", tmp_path / "out", "--processes", 1)
+    code, _, error = slm_data(*base, "--validation-fraction", 0)
+    assert code == 2
+    assert "mend the input" in error
+    code, _, error = slm_data(*base, "--validation-fraction", 0.5)
+    assert code == 2
+    assert "the unfinished work of another validation fraction" in error
+    corpus.write_bytes(whole)
+    assert slm_data(*base, "--validation-fraction", 0)[0] == 0
+    assert documents(tmp_path / "out" / "train", trained) == texts
+
+
 def test_odd_files_in_folders_are_weighed_by_bytes(tmp_path, slm_data, trained):
     """A few small files that are not UTF-8 are told and do not stop a source tree; half its bytes do."""
     tree = tmp_path / "tree"

@@ -184,6 +184,22 @@ def test_deepspeed_json_with_a_malformed_section(tmp_path):
         assert '{"device": "cpu"}' in problem
 
 
+def test_values_that_only_look_like_numbers(tmp_path, monkeypatch):
+    """true is no count, a seed has 63 bits, an override counts once, a key of a DeepSpeed JSON too."""
+    monkeypatch.chdir(ROOT)
+    path = write(tmp_path, GOOD)
+    for overrides, message in (
+        (["phases.main.micro_batch=true"], "True is not a count"),
+        (["seed=99999999999999999999"], "seed"),
+        (["optim.lr=1e-3", "optim.lr=2e-3"], "optim.lr is given twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_recipe(path, overrides)
+    twice = tmp_path / "twice.json"
+    twice.write_text('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 3}}')
+    assert "'zero_optimization' stands there twice" in deepspeed_problems(str(twice))[0]
+
+
 def test_merge_keys_and_duplicates(tmp_path):
     """`<<` puts in a mapping that stands elsewhere; what is given beside it counts; a key given twice is still told."""
     text = (
