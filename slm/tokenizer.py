@@ -40,7 +40,14 @@ from slm.tokenizer_engines import (
     train_ranks,
     train_sentencepiece,
 )
-from slm.tokenizer_fast import HARD_TEXTS, FastEncoder, fast_encoder, first_difference
+from slm.tokenizer_fast import (
+    HARD_TEXTS,
+    FastEncoder,
+    characters_that_differ,
+    fast_encoder,
+    first_difference,
+    probe_ranks,
+)
 
 log = logging.getLogger("slm")
 
@@ -179,14 +186,24 @@ class SLMTokenizer:
             return (self._fast or self._engine).encode_batch(texts)
         return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
-    def use_fast_engine(self, texts: Sequence[str] = ()) -> bool:
+    def use_fast_engine(self, texts: Sequence[str] = (), differ: str | None = None) -> bool:
         """Lets `encode_batch` run on gigatoken if it is installed and encodes HARD_TEXTS and `texts` exactly as the engine
-        so far; whether it does. Only byte-level BPE has a faster engine."""
+        so far; whether it does. Only byte-level BPE has a faster engine.
+
+        differ: what `fast_differences` gave where it was asked before; None finds it out.
+        """
         if not isinstance(self._engine, RanksEngine):
             return False
         fast = fast_encoder(str(self._engine.files({}, {}, None, Path())["tokenizer.json"]))
         if fast is None:
             return False
+        if differ is None:
+            probe = RanksEngine(probe_ranks(), self._engine.pattern)
+            prober = fast_encoder(str(probe.files({}, {}, None, Path())["tokenizer.json"]))
+            if prober is None:
+                return False
+            differ = characters_that_differ(prober.encode_batch, probe.encode_batch)
+        fast.avoid(differ, self._engine.encode_batch)
         different = first_difference(fast.encode_batch, self._engine.encode_batch, [*HARD_TEXTS, *texts])
         if different is not None:
             log.warning(
@@ -198,6 +215,11 @@ class SLMTokenizer:
             return False
         self._fast = fast
         return True
+
+    @property
+    def fast_differences(self) -> str:
+        """Characters whose texts the fast engine leaves to the reference."""
+        return self._fast.differ if self._fast else ""
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text. An id without a token, and bytes that are no UTF-8, become U+FFFD."""

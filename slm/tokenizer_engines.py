@@ -107,7 +107,7 @@ class RanksEngine(Engine):
         import tiktoken
 
         self.version = f"tiktoken {tiktoken.__version__}"
-        self._ranks, self._pattern = ranks, pattern
+        self._ranks, self.pattern = ranks, pattern
         self._bytes = {rank: token for token, rank in ranks.items()}
         self.max_id = max(self._bytes)
         self._encoding = tiktoken.Encoding("slm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -137,7 +137,7 @@ class RanksEngine(Engine):
         return token.encode() in self._ranks
 
     def content_sha256(self) -> str:
-        digest = hashlib.sha256(self._pattern.encode())
+        digest = hashlib.sha256(self.pattern.encode())
         for rank, token in sorted(self._bytes.items()):
             digest.update(b"\n%s %d" % (base64.b64encode(token), rank))
         return digest.hexdigest()
@@ -147,7 +147,7 @@ class RanksEngine(Engine):
     ) -> dict[str, bytes | str]:
         spelled = {token: "".join(_BYTE_CHARACTERS[b] for b in token) for token in self._ranks}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        split = {"type": "Split", "pattern": {"Regex": self._pattern}, "behavior": "Isolated", "invert": False}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         content: dict[str, Any] = {
             "version": "1.0",
             "truncation": None,

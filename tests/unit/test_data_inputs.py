@@ -378,6 +378,26 @@ def test_the_fast_engine_gives_the_same_bytes_and_is_named(tmp_path, slm_data, t
     assert shards[0] == shards[1]
 
 
+def test_characters_of_another_unicode_version_go_to_the_reference(trained):
+    """gigatoken's letters are not all tiktoken's. Which differ is found out for every character; their texts are encoded alike
+    all the same, in neighbourhoods where it shows."""
+    from slm.tokenizer_engines import RanksEngine
+    from slm.tokenizer_fast import characters_that_differ, probe_ranks
+
+    engine = RanksEngine(probe_ranks())
+    assert characters_that_differ(engine.encode_batch, engine.encode_batch) == ""
+
+    def letters_unknown(texts):  # as an older Unicode would see two letters
+        return engine.encode_batch([text.replace("é", "\ue000").replace("漢", "\ue000") for text in texts])
+
+    assert characters_that_differ(letters_unknown, engine.encode_batch) == "é漢"
+    tokenizer = load_tokenizer(trained)
+    assert tokenizer.use_fast_engine()
+    for character in (*tokenizer.fast_differences[:40], "é", "漢"):
+        text = f'x = [None, "{character}", 1{character}2, {character}{character} \'{character}s\n]'
+        assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)
+
+
 def test_an_engine_that_disagrees_is_not_used(trained, monkeypatch, caplog):
     """Parity is checked on hard strings and on the corpus's first texts before a run."""
     from slm import tokenizer_fast
