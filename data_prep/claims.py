@@ -55,7 +55,8 @@ class Share:
 def find_share() -> Share:
     """From mpirun (mpi4py), else from srun and SLURM's job arrays, else one alone."""
     env = os.environ
-    if int(env.get("OMPI_COMM_WORLD_SIZE", env.get("PMI_SIZE", "1"))) > 1 and "SLURM_PROCID" not in env:
+    by_pmi = int(env.get("PMI_SIZE", "1")) > 1 and "SLURM_PROCID" not in env  # which srun sets too
+    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 or by_pmi:
         from mpi4py import MPI
 
         return Share(MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size(), MPI.COMM_WORLD)

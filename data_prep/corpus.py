@@ -12,6 +12,7 @@ JSON lines and text may be compressed (.gz, .zst, .bz2).
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +37,7 @@ _BOM = b"\xef\xbb\xbf"
 
 # Why something that was found is not looked into: ordinary in healthy corpora.
 EMPTY_FILE, BINARY_FILE, HIDDEN_FILE, SAME_FILE = "empty file", "binary file", "hidden file", "same file again"
+LINKED_FOLDER = "linked folder"
 
 
 class InputFile(NamedTuple):
@@ -96,13 +98,19 @@ def find_files(
         raise UserError(
             f"all inputs are empty ({', '.join(map(str, inputs))}): no documents", fix="give files with text"
         )
+    for real in [real for real, file in files.items() if not file.size]:
+        del files[real]
+        skipped[EMPTY_FILE] += 1
     for file in files.values():
         _check_column(file, text_key)
     return list(files.values()), +skipped
 
 
 def _walk(folder: str, exclude: str | None, skipped: Counter[str]) -> Iterator[InputFile]:
-    for at, folders, names in os.walk(folder):
+    def refuse(error: OSError) -> None:
+        raise UserError(f"the folder {error.filename} cannot be read: {error.strerror}", fix="change its permissions")
+
+    for at, folders, names in os.walk(folder, onerror=refuse):
         if "dataset_dict.json" in names:
             splits = ", ".join(sorted(folders))
             raise UserError(
@@ -111,18 +119,29 @@ def _walk(folder: str, exclude: str | None, skipped: Counter[str]) -> Iterator[I
             )
         wanted = (name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS)
         folders[:] = sorted(name for name in wanted if os.path.realpath(os.path.join(at, name)) != exclude)
-        saved = "state.json" in names and "dataset_info.json" in names  # datasets' save_to_disk
+        skipped[LINKED_FOLDER] += sum(os.path.islink(os.path.join(at, name)) for name in folders)
+        if "state.json" in names and "dataset_info.json" in names:  # datasets' save_to_disk; its caches lie beside
+            names = _saved_files(Path(at))
         for name in sorted(names):
             path = os.path.join(at, name)
             kind, compression = kind_of(name)
             if name.startswith("."):
                 skipped[HIDDEN_FILE] += 1
-            elif kind == "binary" or not os.path.isfile(path) or (saved and kind != "arrow"):
+            elif kind == "binary" or not os.path.isfile(path):
                 skipped[BINARY_FILE] += 1
             elif not (stat := os.stat(path)).st_size:
                 skipped[EMPTY_FILE] += 1
             else:
                 yield InputFile(path, kind, stat.st_size, stat.st_mtime_ns, compression)
+
+
+def _saved_files(folder: Path) -> list[str]:
+    try:
+        return [entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}/state.json does not name the files of a saved dataset ({error!r})", fix="save it again"
+        ) from None
 
 
 def kind_of(name: str) -> tuple[str, str]:

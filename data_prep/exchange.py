@@ -49,7 +49,7 @@ def import_dataset(inputs: Sequence[Path], fmt: Format, tokenizer: str, output: 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; nothing was written", fix="give a new folder")
     plans = [(path, *_documents(path, fmt, info)) for path in payloads]  # all checks before the first byte
-    output.mkdir(parents=True, exist_ok=True)
+    _make(output)
     shards = []
     with byte_progress("copying", sum(path.stat().st_size for path in payloads)) as advance:
         for number, (path, doc_offsets, dtype) in enumerate(plans):
@@ -77,6 +77,13 @@ def import_dataset(inputs: Sequence[Path], fmt: Format, tokenizer: str, output: 
                 }
             )
     return write_manifest(output, shards=shards, tokenizer=info)
+
+
+def _make(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be made: {error.strerror}", fix="give another folder") from None
 
 
 def _payloads(given: Path, fmt: Format) -> list[Path]:
@@ -123,8 +130,11 @@ def _documents(path: Path, fmt: Format, info: dict[str, Any]) -> tuple[np.ndarra
 def _olmo_offsets(path: Path, dtype: np.dtype[Any], eos_id: int | None) -> np.ndarray:
     metadata = path.with_name(path.stem + ".csv.gz")
     if metadata.is_file():
-        with gzip.open(metadata, "rt", newline="") as file:
-            spans = [(int(row[0]), int(row[1])) for row in csv.reader(file) if row]
+        try:
+            with gzip.open(metadata, "rt", newline="") as file:
+                spans = [(int(row[0]), int(row[1])) for row in csv.reader(file) if row]
+        except (OSError, EOFError, ValueError, IndexError) as error:
+            raise CorruptArtefact(f"{metadata} is not readable ({error})", fix="copy it again") from None
         if any(end != start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
             raise CorruptArtefact(f"{metadata}: its documents do not stand back to back")
         return np.array([0, *(end for _, end in spans)], dtype=np.int64)
@@ -164,7 +174,7 @@ def export_dataset(folder: Path, fmt: Format, output: Path) -> list[Path]:
     dataset = TokenDataset(folder)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; nothing was written", fix="give a new folder")
-    output.mkdir(parents=True, exist_ok=True)
+    _make(output)
     written = []
     with byte_progress("copying", sum(entry["bin_bytes"] for entry in dataset.manifest["shards"])) as advance:
         for shard in dataset.shards:

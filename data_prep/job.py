@@ -45,6 +45,8 @@ def is_same_job(folder: Path, job: dict[str, Any], *, complete: bool = True) -> 
             there = json.loads(path.read_text())
             difference = _difference(there, job)
         elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            if path.is_file():  # another process has begun this very moment
+                return is_same_job(folder, job, complete=complete)
             difference = "something that this command did not make"
         else:
             return False
@@ -64,7 +66,8 @@ def is_same_job(folder: Path, job: dict[str, Any], *, complete: bool = True) -> 
             else f"give the command as it was, to go on; or {fix.replace('choose', 'begin anew: choose')}",
         )
         kept = {"files", "shard_bytes"}  # the size of the units follows from the files
-        other.inputs_changed = bool(there) and all(there.get(k) == job.get(k) for k in {*there, *job} - kept)
+        same_paths = list(there.get("files", [])) == list(job["files"]) and there.get("files") != job["files"]
+        other.inputs_changed = same_paths and all(there.get(k) == job.get(k) for k in {*there, *job} - kept)
         raise other
     return True
 

@@ -85,9 +85,9 @@ def read_piece(piece: Piece, reading: Reading) -> Iterator[Record]:
                 yield from _text_records(stream, file.kind, reading)
         _check_unchanged(piece)
     except OSError as error:
-        if file.kind == "jsonl":
+        if file.kind != "tree":
             raise UserError(
-                f"the input {file.path} cannot be read: {error.strerror}", fix="mend the file or leave it out"
+                f"the input {file.path} cannot be read: {error.strerror or error}", fix="mend the file or leave it out"
             ) from None
         yield Record(None, UNREADABLE, 0, 0)
 

@@ -44,7 +44,7 @@ def _bad(rejected: dict[str, int]) -> dict[str, int]:
     return {reason: count for reason, count in rejected.items() if reason not in HARMLESS}
 
 
-def _num_good(report: dict[str, Any]) -> int:
+def readable_docs(report: dict[str, Any]) -> int:
     """Documents that could be read, whatever became of them."""
     return num_docs(report) + sum(report["filtered"].values()) + report["duplicates"]
 
@@ -56,7 +56,7 @@ def _bad_fraction(reports: list[dict[str, Any]]) -> float:
     """
     tree_files, tree_bytes = (sum(report["bad_tree"][i] for report in reports) for i in (0, 1))
     num_bad = sum(sum(_bad(report["rejected"]).values()) for report in reports) - tree_files
-    num_good = sum(map(_num_good, reports))
+    num_good = sum(map(readable_docs, reports))
     text_bytes = sum(part["text_bytes"] for report in reports for part in report["splits"].values() if part)
     return max(num_bad / max(1, num_bad + num_good), tree_bytes / max(1, tree_bytes + text_bytes))
 
@@ -64,7 +64,7 @@ def _bad_fraction(reports: list[dict[str, Any]]) -> float:
 def stop_if_all_bad(report: dict[str, Any], max_bad_fraction: float) -> None:
     """A wrong --text-key is told after the first unit, not after a night."""
     bad = _bad(report["rejected"])
-    if not _num_good(report) and sum(bad.values()) >= 1000 and max_bad_fraction < 1:
+    if not readable_docs(report) and sum(bad.values()) >= 1000 and max_bad_fraction < 1:
         raise NothingToKeep(_bad_message(bad, 0, _examples([report]), "in one part "), fix=_bad_fix(bad))
 
 
@@ -121,7 +121,7 @@ def write_manifests(
     examples, num_kept = _examples(reports), sum(map(num_docs, reports))
     if _bad_fraction(reports) > max_bad_fraction:
         kind = UserError if num_kept else NothingToKeep
-        message = _bad_message(bad, sum(map(_num_good, reports)), examples)
+        message = _bad_message(bad, sum(map(readable_docs, reports)), examples)
         raise kind(
             f"{message}\n  That is more than --max-bad-fraction {max_bad_fraction:g}: no manifest was written",
             fix=_bad_fix(bad),

@@ -24,10 +24,10 @@ from typing import IO, TYPE_CHECKING, Any
 from data_prep.claims import Share, claim, find_share, take
 from data_prep.corpus import HUB, InputFile, Piece, cut, find_files, group, shown
 from data_prep.duplicates import found_path, hashes_path, write_duplicates
-from data_prep.job import OtherJob, describe_job, is_same_job, remove_job, write_job
+from data_prep.job import JOB, OtherJob, describe_job, is_same_job, remove_job, write_job
 from data_prep.progress import byte_progress
 from data_prep.reading import Reading, read_piece
-from data_prep.report import NothingToKeep, Result, stop_if_all_bad, summarise, write_manifests
+from data_prep.report import NothingToKeep, Result, readable_docs, stop_if_all_bad, summarise, write_manifests
 from data_prep.units import SPLITS, UNITS, Pool, Settings, earlier_report
 from slm.data.tokens import MANIFEST, TokenDataset
 from slm.errors import EnvironmentProblem, UserError
@@ -90,6 +90,8 @@ def make_shards(
             "other ids",
             fix="pip install gigatoken, or --engine auto, which falls back to the reference",
         )
+    if _is_complete(output):  # another process was faster
+        return _finished(output)
     settings.units.mkdir(exist_ok=True)
     described = [{"path": shown(str(p) if str(p).startswith(HUB) else os.path.abspath(p))} for p in inputs]
     try:
@@ -109,6 +111,8 @@ def make_shards(
             return _finished(output)
         if settings.units.is_dir():
             raise
+        if not (output / JOB).exists():  # what this one wrote since would be in the way of the next
+            _discard(output)
         raise UserError(
             f"another process of this job has given up and cleared {output}",
             fix="see its message; the same command begins anew",
@@ -203,13 +207,14 @@ def _load(spec: str) -> tuple[SLMTokenizer, dict[str, Any]]:
 def _first_texts(units: list[list[Piece]], reading: Reading) -> list[str]:
     """The first documents of the corpus, up to 200 or 1 MB: engines must agree on them before a run."""
     texts: list[str] = []
-    room = 1 << 20
+    room, num_records = 1 << 20, 0
     for piece in (piece for unit in units for piece in unit):
         for record in read_piece(piece, reading):
             if record.text is not None:
                 texts.append(record.text)
                 room -= len(record.text)
-            if len(texts) == 200 or room < 0:
+            num_records += 1
+            if num_records == 1000 or len(texts) == 200 or room < 0:
                 return texts
     return texts
 
@@ -225,15 +230,15 @@ def _all_stages(
         with claim(settings.units / "duplicates.lock"):
             if not found_path(settings.units).exists():
                 write_duplicates(settings.units, len(units))
-    return _stage(
-        "encode",
-        pool,
-        settings,
-        units,
-        share,
-        lambda index: earlier_report(settings, index),
-        lambda report: stop_if_all_bad(report, max_bad_fraction),
-    )
+    any_good = False
+
+    def check(report: dict[str, Any]) -> None:
+        nonlocal any_good
+        any_good = any_good or readable_docs(report) > 0
+        if not any_good:  # else it is one odd part, which counts with the rest
+            stop_if_all_bad(report, max_bad_fraction)
+
+    return _stage("encode", pool, settings, units, share, lambda index: earlier_report(settings, index), check)
 
 
 def _stage(
@@ -248,6 +253,8 @@ def _stage(
     """Does every unit that nobody else does, waits for the others, and returns done(index) of all."""
     sizes = [sum(piece.size for piece in unit) for unit in units]
     results = {index: found for index in range(len(units)) if (found := done(index)) is not None}
+    for found in results.values():
+        check(found)
     # Own share first: processes that start together then seldom reach for the same unit.
     pending = sorted(set(range(len(units))) - results.keys(), key=lambda i: (i % share.count != share.index, i))
     running: dict[Future[Any], tuple[int, IO[bytes]]] = {}

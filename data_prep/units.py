@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -68,7 +69,7 @@ class Split:
         self.text_bytes = 0
         self.docs: Counter[int] = Counter()  # by the power of two at or below their tokens
         self.tokens: Counter[int] = Counter()
-        self._origins: list[tuple[int, int]] = []
+        self._origins = array("q")  # two numbers a document
 
     def add(self, ids: np.ndarray, text_bytes: int, origin: tuple[int, int]) -> None:
         """origin: (which piece of the unit, where in it)."""
@@ -79,7 +80,7 @@ class Split:
         bucket = 1 << (len(ids).bit_length() - 1)
         self.docs[bucket] += 1
         self.tokens[bucket] += len(ids)
-        self._origins.append(origin)
+        self._origins.extend(origin)
 
     def report(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         """Writes NAME.src, int64 [num_docs, 2], so that a document can be traced to its line; the shard's entry."""

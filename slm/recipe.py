@@ -230,9 +230,9 @@ class Recipe(Section):
             problems.append(
                 f"{at} has a mixture and repeats, which both say how often a source is drawn: give one of them"
             )
-        if any(not r > 0 for r in phase.repeats.values()):
+        if any(not 1e-3 <= r <= 1e3 for r in phase.repeats.values()):
             problems.append(
-                f"{at}.repeats is {phase.repeats}: a source cannot be seen less than a bit; give more than 0"
+                f"{at}.repeats is {phase.repeats}: a source would hardly be drawn, or alone; give 0.001 to 1000"
             )
         earlier = [p.name for p in self.phases[: self.phases.index(phase)]]
         for name, filtered in phase.filters.items():

@@ -192,7 +192,7 @@ class SLMTokenizer:
 
         differ: what `fast_differences` gave where it was asked before; None finds it out.
         """
-        if not isinstance(self._engine, RanksEngine):
+        if not isinstance(self._engine, RanksEngine) or self._added_pattern is not None:
             return False
         fast = fast_encoder(str(self._engine.files({}, {}, None, Path())["tokenizer.json"]))
         if fast is None:

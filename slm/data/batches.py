@@ -22,7 +22,7 @@ import torch
 
 from slm import parallel
 from slm.data.order import PhaseOrder, phase_key
-from slm.data.packing import PackingPlan, load_plan, pack, save_plan
+from slm.data.packing import PACKING, PackingPlan, load_plan, pack, save_plan
 from slm.data.selection import Selection, selection_digest
 from slm.data.tokens import TokenDataset
 from slm.errors import CorruptArtefact, UserError
@@ -114,7 +114,7 @@ def assemble(
 
 def packed(dataset: TokenDataset, seq_len: int, selection: Selection | None, path: Path | None) -> PackingPlan:
     """The packing plan, from the file if it is of this very dataset, length and choice; else made, and kept there."""
-    key = f"{dataset.fingerprint}/{seq_len}/{selection_digest(selection)}"
+    key = f"{PACKING}/{dataset.fingerprint}/{seq_len}/{selection_digest(selection)}"
     plan = load_plan(path, key) if path is not None else None
     if plan is None:
         plan = pack([shard.doc_offsets for shard in dataset.shards], seq_len, selection=selection)

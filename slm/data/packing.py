@@ -24,6 +24,8 @@ import numpy as np
 from slm.data.selection import Selection
 from slm.runtime import atomic_write
 
+PACKING = 2  # raised whenever the same documents would be packed otherwise: plans in files are then made again
+
 
 @dataclass(frozen=True)
 class PackingPlan:
