@@ -33,7 +33,23 @@ from rich.console import Console
 from rich.table import Table
 from side_by_side import REPOSITORY, Spread, machine
 
-SUFFIXES = {".py", ".h", ".hpp", ".c", ".txt", ".md", ".rst", ".pyi", ".cuh", ".html", ".js", ".json", ".pl", ".pm", ".tcl"}
+SUFFIXES = {
+    ".py",
+    ".h",
+    ".hpp",
+    ".c",
+    ".txt",
+    ".md",
+    ".rst",
+    ".pyi",
+    ".cuh",
+    ".html",
+    ".js",
+    ".json",
+    ".pl",
+    ".pm",
+    ".tcl",
+}
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")
 MOST_BYTES = 2_000_000  # of one document
 # name: (processes, engine); `apart` is two single-process jobs over the two halves at once
@@ -90,7 +106,17 @@ def halves(corpus: Path, folder: Path) -> list[Path]:
 
 def make_tokenizer(corpus: Path, folder: Path, vocab_size: int) -> None:
     """No BOS, as datatrove adds none."""
-    command = [sys.executable, "-m", "data_prep.cli", "tokenizer", corpus, "--output", folder, "--vocab-size", vocab_size]
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.cli",
+        "tokenizer",
+        corpus,
+        "--output",
+        folder,
+        "--vocab-size",
+        vocab_size,
+    ]
     subprocess.run([*map(str, command), "--max-bytes", "40M"], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     config = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": None}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -242,7 +268,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     job = parser.parse_args()
     paths = sysconfig.get_paths()
-    here = [Path(p) for p in dict.fromkeys([paths["stdlib"], paths["purelib"], "/usr/share", "/usr/lib", "/usr/include"])]
+    here = [
+        Path(p) for p in dict.fromkeys([paths["stdlib"], paths["purelib"], "/usr/share", "/usr/lib", "/usr/include"])
+    ]
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         import datatrove  # noqa: F401
@@ -273,7 +301,9 @@ def main() -> int:
         for size, peak in flat:
             console.print(f"input of {size / 1e6:,.0f} MB: at most {peak / 1e6:.0f} MB a process", highlight=False)
     if job.json:
-        job.json.write_text(json.dumps({"machine": machine(), "bytes": num_bytes, "runs": results, "flat": flat}, indent=1))
+        job.json.write_text(
+            json.dumps({"machine": machine(), "bytes": num_bytes, "runs": results, "flat": flat}, indent=1)
+        )
     return 0
 
 
