@@ -19,6 +19,7 @@ from slm import checkpoint
 from slm.data.batches import EvaluationBatches, PhaseData
 from slm.data.selection import Selection, by_length, by_share, without
 from slm.data.tokens import TokenDataset
+from slm.distill.student import open_caches
 from slm.engine import Engine
 from slm.errors import UserError
 from slm.model.config import ModelConfig
@@ -56,6 +57,7 @@ def open_phase_data(recipe: Recipe, phase: Phase) -> PhaseData:
         repeats=dict(phase.repeats),
         selections={name: selected_documents(recipe, phase, name, dataset) for name, dataset in datasets.items()},
         plans_folder=recipe.run_dir / "packing" / phase.name,
+        teachers=open_caches(recipe, phase, datasets),
     )
     if data.num_sequences < phase.global_batch:
         raise UserError(
@@ -152,6 +154,7 @@ def identity(recipe: Recipe, phase: Phase, data: PhaseData) -> dict[str, Any]:
         "model": recipe.model_of(phase).model_dump(mode="json"),
         "data": data.fingerprint,
         "tokenizer": next(iter(data.sources.values())).tokenizer_fingerprint,
+        **({"teachers": [teacher.fingerprint for teacher in data.teachers]} if data.teachers else {}),
     }
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ from slm.data.selection import Selection, selection_digest
 from slm.data.tokens import TokenDataset
 from slm.errors import CorruptArtefact, UserError
 from slm.losses import IGNORE
+
+if TYPE_CHECKING:
+    from slm.distill.codec import RawTargets
+    from slm.distill.student import CachedTeacher
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Batch:
     num_tokens: int  # without padding
     attention_pairs: int  # (query, key) pairs a causal kernel touches: sum of n (n + 1) / 2 over the pieces
     attention_pairs_full: int  # sum of n^2
+    teachers: tuple[RawTargets, ...] = ()  # cached rows of the tokens, teacher by teacher
+    teacher_nll: tuple[float, ...] = ()  # each teacher's own loss on the targets, summed
+    present_N: torch.Tensor | None = None  # bool [B * T]: tokens whose rows are known; None: all are
 
     def to(self, device: torch.device | str) -> Batch:
         if torch.device(device).type == "cpu":
@@ -52,7 +59,8 @@ class Batch:
             for f in fields(self)
             if isinstance(getattr(self, f.name), torch.Tensor)
         }
-        return Batch(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **moved})
+        teachers = tuple(rows.to(device) for rows in self.teachers)
+        return replace(self, **moved, teachers=teachers)
 
 
 _CHUNK = 1024
@@ -152,22 +160,25 @@ class _Source:
         self._tokens = [shard.tokens for shard in dataset.shards]
 
     def row(self, sequence: int) -> list[Piece]:
-        plan, tokens = self.plan, self._tokens
-        of_row = slice(*plan.sequence_offsets[sequence : sequence + 2].tolist())
-        starts, lengths = plan.piece_start[of_row].tolist(), plan.piece_length[of_row].tolist()
-        columns = zip(
-            plan.piece_shard[of_row].tolist(), starts, lengths, plan.piece_is_last[of_row].tolist(), strict=True
-        )
+        tokens = self._tokens
         return [
             (tokens[shard][start : start + length], None if last else int(tokens[shard][start + length]))
-            for shard, start, length, last in columns
+            for shard, start, length, last in self.addresses(sequence)
         ]
+
+    def addresses(self, sequence: int) -> Iterator[tuple[int, int, int, bool]]:
+        """(shard, first token, tokens, whether it ends its document) of the pieces of a row."""
+        plan = self.plan
+        of_row = slice(*plan.sequence_offsets[sequence : sequence + 2].tolist())
+        columns = (plan.piece_shard, plan.piece_start, plan.piece_length, plan.piece_is_last)
+        return zip(*(column[of_row].tolist() for column in columns), strict=True)
 
 
 class PhaseData:
     """All sequences of a phase, by step. A thread prepares the next step's batches while this one trains.
 
     selections: which documents of a source; all, where it is not named. plans_folder: where packing plans are kept.
+    teachers: whose cached rows go with the tokens.
     weights: how often each source is drawn; None for as often as it has sequences (of the documents that the filters
     leave), so that the epochs of all sources end together; times its `repeats`.
     """
@@ -184,7 +195,9 @@ class PhaseData:
         repeats: dict[str, float] | None = None,
         selections: dict[str, Selection] | None = None,
         plans_folder: Path | None = None,
+        teachers: Sequence[CachedTeacher] = (),
     ) -> None:
+        self.teachers = teachers
         self.sources, self.seq_len, self.pad_id = sources, seq_len, pad_id
         self._sources = [
             _Source(
@@ -262,7 +275,23 @@ class PhaseData:
                 f"{self._vocab_size}: the shards are damaged",
                 fix=f"slm-data verify {folders.split(',')[0]}, then copy the files again or make them anew",
             )
-        return batch
+        return self._with_teachers(batch, places) if self.teachers else batch
+
+    def _with_teachers(self, batch: Batch, places: list[tuple[int, int, int]]) -> Batch:
+        pieces = []
+        for row, (source, sequence, _) in enumerate(places):
+            at = row * self.seq_len
+            for shard, start, length, _ in self._sources[source].addresses(sequence):
+                pieces.append((at, source, shard, start, length))
+                at += length
+        found = [teacher.rows(pieces, batch) for teacher in self.teachers]
+        present = [known for _, known, _ in found if known is not None]
+        return replace(
+            batch,
+            teachers=tuple(rows for rows, _, _ in found),
+            teacher_nll=tuple(nll for _, _, nll in found),
+            present_N=torch.stack(present).all(0) if present else None,
+        )
 
     def sample_ids(self, step: int, global_batch: int) -> list[tuple[str, int, int]]:
         """(source, sequence, epoch) of every sequence of a step, over all ranks."""
