@@ -387,7 +387,8 @@ class PartitionedModel:
         with deepspeed.zero.Init(config_dict_or_path=ds_config):
             self.module = SLMForCausalLM(config, seed=None)
         self._engine, *_ = deepspeed.initialize(model=self.module, config=ds_config, dist_init_required=False)
-        for name, parameter in self.module.named_parameters():
+        parameters: dict[str, Any] = dict(self.module.named_parameters())  # ZeRO-3 adds attributes to them
+        for name, parameter in parameters.items():
             whole = weight(name, tuple(parameter.ds_shape)).flatten()
             part = parameter.ds_tensor
             mine = whole[parallel.rank() * part.numel() :][: part.numel()]

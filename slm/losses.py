@@ -159,7 +159,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return parts[0].clone(), told
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad: torch.Tensor, _: Any
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         if ctx.gradients is None:

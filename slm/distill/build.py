@@ -110,6 +110,10 @@ def cache_spec(settings: Teacher, identity: dict[str, Any], w: Wanted) -> CacheS
     )
 
 
+def open_cache(w: Wanted, *, allow_partial: bool = False) -> Cache:
+    return Cache(w.path, doc_offsets=w.dataset.shards[w.shard].doc_offsets, allow_partial=allow_partial)
+
+
 def shard_identity(w: Wanted) -> dict[str, Any]:
     entry = w.dataset.manifest["shards"][w.shard]
     return {"name": entry["name"], "sha256": entry["sha256_bin"]}
@@ -117,7 +121,7 @@ def shard_identity(w: Wanted) -> dict[str, Any]:
 
 def _check_complete(w: Wanted, settings: Teacher) -> None:
     """Raises UserError if the complete cache is of other settings than the recipe's."""
-    found = Cache(w.path).spec
+    found = open_cache(w).spec
     expected = cache_spec(settings, found.teacher, w)
     for field in ("kind", "k", "temperatures", "vocab_size", "seed", "tokenizer", "shard"):
         was, now = getattr(found, field), getattr(expected, field)
@@ -154,6 +158,7 @@ def _build_cache(
     maker = BlockMaker(model, settings, w, spec, bounds, device, reusable_caches(w, spec))
     blocks = _own_blocks_first(len(bounds) - 1, ranks)
     base = progress.done
+    progress.update(base + int(np.diff(bounds)[writer.done].sum()))
     work = _in_step(writer, blocks, ranks) if settings.zero3 else _by_claims(writer, blocks)
     for block in work:
         planes, sums = maker.make(block)
@@ -203,8 +208,8 @@ def reusable_caches(w: Wanted, spec: CacheSpec) -> list[Cache]:
     found = []
     for path in sorted(w.path.parents[1].glob(f"*/{w.path.name}")):
         if path != w.path and path.parent.name.isdigit():
-            other = Cache(path)
-            if other.spec.with_piece_length(spec.piece_length) == spec:
+            other = Cache(path, doc_offsets=w.dataset.shards[w.shard].doc_offsets)
+            if other.spec.at(spec.piece_length) == spec:
                 found.append(other)
     return found
 
@@ -319,7 +324,7 @@ class BlockMaker:
             entries = self._entries(logits_CV, labels_C, places, order_V)
             self._entropy[0] += float(entries.entropy_C[labels_C != IGNORE].sum(dtype=torch.float64))
             self._entropy[1] += int((labels_C != IGNORE).sum())
-            stored = encode_entries(self.spec, entries)
+            stored = encode_entries(entries, self.spec.vocab_size)
             stored["tag"] = token_tags(tokens[first + inside], following[first + inside], places)
             for name, values in stored.items():
                 planes[name][places - low] = values

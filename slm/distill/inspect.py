@@ -21,7 +21,7 @@ from rich.progress import Progress
 from slm import parallel
 from slm.data.batches import assemble
 from slm.data.packing import pieces_of
-from slm.distill.build import cache_spec
+from slm.distill.build import cache_spec, open_cache
 from slm.distill.cache import Cache
 from slm.distill.codec import RawTargets, token_tags
 from slm.distill.models import TeacherModel, load_teacher
@@ -42,7 +42,7 @@ def verify(recipe: Recipe) -> list[str]:
     with Progress(transient=True) as progress:
         for w in progress.track(wanted, description="verifying"):
             try:
-                cache = Cache(w.path)
+                cache = open_cache(w)
             except SLMError as error:
                 problems.append(str(error))
                 continue
@@ -60,9 +60,6 @@ def verify(recipe: Recipe) -> list[str]:
 def _misaligned(cache: Cache, w: Wanted) -> Iterator[str]:
     """Every row must carry the tag of its own token and the next."""
     shard = w.dataset.shards[w.shard]
-    if cache.spec.num_tokens != shard.num_tokens:
-        yield f"{w.path}: has {cache.spec.num_tokens} rows, and its shard {shard.num_tokens} tokens"
-        return
     starts, lengths, is_last = pieces_of(shard.doc_offsets, cache.spec.piece_length)
     ends = np.zeros(shard.num_tokens, dtype=bool)
     ends[(starts + lengths - 1)[is_last]] = True
@@ -82,14 +79,14 @@ def _misaligned(cache: Cache, w: Wanted) -> Iterator[str]:
 
 def stats(recipe: Recipe) -> list[dict[str, Any]]:
     """Per cache: size, the teacher's own loss and entropy, and the mass that its likeliest k hold, by k and temperature."""
-    return [_stats_of(Cache(w.path, allow_partial=True), w) for w in wanted_caches(recipe)]
+    return [_stats_of(open_cache(w, allow_partial=True), w) for w in wanted_caches(recipe)]
 
 
 def _stats_of(cache: Cache, w: Wanted) -> dict[str, Any]:
     spec, totals = cache.spec, cache.totals()
     places = np.unique(np.linspace(0, spec.num_tokens - 1, min(_ROWS, spec.num_tokens)).astype(np.int64))
     places = places[~cache.missing_at(places) & (cache.plane("tag")[places] != 0)]
-    rows = RawTargets.of(spec, {name: cache.plane(name)[places] for name in cache.plane_names})
+    rows = RawTargets.of(spec.kind, spec.temperatures, cache.rows(places))
     head_mass: dict[str, dict[int, float]] = {}
     for i, temperature in enumerate(spec.temperatures):
         if spec.kind == "top_k":
@@ -101,7 +98,6 @@ def _stats_of(cache: Cache, w: Wanted) -> dict[str, Any]:
             log_tail = cache.plane("log_tail")[places, i]
             heads = cache.plane("heads")[places, i].mean()
             head_mass[f"{temperature:g}"] = {round(float(heads)): float(-np.expm1(log_tail).mean())}
-    size = w.path.stat().st_size if w.path.exists() else 0
     return {
         "path": str(w.path),
         "teacher": w.teacher,
@@ -110,8 +106,7 @@ def _stats_of(cache: Cache, w: Wanted) -> dict[str, Any]:
         "piece_length": spec.piece_length,
         "tokens": spec.num_tokens,
         "missing_tokens": cache.num_missing_tokens,
-        "bytes_per_token": cache.bytes_per_token,
-        "file_bytes": size,
+        "bytes_per_token": spec.bytes_per_token,
         "teacher_loss": totals.nll / max(1, totals.num_targets),
         "entropy": totals.entropy / max(1, totals.num_targets),
         "head_mass": head_mass,
@@ -196,7 +191,7 @@ def diff(recipe: Recipe, num_tokens: int = 8192) -> list[dict[str, Any]]:
         if w.teacher not in loaded:
             loaded = {w.teacher: load_teacher(
                 settings.model, device, vocab_size=w.dataset.vocab_size, tokenizer=w.dataset.tokenizer_fingerprint)}  # fmt: skip
-        found.append(_diff_of(Cache(w.path, allow_partial=True), w, settings, loaded[w.teacher], device, num_tokens))
+        found.append(_diff_of(open_cache(w, allow_partial=True), w, settings, loaded[w.teacher], device, num_tokens))
     return found
 
 
@@ -206,13 +201,12 @@ def _diff_of(
     shard, spec = w.dataset.shards[w.shard], cache.spec
     starts, lengths, is_last = pieces_of(shard.doc_offsets, spec.piece_length)
     useful = np.flatnonzero((lengths > 1) & ~cache.missing_at(starts))
-    chosen = useful[np.unique(np.linspace(0, len(useful) - 1, len(useful)).astype(np.int64))]
-    every = max(1, int(lengths[chosen].sum()) // num_tokens)
+    every = max(1, int(lengths[useful].sum()) // num_tokens)
     sums: dict[str, float] = {}
     worst = 0.0
     count = 0
     with Progress(transient=True) as progress:
-        for piece in progress.track(chosen[::every].tolist(), description=f"comparing {w.path.name}"):
+        for piece in progress.track(useful[::every].tolist(), description=f"comparing {w.path.name}"):
             start, end = int(starts[piece]), int(starts[piece] + lengths[piece])
             ids = shard.tokens[start:end]
             batch = assemble([[(ids, None if is_last[piece] else int(shard.tokens[end]))]], len(ids), 0, 1)
@@ -220,7 +214,7 @@ def _diff_of(
             live_NV, twice_NV = (
                 _log_probabilities(model, b.to(device), spec.vocab_size)[: len(ids)] for b in (batch, again)
             )
-            rows = RawTargets.of(spec, {name: cache.plane(name)[start:end] for name in cache.plane_names}).to(device)
+            rows = RawTargets.of(spec.kind, spec.temperatures, cache.rows(slice(start, end))).to(device)
             inside = (batch.labels_BT.flatten() != IGNORE).to(device)
             for i, temperature in enumerate(spec.temperatures):
                 part = _costs(live_NV[inside], rows, i, temperature, inside)

@@ -92,6 +92,7 @@ def _model_type(folder: Path) -> str:
 
 def _llama(folder: Path, device: torch.device, dtype: torch.dtype, is_hugging_face: bool, zero3: bool) -> TeacherModel:
     weight: Callable[[str, tuple[int, ...]], torch.Tensor]
+    identity: dict[str, Any]
     if is_hugging_face:
         config, weight = read_config(folder), weight_reader(folder)
         identity = {"path": str(folder), "fingerprint": weights_fingerprint(folder)}
@@ -141,13 +142,15 @@ def _foreign(folder: Path, device: torch.device, dtype: torch.dtype) -> TeacherM
             f"the teacher {folder} is a {_model_type(folder)!r} model, which transformers has to run",
             fix='pip install -e ".[hf]"',
         ) from None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model.to(device).eval()
+    context: int = getattr(model.config, "max_position_embeddings", 1 << 62)
     identity = {
         "path": str(folder),
         "fingerprint": weights_fingerprint(folder),
         "model_type": _model_type(folder),
         "dtype": str(dtype).removeprefix("torch."),
-        "context": getattr(model.config, "max_position_embeddings", 1 << 62),
+        "context": context,
     }
 
     def run(batch: Batch, visit: Visit) -> None:
@@ -156,7 +159,7 @@ def _foreign(folder: Path, device: torch.device, dtype: torch.dtype) -> TeacherM
         for start, end in zip(bounds, bounds[1:], strict=False):
             visit(start, model(flat[None, start:end], use_cache=False).logits[0])
 
-    return TeacherModel(identity, identity["context"], model.config.vocab_size, run)
+    return TeacherModel(identity, context, model.config.vocab_size, run)
 
 
 def _check_tokenizer(path: str, teacher: TeacherModel, vocab_size: int, tokenizer: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,14 +61,14 @@ class CachedTeacher:
         address = np.full(batch.labels_BT.numel(), -1, dtype=np.int64)
         for at, source, shard, start, length in pieces:
             cache = self.caches[source][shard]
-            if not cache.is_missing(start):
+            if not (cache.missing.any() and cache.missing_at(np.array([start]))[0]):
                 cache.copy_into(planes, at, start, length)
                 address[at : at + length] = np.arange(start, start + length)
         known = address >= 0
         nll = self._guard(planes, address, batch, {(source, shard) for _, source, shard, _, _ in pieces})
         placed = sum(length for *_, length in pieces)
         present = torch.from_numpy(known) if int(known.sum()) < placed else None
-        return RawTargets.of(spec, planes), present, nll
+        return RawTargets.of(spec.kind, spec.temperatures, planes), present, nll
 
     def _guard(
         self, planes: dict[str, np.ndarray], address: np.ndarray, batch: Batch, shards: set[tuple[int, int]]
@@ -120,10 +121,10 @@ def open_caches(recipe: Recipe, phase: Phase, datasets: dict[str, TokenDataset])
     return teachers
 
 
-def _open(recipe: Recipe, phase: Phase, teacher: str, path: object, dataset: TokenDataset, shard: int) -> Cache:
+def _open(recipe: Recipe, phase: Phase, teacher: str, path: Path, dataset: TokenDataset, shard: int) -> Cache:
     settings = recipe.teacher[teacher].cache
     assert settings is not None
-    cache = Cache(path, allow_partial=phase.loss.allow_partial)
+    cache = Cache(path, doc_offsets=dataset.shards[shard].doc_offsets, allow_partial=phase.loss.allow_partial)
     spec, entry = cache.spec, dataset.manifest["shards"][shard]
     again = "make the cache of these shards with slm teacher, or name the right ones"
     for what, found, wanted, why in (
@@ -219,7 +220,7 @@ class Targets:
         form = "bucket" if self.form == "full" else self.form
         return Distillation(
             tuple(targets), self.loss.alpha_at(fraction), temperature, form, self.loss.divergence, batch.present_N
-        )  # type: ignore[arg-type]
+        )
 
     def _sparse(self, model: TeacherModel, batch: Batch, temperature: float, weight: float) -> SparseTarget:
         """The likeliest k of a teacher that runs beside, as a cache would hold them."""
