@@ -169,7 +169,7 @@ def prepare(work: Path, teacher_steps: int, seeds: int, jobs: int, console: Cons
     console.print("writing the caches …")
 
     def cache(seed: int) -> None:
-        path = recipe(work, f"cache-{seed}", STUDENT, "student", CE, seed, tokens=BATCH)
+        path = recipe(work, f"cache-{seed}", STUDENT, "student", CE, seed, tokens=100 * BATCH)
         tree = yaml.safe_load(path.read_text())
         names = ["top", "s32", "s12"] if seed == 1 else ["s32", "s12"]
         phase = tree["phases"][0]
@@ -297,15 +297,17 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     seeds = 1 if job.trial else job.seeds
     prepare(work, 20 if job.trial else 1721, seeds, job.jobs, console)
+    (work / "stats.json").unlink(missing_ok=True)
     call(sys.executable, "-m", "slm", "teacher", "stats", work / "cache-1.yaml", "--json", log=work / "stats.json")
-    stats = json.loads((work / "stats.json").read_text()[(work / "stats.json").read_text().rindex("\n[\n") :])
+    text = (work / "stats.json").read_text()
+    stats = json.loads(text[text.index("[\n") :])
     mass = next(iter(next(r for r in stats if r["kind"] == "top_k")["head_mass"].values()))
     console.print("the teacher's mass on its likeliest k: " + ", ".join(f"{k}: {m:.3f}" for k, m in mass.items()))
     num_tokens = sum(r["tokens"] for r in stats if r["teacher"] == "top")
     share, epochs = min(1.0, 131072 / num_tokens), 4
     settings = {"repeated": (epochs * 131072, share), "fresh": (num_tokens // BATCH * BATCH, 1.0)}
     if job.trial:
-        settings = {"repeated": (8 * BATCH, share), "fresh": (8 * BATCH, 1.0)}
+        settings = {"repeated": (30 * BATCH, share), "fresh": (30 * BATCH, 1.0)}
     found, good = report(run_students(work, seeds, job.jobs, settings), console)
     result = {"head_mass": mass, **found}
     if job.json:

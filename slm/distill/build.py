@@ -32,9 +32,13 @@ from slm.errors import UserError
 from slm.losses import IGNORE
 from slm.progress import TokenProgress
 from slm.recipe import Recipe
-from slm.runtime import Ranks, StopRequest, discover_ranks
+from slm.runtime import Ranks, StopRequest, discover_ranks, setup_logging
 
 log = logging.getLogger("slm")
+
+
+# Logits that entries are chosen from at once: on a CPU as many as its cache holds.
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 
 class Stopped(Exception):
@@ -45,6 +49,7 @@ def build(recipe: Recipe) -> int:
     """Makes what is missing of the recipe's caches; 0, or 75 after a stop signal. Raises SLMError."""
     stop = StopRequest()
     ranks = discover_ranks()
+    setup_logging(ranks.rank, None)
     device = parallel.local_device(ranks.local_rank)
     together = any(recipe.teacher[w.teacher].zero3 for w in wanted_caches(recipe))
     joined = together and parallel.start(device)
@@ -316,11 +321,18 @@ class BlockMaker:
         following = np.where(labels_N.numpy() == IGNORE, -1, labels_N.numpy())
 
         def visit(first: int, logits_CV: torch.Tensor) -> None:
+            at_once = max(1, _ELEMENTS_AT_ONCE[logits_CV.device.type] // logits_CV.shape[1])
+            for start in range(0, len(logits_CV), at_once):
+                keep(first + start, logits_CV[start : start + at_once])
+
+        def keep(first: int, logits_CV: torch.Tensor) -> None:
             inside = np.flatnonzero(address[first : first + len(logits_CV)] >= 0)
+            if not len(inside):
+                return
             places = address[first + inside]
-            rows = torch.from_numpy(inside).to(logits_CV.device)
-            logits_CV = logits_CV[rows, : self.spec.vocab_size]
-            labels_C = labels_N[first + torch.from_numpy(inside)].to(logits_CV.device)
+            rows = torch.from_numpy(inside)
+            labels_C = labels_N[first + rows].to(logits_CV.device)
+            logits_CV = logits_CV[rows.to(logits_CV.device), : self.spec.vocab_size]
             entries = self._entries(logits_CV, labels_C, places, order_V)
             self._entropy[0] += float(entries.entropy_C[labels_C != IGNORE].sum(dtype=torch.float64))
             self._entropy[1] += int((labels_C != IGNORE).sum())

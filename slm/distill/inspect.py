@@ -87,7 +87,7 @@ def _stats_of(cache: Cache, w: Wanted) -> dict[str, Any]:
     places = np.unique(np.linspace(0, spec.num_tokens - 1, min(_ROWS, spec.num_tokens)).astype(np.int64))
     places = places[~cache.missing_at(places) & (cache.plane("tag")[places] != 0)]
     rows = RawTargets.of(spec.kind, spec.temperatures, cache.rows(places))
-    head_mass: dict[str, dict[int, float]] = {}
+    head_mass: dict[str, dict[float, float]] = {}
     for i, temperature in enumerate(spec.temperatures):
         if spec.kind == "top_k":
             _, log_p_NK, _ = rows.decode(temperature)
@@ -96,8 +96,8 @@ def _stats_of(cache: Cache, w: Wanted) -> dict[str, Any]:
             head_mass[f"{temperature:g}"] = {k: float(cumulative[k - 1]) for k in ks}
         else:
             log_tail = cache.plane("log_tail")[places, i]
-            heads = cache.plane("heads")[places, i].mean()
-            head_mass[f"{temperature:g}"] = {round(float(heads)): float(-np.expm1(log_tail).mean())}
+            heads = round(float(cache.plane("heads")[places, i].mean()), 1)
+            head_mass[f"{temperature:g}"] = {heads: float(-np.expm1(log_tail).mean())}
     return {
         "path": str(w.path),
         "teacher": w.teacher,
@@ -131,27 +131,23 @@ def draw(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(title="teacher caches", title_justify="left")
-    for column in ("teacher", "cache", "tokens", "missing", "bytes/token", "teacher loss", "entropy", "kind"):
-        table.add_column(column)
     for r in rows:
-        missing = f"{r['missing_tokens'] / max(1, r['tokens']):.1%}"
-        table.add_row(
-            escape(r["teacher"]), escape(r["path"]), f"{r['tokens']:,}", missing, f"{r['bytes_per_token']:.1f}",
-            f"{r['teacher_loss']:.4f}", f"{r['entropy']:.4f}", f"{r['kind']} {r['k']}",
-        )  # fmt: skip
-    console.print(table)
-    for r in rows:
-        title = (
-            f"{r['path']}: mass of the likeliest k" if r["kind"] == "top_k" else f"{r['path']}: mass of the exact heads"
+        missing = r["missing_tokens"] / max(1, r["tokens"])
+        console.print(f"[bold]{escape(r['path'])}[/bold]", soft_wrap=True, highlight=False)
+        console.print(
+            f"teacher {escape(r['teacher'])}, {r['kind']} {r['k']}, pieces of up to {r['piece_length']:,} tokens: "
+            f"{r['tokens']:,} tokens{f', {missing:.1%} missing' if missing else ''}, {r['bytes_per_token']} bytes a token; the "
+            f"teacher's loss {r['teacher_loss']:.4f}, entropy {r['entropy']:.4f} nats",
+            highlight=False,
         )
-        table = Table("temperature", "k", "mass", title=escape(title), title_justify="left")
+        what = "mass of the likeliest k" if r["kind"] == "top_k" else "mass of the exact heads, the rest is drawn"
+        table = Table("temperature", "k" if r["kind"] == "top_k" else "heads, mean", what)
         for temperature, masses in r["head_mass"].items():
             for k, mass in masses.items():
                 table.add_row(temperature, f"{k:,}", "█" * round(mass * 40) + f" {mass:.1%}")
         console.print(table)
         for warning in warnings_of(r):
-            console.print(f"Warning: {escape(warning)}", style="yellow")
+            console.print(f"Warning: {escape(warning)}", style="yellow", soft_wrap=True)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
