@@ -121,7 +121,7 @@ def open_cache(w: Wanted, *, allow_partial: bool = False) -> Cache:
 
 def shard_identity(w: Wanted) -> dict[str, Any]:
     entry = w.dataset.manifest["shards"][w.shard]
-    return {"name": entry["name"], "sha256": entry["sha256_bin"]}
+    return {"name": entry["name"], "sha256": entry["sha256_bin"], "index_sha256": entry["sha256_idx"]}
 
 
 def _check_complete(w: Wanted, settings: Teacher) -> None:
@@ -336,7 +336,7 @@ class BlockMaker:
             entries = self._entries(logits_CV, labels_C, places, order_V)
             self._entropy[0] += float(entries.entropy_C[labels_C != IGNORE].sum(dtype=torch.float64))
             self._entropy[1] += int((labels_C != IGNORE).sum())
-            stored = encode_entries(entries, self.spec.vocab_size)
+            stored = encode_entries(entries, self.spec.vocab_size, self.spec.kind, self.spec.temperatures)
             stored["tag"] = token_tags(tokens[first + inside], following[first + inside], places)
             for name, values in stored.items():
                 planes[name][places - low] = values

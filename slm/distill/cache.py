@@ -30,7 +30,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from slm.data.packing import pieces_of
-from slm.distill.codec import RANGE, index_bits
+from slm.distill.codec import index_bits, value_range
 from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
 
 SCHEMA = "slm-teacher/1"
@@ -55,7 +55,7 @@ class CacheSpec:
     seed: int
     teacher: dict[str, Any]
     tokenizer: str  # fingerprint
-    shard: dict[str, Any]  # name, and sha256 of the token bytes
+    shard: dict[str, Any]  # name, and SHA-256 of its tokens and of its index
 
     @property
     def fingerprint(self) -> str:
@@ -137,7 +137,11 @@ def _header(spec: CacheSpec, bounds: np.ndarray) -> bytes:
     content = {
         "schema": SCHEMA,
         "spec": asdict(spec),
-        "codec": {"values": "-range * (byte / 255)^2", "range_nats": RANGE, "index": "idx_lo + bits of idx_hi << 16"},
+        "codec": {
+            "values": "-range * (byte / 255)^2",
+            "range_nats": value_range(spec.kind, spec.temperatures),
+            "index": "idx_lo + bits of idx_hi << 16",
+        },
         "shift": 1,
         "documents": "each piece alone, positions from 0",
         "planes": planes,

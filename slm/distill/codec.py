@@ -2,17 +2,19 @@
 
 Owns the arithmetic between Entries and the planes of a cache, and the tag that ties a row to its token.
 
-    planes = encode_entries(entries, vocab_size)                  # numpy, ready to be written
+    planes = encode_entries(entries, vocab_size, "top_k", (1.0,))     # numpy, ready to be written
     index_NK, log_p_NK, log_tail_N = RawTargets(...).decode(temperature=1.0)
 
-A log-probability -x becomes the byte round(255 sqrt(min(x, 32) / 32)): an error of 0.02 nats at x = 1, 0.07 at 10. Errors
-of the head do not move mass to or from the tail, which is kept in float32: the head is scaled to what the tail leaves.
+A log-probability -x becomes the byte round(255 sqrt(min(x, R) / R)), which costs R / (6 * 255^2) nats for each nat of the
+teacher's entropy. R = 18 times the highest temperature: what is less likely than e^-18 there is stored as that. Errors of
+the head do not move mass to or from the tail, which is kept in float32: the head is scaled to what the tail leaves.
 
 `N`, `C` tokens, `P` planes, `K` entries, `T` temperatures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,18 +23,21 @@ import torch
 
 from slm.distill.targets import Entries
 
-RANGE = 32.0  # nats; what is less likely than e^-32 is stored as that
+
+def value_range(kind: str, temperatures: Sequence[float]) -> float:
+    """R in nats. A sample's values are of their own temperature already."""
+    return 18.0 * max(1.0, *temperatures) if kind == "top_k" else 18.0
 
 
-def encode_values(log_p: torch.Tensor) -> torch.Tensor:
+def encode_values(log_p: torch.Tensor, nats: float) -> torch.Tensor:
     """Log-probabilities (<= 0, -inf allowed) -> uint8."""
-    x = (-log_p.float()).clamp(0.0, RANGE)
-    return (255 * (x / RANGE).sqrt()).round().to(torch.uint8)
+    x = (-log_p.float()).clamp(0.0, nats)
+    return (255 * (x / nats).sqrt()).round().to(torch.uint8)
 
 
-def decode_values(codes: torch.Tensor) -> torch.Tensor:
+def decode_values(codes: torch.Tensor, nats: float) -> torch.Tensor:
     """uint8 -> float32."""
-    return -RANGE * (codes.float() / 255) ** 2
+    return codes.float().div_(255).square_().mul_(-nats)
 
 
 def index_bits(vocab_size: int) -> int:
@@ -59,13 +64,15 @@ def unpack_index(low_NK: torch.Tensor, high_NbY: torch.Tensor) -> torch.Tensor:
     return index_NK
 
 
-def encode_entries(entries: Entries, vocab_size: int) -> dict[str, np.ndarray]:
+def encode_entries(
+    entries: Entries, vocab_size: int, kind: str, temperatures: Sequence[float]
+) -> dict[str, np.ndarray]:
     """The planes of C tokens, by name; without the tags, which are of the tokens and not of the teacher."""
     low, high = pack_index(entries.index_CPK.cpu().numpy(), vocab_size)
     planes = {
         "idx_lo": low,
         "idx_hi": high,
-        "val": encode_values(entries.log_p_CPK).cpu().numpy(),
+        "val": encode_values(entries.log_p_CPK, value_range(kind, temperatures)).cpu().numpy(),
         "log_tail": entries.log_tail_CT.cpu().numpy(),
         "label": entries.label_log_p_C.cpu().numpy().astype(np.float16),
     }
@@ -138,7 +145,7 @@ class RawTargets:
             raise ValueError(f"{k} entries cannot be had from a {self.kind} cache of {stored}")
         plane = t if self.kind == "sampled" else 0
         index_NK = unpack_index(self.idx_lo_NPK[:, plane], self.idx_hi_NPbY[:, plane])
-        value_NK = decode_values(self.val_NPK[:, plane])
+        value_NK = decode_values(self.val_NPK[:, plane], value_range(self.kind, self.temperatures))
         log_tail_N = self.log_tail_NT[:, t]
         log_head_N = torch.log1p(-log_tail_N.exp().clamp(max=1.0))
         if self.kind == "sampled":

@@ -133,6 +133,7 @@ def _open(recipe: Recipe, phase: Phase, teacher: str, path: Path, dataset: Token
         ("tokenizer", spec.tokenizer, dataset.tokenizer_fingerprint, "the same ids mean other text"),
         ("vocabulary", spec.vocab_size, dataset.vocab_size, "the same ids mean other text"),
         ("token shard", spec.shard["sha256"], entry["sha256_bin"], "its rows belong to other tokens"),
+        ("documents", spec.shard["index_sha256"], entry["sha256_idx"], "the teacher saw other contexts"),
         ("number of tokens", spec.num_tokens, dataset.shards[shard].num_tokens, "its rows belong to other tokens"),
     ):
         if found != wanted:
