@@ -106,7 +106,7 @@ class RawTargets:
     @classmethod
     def of(cls, kind: str, temperatures: tuple[float, ...], planes: dict[str, np.ndarray]) -> RawTargets:
         def tensor(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array))
+            return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # a map is copied
 
         return cls(
             kind,

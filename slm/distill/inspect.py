@@ -16,7 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
+from rich.table import Table
 
 from slm import parallel
 from slm.data.batches import assemble
@@ -39,7 +42,7 @@ def verify(recipe: Recipe) -> list[str]:
     """Reads everything; what is wrong, in words: missing, damaged by block, of other settings, or of other tokens."""
     problems: list[str] = []
     wanted = list(wanted_caches(recipe))
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
         for w in progress.track(wanted, description="verifying"):
             try:
                 cache = open_cache(w)
@@ -126,10 +129,6 @@ def warnings_of(row: dict[str, Any]) -> list[str]:
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """On the terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     console = Console()
     for r in rows:
         missing = r["missing_tokens"] / max(1, r["tokens"])
@@ -201,7 +200,7 @@ def _diff_of(
     sums: dict[str, float] = {}
     worst = 0.0
     count = 0
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
         for piece in progress.track(useful[::every].tolist(), description=f"comparing {w.path.name}"):
             start, end = int(starts[piece]), int(starts[piece] + lengths[piece])
             ids = shard.tokens[start:end]
@@ -266,10 +265,6 @@ def _costs(
 
 def draw_diff(rows: list[dict[str, Any]]) -> None:
     """On the terminal; nats by token, means but for the last."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     for r in rows:
         table = Table(title=escape(f"{r['path']}: {r['tokens']:,} tokens"), title_justify="left")
         table.add_column("what")

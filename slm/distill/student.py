@@ -211,13 +211,13 @@ class Targets:
         temperature = self.loss.temperature_at(fraction)
         weights = list(self.weights.values())
         targets: list[SparseTarget | DenseTarget] = []
-        for rows, weight in zip(batch.teachers, weights, strict=False):
-            targets.append(SparseTarget(*rows.decode(temperature, self.loss.k), weight))
-        for model, weight in zip(self.online, weights, strict=False):
-            if self.form == "full":
-                targets.append(model.dense(batch, self.vocab_size, weight))
-            else:
-                targets.append(self._sparse(model, batch, temperature, weight))
+        if self.form == "full":
+            targets = [m.dense(batch, self.vocab_size, w) for m, w in zip(self.online, weights, strict=True)]
+        elif self.online:
+            targets = [self._sparse(m, batch, temperature, w) for m, w in zip(self.online, weights, strict=True)]
+        else:
+            decoded = (rows.decode(temperature, self.loss.k) for rows in batch.teachers)
+            targets = [SparseTarget(*of_rows, w) for of_rows, w in zip(decoded, weights, strict=True)]
         form = "bucket" if self.form == "full" else self.form
         return Distillation(
             tuple(targets), self.loss.alpha_at(fraction), temperature, form, self.loss.divergence, batch.present_N
