@@ -39,7 +39,7 @@ def import_dataset(inputs: Sequence[Path], fmt: Format, tokenizer: str, output: 
     """Copies each input's tokens as one shard of a dataset in `output`; returns its manifest. Raises UserError.
 
     inputs: files, prefixes, or folders of them. The tokenizer is what the tokens were made with: it says BOS, EOS and the
-    width of an id (uint16 up to 65,500 tokens).
+    width of an id (uint16 below 65,500 tokens).
     """
     from slm.tokenizer import load_tokenizer
 
