@@ -12,7 +12,9 @@ JSON lines and text may be compressed (.gz, .zst, .bz2).
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +23,8 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from slm.errors import UserError
+
+log = logging.getLogger("slm")
 
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
 # Files that are no text whatever their first bytes look like; others are found out by a NUL byte.
@@ -42,7 +46,7 @@ LINKED_FOLDER = "linked folder"
 
 class InputFile(NamedTuple):
     """kind: "jsonl", "parquet", "arrow", "hub", "text" (named by the user) or "tree" (found in a folder, where odd files
-    are ordinary). size in bytes; of a dataset on the hub, its shards."""
+    are ordinary). size in bytes; of a dataset on the hub, its shards, and mtime_ns stands for its revision."""
 
     path: str
     kind: str
@@ -220,7 +224,26 @@ def open_hub(spec: str) -> Any:
 
 
 def _on_the_hub(spec: str) -> InputFile:
-    return InputFile(spec, "hub", open_hub(spec).num_shards, 0)
+    return InputFile(spec, "hub", open_hub(spec).num_shards, _hub_state(spec))
+
+
+def _hub_state(spec: str) -> int:
+    """A number that is another one when the dataset has changed: of a local folder, from its files; else the revision's."""
+    name, _, query = spec.removeprefix(HUB).partition("?")
+    if os.path.isdir(name):
+        paths = sorted(os.path.join(at, file) for at, _, files in os.walk(name) for file in files)
+        state = "\n".join(f"{p} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for p in paths)
+    else:
+        from huggingface_hub import HfApi
+
+        try:
+            state = str(HfApi().dataset_info(name, revision=dict(parse_qsl(query)).get("revision"), timeout=30).sha)
+        except Exception as error:  # offline, or a mirror without the API: what is cached is what there is
+            log.warning(
+                "%s: its revision is not known (%s); that it stays the same is not checked", spec, type(error).__name__
+            )
+            return 0
+    return int.from_bytes(hashlib.sha256(state.encode()).digest()[:6], "big")
 
 
 def _check_column(file: InputFile, text_key: str) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from data_prep.progress import byte_progress
 from slm.data.tokens import TokenDataset, decode_index, encode_index, token_dtype, write_manifest
-from slm.errors import CorruptArtefact, UserError
+from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
 from slm.runtime import atomic_write
 
 Format = Literal["megatron", "datatrove", "olmo"]
@@ -91,7 +91,9 @@ def _payloads(given: Path, fmt: Format) -> list[Path]:
     if given.is_dir():
         found = sorted(given.glob(f"*{suffix}"))
     else:
-        candidates = (given, given.with_name(given.name + suffix), given.with_suffix(suffix))
+        # The other file of a pair may be named; a dot inside a prefix (corpus.v2) begins no suffix.
+        known = given.suffix in (".bin", ".idx", ".ds", ".npy", ".index", ".metadata", ".gz")
+        candidates = (given, given.with_name(given.name + suffix), given.with_suffix(suffix) if known else given)
         found = [path for path in candidates if path.is_file() and path.suffix == suffix][:1]
     if not found:
         raise UserError(
@@ -116,6 +118,7 @@ def _documents(path: Path, fmt: Format, info: dict[str, Any]) -> tuple[np.ndarra
             )
         offsets = np.concatenate([[0], np.fromfile(index, "<u8").astype(np.int64)])
     else:
+        dtype = _olmo_dtype(path, dtype)
         offsets = _olmo_offsets(path, dtype, info["eos_id"])
     num_tokens, rest = divmod(path.stat().st_size, dtype.itemsize)
     if rest or offsets[-1] != num_tokens or np.any(np.diff(offsets) < 0):
@@ -127,6 +130,14 @@ def _documents(path: Path, fmt: Format, info: dict[str, Any]) -> tuple[np.ndarra
     return offsets, dtype
 
 
+def _olmo_dtype(path: Path, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """OLMo's files do not say how wide an id is, and a small vocabulary may be stored in 32 bits: then every second 16 bits
+    are 0, which no text of 16-bit ids is."""
+    words = np.fromfile(path, "<u2", 1 << 20)
+    wide = dtype.itemsize == 2 and len(words) > 1 and path.stat().st_size % 4 == 0 and not words[1::2].any()
+    return np.dtype("<i4") if wide else dtype
+
+
 def _olmo_offsets(path: Path, dtype: np.dtype[Any], eos_id: int | None) -> np.ndarray:
     metadata = path.with_name(path.stem + ".csv.gz")
     if metadata.is_file():
@@ -135,7 +146,7 @@ def _olmo_offsets(path: Path, dtype: np.dtype[Any], eos_id: int | None) -> np.nd
                 spans = [(int(row[0]), int(row[1])) for row in csv.reader(file) if row]
         except (OSError, EOFError, ValueError, IndexError) as error:
             raise CorruptArtefact(f"{metadata} is not readable ({error})", fix="copy it again") from None
-        if any(end != start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
+        if any(end != start for (_, end), (start, _) in zip([(0, 0), *spans], spans, strict=False)):
             raise CorruptArtefact(f"{metadata}: its documents do not stand back to back")
         return np.array([0, *(end for _, end in spans)], dtype=np.int64)
     if eos_id is None:
@@ -161,6 +172,11 @@ def _copy(source: Path, target: Path, dtype: np.dtype[Any], advance: Any) -> tup
             writing.flush()
             os.fsync(writing.fileno())
         temporary.replace(target)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{target} cannot be written: {error.strerror or error}",
+            fix="make room, or give another folder; what is written so far can be removed",
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return largest, digest.hexdigest()

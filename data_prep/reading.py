@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import orjson
 
 from data_prep.corpus import BINARY_FILE, EMPTY_FILE, Piece, arrow_reader, open_hub, parquet_file
 from slm.errors import UserError
+
+log = logging.getLogger("slm")
 
 _LONG_TEXT = 1 << 14  # bytes of the documents that a named text file is cut into
 _BOM = b"\xef\xbb\xbf"
@@ -320,9 +323,43 @@ def _row_records(column: Any, reading: Reading, line: int, row: int) -> Iterator
 def _hub_records(piece: Piece, reading: Reading) -> Iterator[Record]:
     shard = open_hub(piece.file.path).shard(num_shards=piece.file.size, index=piece.start)
     line = 0
-    for row in shard:
-        line += 1
-        if reading.text_key not in row:
-            yield Record(None, NO_FIELD, line, line - 1)
-        else:
-            yield _text_record(row[reading.text_key], reading, line, line - 1)
+    try:
+        for row in shard:
+            line += 1
+            value = row.get(reading.text_key)
+            if reading.text_key not in row:
+                yield Record(None, NO_FIELD, line, line - 1)
+            elif isinstance(value, str) and len(value.encode(errors="surrogatepass")) > reading.max_doc_bytes:
+                yield Record(None, TOO_LONG, line, line - 1)
+            else:
+                yield _text_record(value, reading, line, line - 1)
+    except GeneratorExit:
+        raise
+    except Exception as error:  # whatever the builder, a decoder or the network makes of a broken row
+        log.warning("%s, shard %d: nothing after row %d can be read (%s)", piece.file.path, piece.start, line, error)
+        yield Record(None, TRUNCATED, line + 1, line)
+
+
+def line_at(path: str, byte: int) -> int:
+    """The line, from 1, that begins at this byte; 0 if the file is not there."""
+    try:
+        with open(path, "rb") as file:
+            lines = 1
+            while byte > 0 and (data := file.read(min(byte, 1 << 22))):
+                lines += data.count(b"\n")
+                byte -= len(data)
+            return lines
+    except OSError:
+        return 0
+
+
+def place(kind: str, compression: str, path: str, record_at: int, shard: int) -> str:
+    """Where a record begins, for a person: a line, a row; "" for a whole file. record_at: as in Record.at."""
+    if kind in ("jsonl", "text") and not compression:
+        line = line_at(path, record_at)
+        return f", line {line}" if line else f", byte {record_at} (the file is no longer there)"
+    if kind == "hub":
+        return f", shard {shard}, row {record_at + 1}"
+    return {"jsonl": f", line {record_at + 1}", "text": f", byte {record_at}", "tree": ""}.get(
+        kind, f", row {record_at + 1}"
+    )

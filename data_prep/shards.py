@@ -139,9 +139,14 @@ def _is_begun(output: Path, job: dict[str, Any]) -> bool:
     except OtherJob as error:
         if complete or not error.inputs_changed:
             raise
-        log.warning("the input has changed since %s was begun and not finished: it is begun anew", output)
-        _discard(output)
-        return False
+        with claim(output / ".begin.lock"):  # of several that see it, one begins anew
+            try:
+                return is_same_job(output, job, complete=complete)
+            except OtherJob:
+                log.warning("the input has changed since %s was begun and not finished: it is begun anew", output)
+                _discard(output)
+                write_job(output, job)
+                return True
 
 
 def _describe(settings: Settings, files: list[InputFile], info: dict[str, Any], unit_bytes: int) -> dict[str, Any]:

@@ -7,11 +7,15 @@ Owns the way back from a token to a line: shard -> NAME.src -> file and place in
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.job import JOB
+from data_prep.reading import place
 from slm.data.tokens import TokenDataset, TokenShard
 from slm.errors import CorruptArtefact, UserError
 
@@ -62,26 +66,19 @@ def _origin(dataset: TokenDataset, shard: TokenShard, entry: dict[str, Any], num
     piece, at = origins.reshape(-1, 2)[number].tolist()
     source = entry["sources"][piece]
     path = source["path"]
-    if source["kind"] == "jsonl" and source.get("compression"):
-        return f"{path}, line {at + 1}"
-    if source["kind"] == "jsonl":
-        line = _line_at(Path(path), at)
-        return f"{path}, line {line}" if line else f"{path}, byte {at} (the file is no longer there)"
-    if source["kind"] in ("parquet", "arrow"):
-        return f"{path}, row {at + 1}"
-    if source["kind"] == "hub":
-        return f"{path}, shard {source['start']}, row {at + 1}"
-    return path if source["kind"] == "tree" else f"{path}, byte {at}"
+    where = place(source["kind"], source.get("compression", ""), path, at, source["start"])
+    return f"{path}{where}{_changed(dataset, path)}"
 
 
-def _line_at(path: Path, byte: int) -> int:
-    """The line, from 1, that begins at this byte; 0 if the file is not there."""
+def _changed(dataset: TokenDataset, path: str) -> str:
+    """A remark if the file is not what it was when the dataset was made."""
     try:
-        with open(path, "rb") as file:
-            lines = 1
-            while byte > 0 and (data := file.read(min(byte, 1 << 22))):
-                lines += data.count(b"\n")
-                byte -= len(data)
-            return lines
-    except OSError:
-        return 0
+        was = json.loads((dataset.path.parent / JOB).read_text())["files"][path]
+        stat = os.stat(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return (
+        ""
+        if was == [stat.st_size, stat.st_mtime_ns]
+        else " (the file has changed since: another text may stand there now)"
+    )

@@ -58,7 +58,7 @@ def make_tokenizer(
     try:
         write_job(staging, job)  # before the long part, so that a folder that cannot be written is told now
         with byte_progress("reading", num_bytes) as advance:
-            texts = _documents(pieces, text_key, max_bad_fraction, advance)
+            texts = _documents(pieces, max_bytes, text_key, max_bad_fraction, advance)
             tokenizer = SLMTokenizer().train(texts, vocab_size=vocab_size, kind=kind)
         tokenizer.save_pretrained(staging)
         os.replace(staging, output)
@@ -68,15 +68,21 @@ def make_tokenizer(
 
 
 def _documents(
-    pieces: Sequence[Piece], text_key: str, max_bad_fraction: float, advance: Callable[[int], None]
+    pieces: Sequence[Piece], max_bytes: int, text_key: str, max_bad_fraction: float, advance: Callable[[int], None]
 ) -> Iterator[str]:
+    """At most its share of max_bytes from each piece: the size of what is compressed says little of its text."""
+    total = sum(piece.size for piece in pieces)
     num_docs = num_bad = 0
     first = ""
     for piece in pieces:
+        room = max(1, max_bytes * piece.size // max(1, total))
         for record in read_piece(piece, Reading(text_key)):
             if record.text is not None:
                 num_docs += 1
+                room -= len(record.text.encode())
                 yield record.text
+                if room <= 0:
+                    break
             elif record.problem not in HARMLESS and piece.file.kind != "tree":  # shards.py will weigh those
                 num_bad += 1
                 first = first or f"{piece.file.path}: {record.problem}"
