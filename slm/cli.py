@@ -128,19 +128,19 @@ def teacher(
         from slm.distill.build import build
 
         sys.exit(build(recipe))
-    from slm.distill import inspect
+    from slm.distill import examine
 
     if action == "verify":
-        problems = inspect.verify(recipe)
+        problems = examine.verify(recipe)
         typer.echo(json.dumps(problems) if as_json else "\n".join(problems) or "every cache is whole and of its tokens")
         sys.exit(4 if problems else 0)
-    found = inspect.stats(recipe) if action == "stats" else inspect.diff(recipe, tokens)
+    found = examine.stats(recipe) if action == "stats" else examine.diff(recipe, tokens)
     if plot is not None and action == "stats":
-        inspect.plot(found, plot)
+        examine.plot(found, plot)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        (inspect.draw if action == "stats" else inspect.draw_diff)(found)
+        (examine.draw if action == "stats" else examine.draw_diff)(found)
 
 
 @app.command("eval")

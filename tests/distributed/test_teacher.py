@@ -7,7 +7,7 @@ import yaml
 
 from slm import SLMForCausalLM
 from slm.distill.build import build, open_cache
-from slm.distill.inspect import verify
+from slm.distill.examine import verify
 from slm.distill.wanted import wanted_caches
 from slm.model.config import ModelConfig
 from slm.recipe import load_recipe

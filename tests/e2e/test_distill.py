@@ -19,7 +19,7 @@ import yaml
 from slm import SLMForCausalLM
 from slm.data.packing import pieces_of
 from slm.data.tokens import TokenDataset
-from slm.distill import inspect
+from slm.distill import examine
 from slm.distill.build import build, open_cache
 from slm.distill.codec import RawTargets
 from slm.distill.models import load_teacher
@@ -125,7 +125,7 @@ def test_a_cache_holds_what_the_teacher_says_of_each_piece(recipe, world):
                 torch.testing.assert_close(head, exact.gather(1, index), rtol=0, atol=0.12)
                 exact_tail = exact.scatter(1, index, -torch.inf).logsumexp(1)
                 torch.testing.assert_close(tail, exact_tail, rtol=1e-4, atol=1e-4)
-    assert inspect.verify(load_recipe(path)) == []
+    assert examine.verify(load_recipe(path)) == []
     done = slm("teacher", "verify", path)
     assert (done.returncode, done.stdout) == (0, "every cache is whole and of its tokens\n"), done.stderr
     picture = path.parent / "head.png"
@@ -183,7 +183,7 @@ def test_sigterm_keeps_the_complete_blocks(recipe, monkeypatch):
     first = next(wanted_caches(load_recipe(path)))
     assert open_cache(first, allow_partial=True).missing.sum() == len(open_cache(first, allow_partial=True).missing) - 1
     assert build(load_recipe(path)) == 0
-    assert inspect.verify(load_recipe(path)) == []
+    assert examine.verify(load_recipe(path)) == []
 
 
 def test_rows_of_equal_pieces_are_not_computed_again(recipe, world, tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ def test_rows_of_equal_pieces_are_not_computed_again(recipe, world, tmp_path, mo
     batches = BlockMaker._batches
     monkeypatch.setattr(BlockMaker, "_batches", lambda self, pieces: asked.extend(pieces) or batches(self, pieces))
     assert build(load_recipe(longer)) == 0
-    assert inspect.verify(load_recipe(longer)) == []
+    assert examine.verify(load_recipe(longer)) == []
     dataset = TokenDataset(world / "a")
     num_different = sum(int((np.diff(s.doc_offsets) > 64).sum()) for s in dataset.shards)
     at_128 = [pieces_of(s.doc_offsets, 128)[1] for s in dataset.shards]
@@ -384,10 +384,10 @@ def test_what_is_not_there_or_not_whole_is_refused_before_the_first_step(recipe,
         file.write_bytes(damage)
         assert told in refusal(path)
         if len(damage) == len(whole) and damage[0] == whole[0]:
-            assert inspect.verify(load_recipe(path))
+            assert examine.verify(load_recipe(path))
             assert slm("teacher", "verify", path).returncode == 4
     file.write_bytes(whole)
-    assert inspect.verify(load_recipe(path)) == []
+    assert examine.verify(load_recipe(path)) == []
 
 
 def shifted(data, file, loaded):
