@@ -15,11 +15,11 @@ tokens x vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from slm.distill.divergence import cost
+from slm.distill.divergence import DIVERGENCES, FORMS, Cost, cost
 
 IGNORE = -100  # label of a position that has no target
 
@@ -51,8 +51,9 @@ class DenseTarget:
 class Distillation:
     """alpha * CE + (1 - alpha) * T^2 * divergence(teachers, student), design 4.5.
 
-    form: how sparse targets are read, one of slm.distill.divergence.FORMS. A dense target is the whole KL.
+    form: how sparse targets are read, one of slm.distill.divergence.FORMS. A dense target is the whole KL, forward only.
     present_N: bool; False where nothing is known of the teacher: the loss is CE there. None: known everywhere.
+    Raises ValueError for what would otherwise be read as something else.
     """
 
     targets: tuple[SparseTarget | DenseTarget, ...]
@@ -61,6 +62,18 @@ class Distillation:
     form: str = "bucket"
     divergence: str = "forward"
     present_N: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS or self.divergence not in DIVERGENCES:
+            raise ValueError(f"{self.divergence} on {self.form}: expected one of {DIVERGENCES} on one of {FORMS}")
+        if not self.targets or not self.temperature > 0:
+            raise ValueError(f"{len(self.targets)} targets at temperature {self.temperature}: need one at more than 0")
+        for target in self.targets:
+            if isinstance(target, SparseTarget):
+                if self.form == "bucket" and target.log_tail_N is None:
+                    raise ValueError("the form bucket needs log_tail_N, the mass outside of the entries")
+            elif self.divergence != "forward":
+                raise ValueError(f"{self.divergence} is for buckets: a dense target is the whole forward KL")
 
 
 def chunk_tokens(vocab_size: int, device_type: str) -> int:
@@ -89,8 +102,17 @@ def linear_distillation(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the loss over the labelled tokens, and its parts: float32 [2], the sums of CE and of T^2 * divergence.
 
-    Labels of -100 count for nothing. z_loss: as in linear_cross_entropy, whatever alpha is.
+    Labels of -100 count for nothing. z_loss: as in linear_cross_entropy, whatever alpha is. Raises ValueError for targets
+    of another number of tokens, or of a teacher with tokens that the student lacks.
     """
+    for target in distillation.targets:
+        rows_NX = target.index_NK if isinstance(target, SparseTarget) else target.hidden_NE
+        if len(rows_NX) != labels_N.numel():
+            raise ValueError(f"a target has {len(rows_NX)} rows for {labels_N.numel()} tokens: it belongs to others")
+        if isinstance(target, DenseTarget) and len(target.weight_VE) > len(weight_VE):
+            raise ValueError(
+                f"the teacher has {len(target.weight_VE)} tokens, the student {len(weight_VE)}: cut its head"
+            )
     return _ChunkedLoss.apply(hidden_NE, weight_VE, labels_N, z_loss, distillation)
 
 
@@ -208,9 +230,9 @@ def _distillation(
     """Adds the chunk's loss to `parts` and returns its gradient on the logits.
 
     With z for the logits less their maximum, the gradient on logit j is
-        labels:   (a (+ 2 z_loss log Z)) softmax(z)_j - a [j is the label]
+        labels:   (a + 2 z_loss log Z) softmax(z)_j - a [j is the label]
         teacher:  b T weight (tail_factor softmax(z / T)_j, or on an entry its head_grad)
-    In place the softmax's buffer becomes that; else it gathers in other_CV, and float_CV stays the softmax at T.
+    In place the softmax's buffer becomes that; else it gathers in other_CV, and float_CV is the softmax at T.
     """
     valid_C = labels_C != IGNORE
     known_C = valid_C if d.present_N is None else valid_C & d.present_N[rows]
@@ -220,61 +242,46 @@ def _distillation(
     max_C = float_CV.amax(-1)
     z_CV = float_CV.sub_(max_C[:, None])
     label_z_C = z_CV.gather(1, label_C1)[:, 0]
-    sum_C = None if other_CV is None else torch.exp(z_CV, out=other_CV).sum(-1)  # at T = 1
+    if other_CV is not None:  # the labels' softmax, at T = 1
+        grad_CV = torch.exp(z_CV, out=other_CV)
+        sum_C = grad_CV.sum(-1)
+        grad_CV.mul_((_labels_factor(a_C, valid_C, z_loss, sum_C, max_C) / sum_C)[:, None])
     if d.temperature != 1:
         z_CV.div_(d.temperature)
-    entries = [_entries(t, z_CV, known_C, rows, d) for t in d.targets]
+    entries = [_entries(target, z_CV, known_C, rows, d) for target in d.targets]
     exp_CV = z_CV.exp_()
     divergence_C = torch.zeros_like(max_C)
-    grad_CV = exp_CV
-    for target, (index_CK, z_CK, p_CV) in zip(d.targets, entries, strict=True):
+    for target, (index_CK, z_CK, constant_C, p_CV) in zip(d.targets, entries, strict=True):
+        exp_CK = z_CK.exp()
+        # With the entries blotted out, the rest is summed without 1 - sum, which has no digits where it is small.
+        tail_C = exp_CV.scatter_(1, index_CK, 0.0).sum(-1)
+        total_C = tail_C + exp_CK.sum(-1)
         if isinstance(target, SparseTarget):
-            exp_CK = z_CK.exp()
-            # With the entries blotted out, the rest is summed without 1 - sum, which has no digits where it is small.
-            tail_C = exp_CV.scatter_(1, index_CK, 0.0).sum(-1)
-            total_C = tail_C + exp_CK.sum(-1)
-            log_q_CK = z_CK - total_C.log()[:, None]
-            log_q_tail_C = (tail_C / total_C).clamp(min=torch.finfo(tail_C.dtype).tiny).log()
-            log_tail_C = None if target.log_tail_N is None else target.log_tail_N[rows].to(exp_CV.dtype)
-            paid = cost(
-                d.form, d.divergence, log_q_CK, log_q_tail_C, target.log_p_NK[rows].to(exp_CV.dtype), log_tail_C
-            )
-            divergence_C += target.weight * paid.value_C
-            factor_C, head_grad_CK = paid.tail_factor_C, paid.head_grad_CK
+            paid = _sparse_cost(target, z_CK, tail_C, total_C, rows, d)
         else:
-            total_C = exp_CV.sum(-1)
-            divergence_C += target.weight * (z_CK[:, 0] + total_C.log())
-            factor_C, head_grad_CK = torch.ones_like(total_C), None
+            assert constant_C is not None
+            paid = Cost(constant_C + total_C.log(), z_CK, torch.ones_like(total_C))
+        divergence_C += target.weight * paid.value_C
         scale_C = b_C * (d.temperature * target.weight)
-        teacher_C = torch.where(known_C, scale_C * factor_C, 0.0)
+        factor_C = torch.where(known_C, scale_C * paid.tail_factor_C, 0.0)
+        head_CK = torch.where(known_C[:, None], scale_C[:, None] * paid.head_grad_CK, 0.0)
         if other_CV is None:
             sum_C = total_C
             labels_factor_C = _labels_factor(a_C, valid_C, z_loss, sum_C, max_C)
-            grad_CV = exp_CV.mul_(((teacher_C + labels_factor_C) / total_C)[:, None])
-            if head_grad_CK is not None:
-                q_CK = exp_CK * (labels_factor_C / total_C)[:, None]
-                grad_CV.scatter_(
-                    1, index_CK, q_CK + torch.where(known_C[:, None], scale_C[:, None] * head_grad_CK, 0.0)
-                )
+            grad_CV = exp_CV.mul_(((factor_C + labels_factor_C) / sum_C)[:, None])
+            grad_CV.scatter_(1, index_CK, exp_CK * (labels_factor_C / sum_C)[:, None] + head_CK)
         else:
-            assert sum_C is not None
-            if target is d.targets[0]:
-                grad_CV = other_CV.mul_((_labels_factor(a_C, valid_C, z_loss, sum_C, max_C) / sum_C)[:, None])
-            grad_CV.addcmul_(exp_CV, (teacher_C / total_C)[:, None])
-            if head_grad_CK is not None:
-                grad_CV.scatter_add_(1, index_CK, torch.where(known_C[:, None], scale_C[:, None] * head_grad_CK, 0.0))
-                exp_CV.scatter_(1, index_CK, exp_CK)  # for the next teacher
+            grad_CV.addcmul_(exp_CV, (factor_C / total_C)[:, None])
+            grad_CV.scatter_add_(1, index_CK, head_CK)
+            exp_CV.scatter_(1, index_CK, exp_CK)  # for the next teacher
         if p_CV is not None:
             grad_CV[:, : p_CV.shape[1]] -= p_CV.mul_(scale_C[:, None])
-    assert sum_C is not None
     grad_CV.scatter_add_(1, label_C1, -a_C[:, None])
-    log_z_C = sum_C.log()
-    ce_C = log_z_C - label_z_C
+    log_sum_C = sum_C.log()
+    ce_C = torch.where(valid_C, log_sum_C - label_z_C, 0.0)
     kd_C = torch.where(known_C, d.temperature**2 * divergence_C, 0.0)
-    z_C = torch.where(valid_C, z_loss * (log_z_C + max_C) ** 2, 0.0)
-    parts[0] += (torch.where(valid_C, a_C * ce_C, 0.0) + b_C * kd_C + z_C).sum()
-    parts[1] += torch.where(valid_C, ce_C, 0.0).sum()
-    parts[2] += kd_C.sum()
+    z_C = torch.where(valid_C, z_loss * (log_sum_C + max_C) ** 2, 0.0)
+    parts += torch.stack([(a_C * ce_C + b_C * kd_C + z_C).sum(), ce_C.sum(), kd_C.sum()])
     return grad_CV
 
 
@@ -285,19 +292,39 @@ def _labels_factor(
     return torch.where(valid_C, a_C + 2 * z_loss * (sum_C.log() + max_C), 0.0) if z_loss else a_C
 
 
+class _Entries(NamedTuple):
+    """What a target needs of the logits z / T before they become a softmax."""
+
+    index_CK: torch.Tensor
+    z_CK: torch.Tensor
+    constant_C: torch.Tensor | None = None  # of a dense target, which has no entries: sum of p (log p - z)
+    p_CV: torch.Tensor | None = None
+
+
 def _entries(
     target: SparseTarget | DenseTarget, z_CV: torch.Tensor, known_C: torch.Tensor, rows: slice, d: Distillation
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What a target needs of the logits z / T before they become a softmax: (index_CK, z_CK, None) of a sparse one; of a
-    dense one (an empty index, sum of p (log p - z) as [C, 1], p_CV)."""
+) -> _Entries:
     if isinstance(target, SparseTarget):
         index_CK = target.index_NK[rows]
         if d.present_N is not None:  # rows that are not known are blank, and entries must be distinct
             anything_K = torch.arange(index_CK.shape[1], device=index_CK.device)
             index_CK = torch.where(known_C[:, None], index_CK, anything_K)
-        return index_CK, z_CV.gather(1, index_CK), None
-    logits_CV = (target.hidden_NE[rows] @ target.weight_VE.T).to(z_CV.dtype)
-    log_p_CV = logits_CV.div_(d.temperature).log_softmax(1)
-    p_CV = log_p_CV.exp()
-    terms_C1 = torch.where(p_CV > 0, p_CV * (log_p_CV - z_CV[:, : p_CV.shape[1]]), 0.0).sum(1, keepdim=True)
-    return torch.empty(0, dtype=torch.int64), terms_C1, p_CV
+        return _Entries(index_CK, z_CV.gather(1, index_CK))
+    # In two buffers: log p, which becomes the terms, and p. A mass of 0 adds 0 of itself, since its logarithm is finite.
+    log_p_CV = (target.hidden_NE[rows] @ target.weight_VE.T).to(z_CV.dtype).div_(d.temperature)
+    p_CV = log_p_CV.sub_(log_p_CV.amax(1, keepdim=True)).exp()
+    sum_C1 = p_CV.sum(1, keepdim=True)
+    p_CV.div_(sum_C1)
+    terms_CV = log_p_CV.sub_(sum_C1.log()).sub_(z_CV[:, : p_CV.shape[1]]).mul_(p_CV)
+    none_C0 = torch.empty(len(z_CV), 0, dtype=torch.int64, device=z_CV.device)
+    return _Entries(none_C0, z_CV.gather(1, none_C0), terms_CV.sum(1), p_CV)
+
+
+def _sparse_cost(
+    target: SparseTarget, z_CK: torch.Tensor, tail_C: torch.Tensor, total_C: torch.Tensor, rows: slice, d: Distillation
+) -> Cost:
+    """tail_C: sum of the softmax's exponentials outside of the entries; total_C: over all."""
+    log_q_CK = z_CK - total_C.log()[:, None]
+    log_q_tail_C = (tail_C / total_C).clamp(min=torch.finfo(tail_C.dtype).tiny).log()  # it may have underflown to 0
+    log_tail_C = None if target.log_tail_N is None else target.log_tail_N[rows].to(z_CK.dtype)
+    return cost(d.form, d.divergence, log_q_CK, log_q_tail_C, target.log_p_NK[rows].to(z_CK.dtype), log_tail_C)

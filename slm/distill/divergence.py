@@ -16,7 +16,10 @@ from typing import NamedTuple
 import torch
 
 FORMS = ("bucket", "sampled", "raw", "renormalised", "both_renormalised")
-_LEAST_LOG = -80.0  # of a bucket, where a divergence needs its logarithm: reverse and jsd are infinite without
+DIVERGENCES = ("forward", "reverse", "jsd")
+# Of a bucket, where a divergence needs its logarithm: the reverse one is infinite where the teacher has no mass and the
+# student has some. The forward one needs no such floor: rho log rho is 0 there, and must not be raised.
+_LEAST_LOG = -80.0
 
 
 class Cost(NamedTuple):
@@ -66,8 +69,8 @@ def _forward(
     tail_C = torch.where(rho_C > 0, rho_C * (log_p_tail_C - log_q_tail_C), 0.0)
     value_C = _weighted(p_CK, log_p_CK - log_q_CK) + tail_C
     # q_j - rho q_j / (1 - Q): the sum over the tail is (1 - Q) - rho, whatever the size of 1 - Q.
-    # Clamped: beyond it the student's tail is no longer told from nothing, and infinity times 0 would be no number.
-    ratio_C = (log_p_tail_C - log_q_tail_C).exp().clamp(max=1e30)
+    # Clamped short of infinity, which times the 0 of an underflown tail would be no number; 1e-3 is room for T and alpha.
+    ratio_C = (log_p_tail_C - log_q_tail_C).exp().clamp(max=1e-3 * torch.finfo(rho_C.dtype).max)
     factor_C = torch.where(rho_C > 0, 1 - ratio_C, 1.0)
     return Cost(value_C, log_q_CK.exp() - p_CK, factor_C)
 

@@ -1,6 +1,7 @@
 """The distillation loss: against dense autograd in float64, gradcheck, its bounds, its memory, and what must not be a NaN."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,11 @@ def sparse(teacher_NV, T=1.0, k=K, form="bucket", weight=1.0):
     return SparseTarget(index, head, tail, weight)
 
 
+def dense(teacher_NV, weight=1.0):
+    """A live teacher with these logits."""
+    return DenseTarget(teacher_NV, torch.eye(teacher_NV.shape[1], dtype=teacher_NV.dtype), weight)
+
+
 def reference(hidden, weight, labels, targets, d, z_loss=0.0):
     """The definition, over whole logits, by autograd."""
     z = hidden @ weight.T
@@ -41,6 +47,10 @@ def reference(hidden, weight, labels, targets, d, z_loss=0.0):
     log_q = (z / T).log_softmax(1)
     total = torch.zeros(len(z), dtype=z.dtype)
     for t in targets:
+        if isinstance(t, DenseTarget):
+            log_p = (t.hidden_NE @ t.weight_VE.T / T).log_softmax(1)
+            total = total + t.weight * (log_p.exp() * (log_p - log_q[:, : log_p.shape[1]])).sum(1)
+            continue
         lq = log_q.gather(1, t.index_NK)
         lp = t.log_p_NK
         if d.form in ("sampled", "raw", "renormalised", "both_renormalised"):
@@ -117,61 +127,97 @@ def test_all_entries_are_dense_kl(T):
     wanted = torch.autograd.grad(expected / N, (hidden, weight))
     target = sparse(teacher.float(), T, k=V)
     assert (target.log_tail_N == -torch.inf).all()
-    live = DenseTarget(teacher.float(), torch.eye(V))
-    for t in (target, live):
+    for t in (target, dense(teacher.float())):
         loss, _ = linear_distillation(hidden, weight, labels, Distillation((t,), 0.0, T))
         assert (loss - expected).detach().abs() / N <= 1e-6 * T**2
         for a, b in zip(torch.autograd.grad(loss / N, (hidden, weight)), wanted, strict=True):
             assert (a - b).abs().max() <= 1e-7 * max(1.0, T**2)
 
 
-def test_a_live_teacher_in_float64_and_with_a_smaller_vocabulary():
-    """Tokens that only the student has have no mass at the teacher; with labels and at T = 3."""
-    hidden, weight, labels, teacher = case()
-    small = teacher[:, : V - 3]
-    d = Distillation((DenseTarget(small, torch.eye(V - 3, dtype=torch.float64)),), 0.2, 3.0)
-    log_p = (small / 3).log_softmax(1)
-    z = hidden @ weight.T
-    kl = (log_p.exp() * (log_p - (z / 3).log_softmax(1)[:, : V - 3])).sum(1)
-    ce = F.cross_entropy(z, labels.clamp(min=0), reduction="none")
-    expected = (0.2 * ce + 0.8 * 9 * kl)[labels != IGNORE].sum()
-    loss, _ = linear_distillation(hidden, weight, labels, d)
-    torch.testing.assert_close(loss, expected)
-    found, wanted = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected))
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b)
+def mixtures(T):
+    """Teachers with entries that overlap, live ones, and live ones that lack tokens of the student's."""
+    first, second, third = (case(seed=seed)[3] for seed in (0, 1, 2))
+    small = second[:, : V - 3]
+    return {
+        "sparse": (sparse(first, T),),
+        "small": (dense(small),),
+        "two sparse": (sparse(first, T, weight=0.3), sparse(second, T, k=6, weight=0.7)),
+        "sparse, live": (sparse(first, T, weight=0.4), dense(small, 0.6)),
+        "live, sparse": (dense(small, 0.6), sparse(first, T, weight=0.4)),
+        "two live": (dense(first, 0.5), dense(small, 0.5)),
+        "three": (sparse(first, T, weight=0.2), sparse(second, T, weight=0.3), dense(third, 0.5)),
+    }
+
+
+def assert_same(found, wanted, inputs):
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(wanted, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("teachers", mixtures(1.0))
+@pytest.mark.parametrize("T", [1.0, 3.0])
+@pytest.mark.parametrize("partly", [False, True])
+def test_teachers_of_all_sorts_are_their_mixture(teachers, T, partly, monkeypatch):
+    """Several teachers are the weighted sum of single ones, by definition and by the kernel itself; tokens that only the
+    student has have no mass; with labels, z-loss and tokens without a target."""
+    monkeypatch.setattr(losses_module, "chunk_tokens", lambda vocab, device: 4)
+    hidden, weight, labels, _ = case()
+    targets = mixtures(T)[teachers]
+    present = torch.arange(N) % 3 > 0 if partly else None
+    d = Distillation(targets, 0.2, T, present_N=present)
+    loss, parts = linear_distillation(hidden, weight, labels, d, z_loss=1e-2)
+    assert_same(loss, reference(hidden, weight, labels, targets, d, z_loss=1e-2), (hidden, weight))
+    singles = [Distillation((replace(t, weight=1.0),), 0.2, T, present_N=present) for t in targets]
+    values = [linear_distillation(hidden, weight, labels, single)[1][1] for single in singles]
+    torch.testing.assert_close(parts[1], sum(t.weight * value for t, value in zip(targets, values, strict=True)))
 
 
 @pytest.mark.parametrize("T", [1.0, 2.0])
-def test_two_teachers_are_the_mixture(T):
-    """Weights 0.3 and 0.7 of teachers whose entries overlap, against the definition; also beside a live one."""
+def test_tokens_that_no_cache_knows_are_learned_from_their_labels(T):
+    """present_N: blank rows (all entries the same, values that are no numbers) weigh nothing, and CE counts whole there."""
     hidden, weight, labels, teacher = case()
-    _, _, _, second = case(seed=1)
-    targets = (sparse(teacher, T, weight=0.3), sparse(second, T, k=6, weight=0.7))
-    d = Distillation(targets, 0.1, T)
-    expected = reference(hidden, weight, labels, targets, d)
-    loss, _ = linear_distillation(hidden, weight, labels, d)
-    torch.testing.assert_close(loss, expected)
-    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_tokens_that_no_cache_knows_are_learned_from_their_labels():
-    """present_N: blank rows (all entries the same) weigh nothing, and CE counts whole there."""
-    hidden, weight, labels, teacher = case()
-    target = sparse(teacher)
+    target = sparse(teacher, T)
     present = torch.arange(N) % 3 > 0
-    expected = reference(hidden, weight, labels, [target], Distillation((target,), 0.2, present_N=present))
+    d = Distillation((target,), 0.2, T, present_N=present)
     blank = SparseTarget(
         torch.where(present[:, None], target.index_NK, 0),
-        torch.where(present[:, None], target.log_p_NK, 0.0),
-        torch.where(present, target.log_tail_N, 0.0),
+        torch.where(present[:, None], target.log_p_NK, torch.nan),
+        torch.where(present, target.log_tail_N, torch.nan),
     )
-    for T in (1.0,):
-        loss, _ = linear_distillation(hidden, weight, labels, Distillation((blank,), 0.2, T, present_N=present))
-        torch.testing.assert_close(loss, expected)
-        for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected)), strict=True):
-            torch.testing.assert_close(a, b)
+    loss, _ = linear_distillation(hidden, weight, labels, Distillation((blank,), 0.2, T, present_N=present))
+    assert_same(loss, reference(hidden, weight, labels, [target], d), (hidden, weight))
+
+
+def test_sums_of_parts_with_uneven_targets_are_the_sum_of_the_whole():
+    """A batch cut in parts of 3, 0 and the other targets: sums and gradients add up, so that one division is right."""
+    hidden, weight, labels, teacher = case(ignored=(2, 4, 5, 6))
+    target = sparse(teacher)
+    whole, parts = linear_distillation(hidden, weight, labels, Distillation((target,), 0.2))
+    cut = []
+    for rows in (slice(0, 4), slice(4, 7), slice(7, N)):
+        t = SparseTarget(target.index_NK[rows], target.log_p_NK[rows], target.log_tail_N[rows])
+        cut.append(linear_distillation(hidden[rows], weight, labels[rows], Distillation((t,), 0.2)))
+    torch.testing.assert_close(sum(p for _, p in cut), parts)
+    assert_same(sum(loss for loss, _ in cut), whole, (hidden, weight))
+
+
+@pytest.mark.parametrize("gap", [10.0, 30.0, 60.0, 85.0])
+def test_a_student_that_rules_the_tail_out_is_still_pulled_back(gap):
+    """The student's tail holds e^-gap, of which 1 - sum has no digit left in float32: value and gradient are float64's,
+    and the tail's part of the gradient is the teacher's 0.1."""
+    logits = torch.zeros(1, 50)
+    logits[0, :2] = gap
+    index, log_p, tail = torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.3]]).log(), torch.tensor([0.1]).log()
+    single, double = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    d = Distillation((SparseTarget(index, log_p, tail),), 0.0)
+    loss, _ = linear_distillation(single, torch.eye(50), torch.zeros(1, dtype=torch.long), d)
+    exact = [SparseTarget(index, log_p.double(), tail.double())]
+    wanted = reference(double, torch.eye(50, dtype=torch.float64), torch.zeros(1, dtype=torch.long), exact, d)
+    (found_grad,), (wanted_grad,) = torch.autograd.grad(loss, single), torch.autograd.grad(wanted, double)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found_grad.double(), wanted_grad, rtol=1e-4, atol=1e-9)
+    assert abs(float(found_grad.sum())) < 1e-6
 
 
 def test_the_bucket_bounds_the_whole_from_below():
@@ -202,41 +248,44 @@ def test_the_bucket_bounds_the_whole_from_below():
     assert (before <= whole + 1e-12).all()
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
+class _Made(TorchDispatchMode):
+    """The sizes of all tensors that operations make in memory of their own (not views, in place or into `out`)."""
 
     def __init__(self):
         super().__init__()
-        self.elements = 0
+        self.elements = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        flat = torch.utils._pytree.tree_leaves((args, kwargs or {}))
+        before = {x.untyped_storage().data_ptr() for x in flat if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in before:
+                self.elements.append(x.numel())
         return out
 
 
-@pytest.mark.parametrize("T", [1.0, 2.0])
-def test_memory_does_not_grow_with_tokens_times_vocabulary(T, monkeypatch):
-    """At 8 chunks, nothing is ever made that is larger than one chunk of logits, sparse or from a live teacher."""
-    monkeypatch.setattr(losses_module, "chunk_tokens", lambda vocab, device: 64)
-    n, v = 512, 3000
+@pytest.mark.parametrize(("T", "buffers"), [(1.0, 1), (2.0, 2)])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(T, buffers, monkeypatch):
+    """At 8 chunks, nothing is made that is larger than one chunk of logits. A sparse target takes one such buffer in all,
+    as cross-entropy does, and a second at T != 1; a live teacher two more in each chunk, its logits and p."""
+    chunk, n, v = 64, 512, 3000
+    monkeypatch.setattr(losses_module, "chunk_tokens", lambda vocab, device: chunk)
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, 8, generator=g, requires_grad=True)
     weight = torch.randn(v, 8, generator=g, requires_grad=True)
     index = torch.stack([torch.randperm(v, generator=g)[:6] for _ in range(n)])
     head = torch.randn(n, 6, generator=g).log_softmax(1)
-    for target in (
-        SparseTarget(index, head - 0.1, torch.full((n,), -2.0)),
-        DenseTarget(hidden.detach(), weight.detach()),
-    ):
-        with _Largest() as largest:
+    bucket = SparseTarget(index, head - 0.1, torch.full((n,), -2.0))
+    live = DenseTarget(hidden.detach(), weight.detach())
+    for target, expected in ((bucket, buffers), (live, buffers + 2 * n // chunk)):
+        with _Made() as made:
             loss, _ = linear_distillation(
                 hidden, weight, torch.zeros(n, dtype=torch.long), Distillation((target,), 0.1, T)
             )
             loss.backward()
-        assert largest.elements <= 64 * v
+        assert max(made.elements) == chunk * v
+        assert made.elements.count(chunk * v) == expected
 
 
 def test_chunks_add_up_in_float32_for_bfloat16():
@@ -277,13 +326,14 @@ def test_nothing_becomes_a_nan(dtype, form, divergence, T):
     for scale, label in itertools.product((0.0, 1.0, 1e4, -1e4), (0, 5)):
         hidden = (torch.eye(4, 6) * scale).to(dtype).requires_grad_()
         weight = torch.eye(6).to(dtype).requires_grad_()
-        for tail in (-torch.inf, -40.0, 0.0):
-            target = SparseTarget(index, log_p, None if form == "sampled" else torch.full((4,), tail))
+        tails = [SparseTarget(index, log_p, torch.full((4,), tail)) for tail in (-torch.inf, -40.0, 0.0)]
+        live = [dense(torch.eye(4, 6) * 1e4)] if divergence == "forward" else []
+        for target in tails + live:
             d = Distillation((target,), 0.1, T, form, divergence)
             loss, parts = linear_distillation(hidden, weight, torch.full((4,), label), d)
             grads = torch.autograd.grad(loss, (hidden, weight))
             for x in (loss, parts, *grads):
-                assert torch.isfinite(x).all(), (scale, label, tail)
+                assert torch.isfinite(x).all(), (scale, label, target)
 
 
 def test_a_batch_without_targets_is_0():
@@ -292,7 +342,7 @@ def test_a_batch_without_targets_is_0():
         d = Distillation((sparse(teacher, T),), 0.3, T)
         loss, parts = linear_distillation(hidden, weight, torch.full((N,), IGNORE), d)
         grads = torch.autograd.grad(loss, (hidden, weight))
-        assert float(loss) == 0
+        assert loss.detach() == 0
         assert not parts.any()
         assert not any(g.any() for g in grads)
 
@@ -308,7 +358,22 @@ def test_a_tied_weight_gets_both_gradients():
     torch.testing.assert_close(found, wanted)
 
 
-def test_reverse_divergences_are_refused_where_they_are_wrong():
+def test_what_would_be_read_as_something_else_is_refused():
+    """Divergences where they are wrong, unknown names, a bucket without its mass, targets of other tokens."""
     hidden, weight, labels, teacher = case()
+    target = sparse(teacher)
     with pytest.raises(ValueError, match="not linear in the teacher"):
-        linear_distillation(hidden, weight, labels, Distillation((sparse(teacher),), 0.1, 1.0, "raw", "jsd"))
+        linear_distillation(hidden, weight, labels, Distillation((target,), 0.1, 1.0, "raw", "jsd"))
+    for wrong in (
+        {"targets": (dense(teacher),), "divergence": "reverse"},
+        {"form": "buckets"},
+        {"divergence": "backward"},
+        {"targets": (SparseTarget(target.index_NK, target.log_p_NK),)},
+        {"targets": ()},
+        {"temperature": 0.0},
+    ):
+        with pytest.raises(ValueError, match="bucket|need"):
+            Distillation(**{"targets": (target,), "alpha": 0.1} | wrong)
+    for other, match in ((sparse(teacher[1:]), "rows"), (dense(teacher[1:]), "rows"), (dense(teacher), "cut its head")):
+        with pytest.raises(ValueError, match=match):
+            linear_distillation(hidden, weight[: V - 1], labels.clamp(max=V - 2), Distillation((other,), 0.1))
