@@ -10,7 +10,7 @@ caller's own.
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -60,17 +60,19 @@ class FastEncoder:
 
     def avoid(self, characters: str, reference: EncodeBatch) -> None:
         self.differ, self.reference = characters, reference
-        self._pattern = re.compile(f"[{re.escape(characters)}]") if characters else None
+        self._differs = np.zeros(sys.maxunicode + 1, dtype=bool)
+        self._differs[np.array([*map(ord, characters)], dtype=np.int64)] = True
 
-    _pattern: re.Pattern[str] | None = None
+    def _must_avoid(self, text: str) -> bool:
+        # A table: Python's re tries a class of so many characters one after the other, which takes longer than encoding.
+        if not self.differ or text.isascii():
+            return False
+        parts = (text[at : at + (1 << 20)] for at in range(0, len(text), 1 << 20))
+        codes = (np.frombuffer(part.encode("utf-32-le", "surrogatepass"), "<u4") for part in parts)
+        return any(self._differs[part].any() for part in codes)
 
     def _encode(self, text: str) -> np.ndarray:
-        if (
-            self._pattern is not None
-            and self.reference is not None
-            and not text.isascii()
-            and self._pattern.search(text)
-        ):
+        if self.reference is not None and self._must_avoid(text):
             return self.reference([text])[0]
         return np.asarray(self._tokenizer.encode(text)).astype(np.int32)
 
