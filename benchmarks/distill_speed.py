@@ -4,11 +4,10 @@
     python benchmarks/distill_speed.py --rounds 1 --tokens 256    # a trial
 
 A step is forward and backward of one batch, with the same weights and tokens in every arm: cross-entropy; distillation from
-cached rows, k = 64 (top_k) and k = 12 (sampled), the bytes on the host at its start, as PhaseData gives them, moved and decoded inside;
+cached rows, k = 64 (top_k) and k = 12 (sampled), the bytes on the host as PhaseData gives them, moved and decoded inside;
 and, for memory, two-model distillation as it is usually written: a teacher of the same shape beside the student, whole logits of
-both, torch's kl_div. (The optimiser is the same in all and left out.) Where liger-kernel is installed and there is a GPU, its
-fused linear JSD takes the loss of the latter. Arms run in turn, in rounds, each in a process of its own; before any ratio is
-printed their cross-entropies, which every arm's loss contains or reports, must agree.
+both, torch's kl_div. (The optimiser is the same in all and left out.) Arms run in turn, in rounds, each in a process of its own;
+before any ratio is printed their cross-entropies, which every arm's loss contains or reports, must agree.
 """
 
 from __future__ import annotations
