@@ -237,7 +237,7 @@ class CacheWriter:
     def write_block(self, block: int, planes: dict[str, np.ndarray], sums: Sums) -> None:
         """planes: the rows of tokens bounds[block] to bounds[block + 1]. Visible as done only once it is on the disk."""
         start = int(self.bounds[block])
-        entry = np.array([(1, 0, sums.num_targets, sums.nll, sums.entropy, sums.head_mass)], _TABLE)
+        entry = np.array([(0, 0, sums.num_targets, sums.nll, sums.entropy, sums.head_mass)], _TABLE)
         crc = _sums_crc(entry)
         try:
             for name, (dtype, shape) in self.spec.planes().items():
@@ -246,9 +246,11 @@ class CacheWriter:
                 data = rows.tobytes()
                 crc = zlib.crc32(data, crc)
                 _write_at(self._file, data, self._layout.offsets[name] + start * dtype.itemsize * int(np.prod(shape)))
-            os.fdatasync(self._file.fileno())
             entry["crc32"] = crc
             _write_at(self._file, entry.tobytes(), self._layout.table + block * _TABLE.itemsize)
+            os.fdatasync(self._file.fileno())
+            # "done" alone and last: torn by a failing machine, an entry must not say so of another's checksum.
+            _write_at(self._file, entry["done"].dtype.type(1).tobytes(), self._layout.table + block * _TABLE.itemsize)
             os.fdatasync(self._file.fileno())
         except OSError as error:
             raise EnvironmentProblem(
