@@ -125,16 +125,26 @@ def shard_identity(w: Wanted) -> dict[str, Any]:
 
 
 def _check_complete(w: Wanted, settings: Teacher) -> None:
-    """Raises UserError if the complete cache is of other settings than the recipe's."""
+    """Raises UserError if the complete cache does not serve the recipe."""
     found = open_cache(w).spec
-    expected = cache_spec(settings, found.teacher, w)
-    for field in ("kind", "k", "temperatures", "vocab_size", "seed", "tokenizer", "shard"):
-        was, now = getattr(found, field), getattr(expected, field)
-        if was != now:
-            raise UserError(
-                f"{w.path} was made with {field} {was}, and the recipe says {now}: a cache is not changed once it is made",
-                fix="remove it, or give teacher.NAME.cache another folder",
-            )
+    if differences := misfits(found, cache_spec(settings, found.teacher, w)):
+        raise UserError(
+            f"{w.path} was made with {differences[0]}: a cache is not changed once it is made",
+            fix="remove it, or give teacher.NAME.cache another folder",
+        )
+
+
+def misfits(found: CacheSpec, wanted: CacheSpec) -> list[str]:
+    """What keeps a cache from serving in the place of another, in words. More entries and temperatures do no harm."""
+    fields = ["kind", "vocab_size", "piece_length", "tokenizer", "shard"]
+    if found.kind == "sampled" or found.k < wanted.k:
+        fields.append("k")
+    if found.kind == "sampled":
+        fields.append("seed")
+    if set(wanted.temperatures) - set(found.temperatures):
+        fields.append("temperatures")
+    pairs = ((field, getattr(found, field), getattr(wanted, field)) for field in fields)
+    return [f"{field} {was}, and the recipe says {now}" for field, was, now in pairs if was != now]
 
 
 def _check_context(model: TeacherModel, w: Wanted) -> None:

@@ -24,13 +24,13 @@ from rich.table import Table
 from slm import parallel
 from slm.data.batches import assemble
 from slm.data.packing import pieces_of
-from slm.distill.build import cache_spec, open_cache
+from slm.distill.build import cache_spec, misfits, open_cache
 from slm.distill.cache import Cache
 from slm.distill.codec import RawTargets, token_tags
 from slm.distill.models import TeacherModel, load_teacher
 from slm.distill.settings import Teacher
 from slm.distill.wanted import Wanted, wanted_caches
-from slm.errors import EnvironmentProblem, SLMError
+from slm.errors import EnvironmentProblem, SLMError, UserError
 from slm.losses import IGNORE
 from slm.recipe import Recipe
 
@@ -50,11 +50,7 @@ def verify(recipe: Recipe) -> list[str]:
                 problems.append(str(error))
                 continue
             expected = cache_spec(recipe.teacher[w.teacher], cache.spec.teacher, w)
-            problems += [
-                f"{w.path}: {field} is {getattr(cache.spec, field)}, the recipe's is {getattr(expected, field)}"
-                for field in ("kind", "k", "temperatures", "vocab_size", "piece_length", "seed", "tokenizer", "shard")
-                if getattr(cache.spec, field) != getattr(expected, field)
-            ]
+            problems += [f"{w.path}: was made with {difference}" for difference in misfits(cache.spec, expected)]
             problems += cache.verify()
             problems += _misaligned(cache, w)
     return problems
@@ -168,8 +164,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_title("How much of the teacher the cache's entries hold")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=150)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--plot {path}: {error}", fix="give a .png, .svg or .pdf in a folder that is there") from None
+    finally:
+        pyplot.close(figure)
 
 
 def diff(recipe: Recipe, num_tokens: int = 8192) -> list[dict[str, Any]]:

@@ -134,6 +134,9 @@ def test_a_cache_holds_what_the_teacher_says_of_each_piece(recipe, world):
     assert "mass of the likeliest k" in done.stdout
     assert "less than half" in done.stdout  # random weights: 16 of 512 tokens hold little
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    done = slm("teacher", "stats", path, "--plot", picture.with_suffix(".foo"))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
     done = slm("teacher", "diff", path, "--tokens", 600, "--json")
     assert done.returncode == 0, done.stderr
     for row in json.loads(done.stdout):
@@ -432,6 +435,7 @@ def test_a_cache_of_something_else_is_refused(recipe, world, tmp_path):
     )
     assert "its kind is top_k" in refusal(recipe(cached(world, tmp_path, **DRAWN)))
     assert "holds 16 entries a token, and 32" in refusal(recipe(cached(world, tmp_path, **{**TOP, "k": 32})))
+    assert build(load_recipe(recipe(cached(world, tmp_path, **{**TOP, "k": 8})))) == 0  # 16 entries serve 8
     with pytest.raises(UserError, match="a cache is not changed once it is made"):
         build(load_recipe(recipe(cached(world, tmp_path, **{**TOP, "k": 32}))))
     sixty_four = tmp_path / "cache" / "a" / "64"
