@@ -123,6 +123,10 @@ def recipe(
     return path
 
 
+def is_done(run: Path) -> bool:
+    return (run / "exit.json").is_file() and json.loads((run / "exit.json").read_text())["code"] == 0
+
+
 def held_out(run: Path) -> float:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["eval/held-out/loss"] for row in rows if "eval/held-out/loss" in row][-1]
@@ -136,7 +140,7 @@ def student(work: Path, arm: str, seed: int, setting: str, tokens: int, share: f
     command: list[str | Path] = [sys.executable, "-m", "slm", "train", path]
     if arm.startswith("both"):  # what a recipe refuses, forced upon the same loop
         command = [sys.executable, Path(__file__).resolve(), "--both-renormalised", path]
-    if not (work / name / "exit.json").is_file():
+    if not is_done(work / name):
         call(*command, log=work / f"{name}.log")
     return held_out(work / name)
 
@@ -164,7 +168,7 @@ def prepare(work: Path, teacher_steps: int, seeds: int, jobs: int, console: Cons
             call(*data, "shards", work / "text" / source, "--tokenizer", tokenizer, "--validation-fraction", "0", "--output",
                  work / source, log=log)  # fmt: skip
     console.print("training the teacher …")
-    if not (work / "teacher-run" / "exit.json").is_file():
+    if not is_done(work / "teacher-run"):
         path = recipe(work, "teacher-run", TEACHER, "teacher", CE, 1, tokens=teacher_steps * BATCH)
         call(*slm, "train", path, log=log)
     console.print("writing the caches …")

@@ -19,7 +19,7 @@ from slm import checkpoint
 from slm.data.batches import EvaluationBatches, PhaseData
 from slm.data.selection import Selection, by_length, by_share, without
 from slm.data.tokens import TokenDataset
-from slm.distill.student import open_caches
+from slm.distill.student import check_online, open_caches
 from slm.engine import Engine
 from slm.errors import UserError
 from slm.model.config import ModelConfig
@@ -149,12 +149,14 @@ def validation_batches(
 
 def identity(recipe: Recipe, phase: Phase, data: PhaseData) -> dict[str, Any]:
     """What may not change under a half-done phase, because the steps before and after would not belong together."""
+    dataset = next(iter(data.sources.values()))
+    teachers = [teacher.fingerprint for teacher in data.teachers] + check_online(recipe, phase, dataset)
     return {
         "seed": recipe.seed,
         "model": recipe.model_of(phase).model_dump(mode="json"),
         "data": data.fingerprint,
         "tokenizer": next(iter(data.sources.values())).tokenizer_fingerprint,
-        **({"teachers": [teacher.fingerprint for teacher in data.teachers]} if data.teachers else {}),
+        **({"teachers": teachers} if teachers else {}),
     }
 
 

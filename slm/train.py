@@ -309,6 +309,7 @@ def run_phase(
             objective=objective,
         )
         load(engine)
+        targets = _targets(recipe, phase, data, device)
     except RuntimeError as error:
         raise explained(error, run.run_dir, run.ranks.rank, device.type, phase) from error
 
@@ -329,7 +330,6 @@ def run_phase(
             "layout": {"world_size": world, "zero_stage": engine.stage},
         }
 
-    targets = _targets(recipe, phase, data, device)
     timer = StepTimer(device.type)
     batch_of = dict(global_batch=phase.global_batch, micro_batch=phase.micro_batch)
     share = dict(data_rank=run.ranks.rank, data_world=world)
@@ -376,7 +376,7 @@ def run_phase(
 
             if step % recipe.log.every_steps == 0 or last:
                 sums = parallel.reduce_sum([float(done.loss_sum), *done.parts.tolist()])
-                loss, *parts_of_loss = (value / max(1.0, done.num_targets) for value in sums)
+                loss = sums[0] / max(1.0, done.num_targets)
                 parts = timer.snapshot()
                 # Evaluating and saving are not training: they have their own columns and lower no throughput.
                 wall, last_log = time.perf_counter() - last_log, time.perf_counter()
@@ -388,7 +388,7 @@ def run_phase(
                 row = {
                     "phase": phase.name,
                     "loss": loss,
-                    **(targets.named(parts_of_loss) if targets else {}),
+                    **(targets.named(sums[1:], done.num_targets) if targets else {}),
                     "lr": lr,
                     "grad_norm": done.result.grad_norm,
                     "tokens": position.tokens,
@@ -446,7 +446,8 @@ class StepDone:
     pairs_causal: float
     stop_requested: bool
     result: StepResult
-    parts: torch.Tensor  # distillation: this rank's sums of CE, T^2 * divergence, and each cached teacher's own loss
+    # Distillation, this rank's sums: CE, T^2 * divergence, targets that the teachers are known for, each one's own loss.
+    parts: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -491,14 +492,15 @@ def train_step(
     if failed:
         raise SaveFailed
     loss_sum = torch.zeros((), device=batches[0].tokens_BT.device)
-    parts = torch.zeros(2 + len(batches[0].teacher_nll))
+    parts = torch.zeros(3 + len(batches[0].teacher_nll), device=loss_sum.device)
     for batch in batches:
         with timer.part("teacher"):
             distillation = targets.of(batch, fraction) if targets else None
         with timer.part("forward"):
             micro_loss, of_micro_batch = engine.forward(batch, distillation)
         if distillation is not None:
-            parts += torch.cat([of_micro_batch.cpu(), torch.tensor(batch.teacher_nll)])
+            parts[:2] += of_micro_batch
+            parts[2:] += torch.tensor([batch.num_known, *batch.teacher_nll], device=parts.device)
         with timer.part("backward"):
             engine.backward(micro_loss, max(1.0, num_targets))
         loss_sum += micro_loss.detach()
@@ -513,7 +515,7 @@ def _targets(recipe: Recipe, phase: Phase, data: StepData, device: torch.device)
         return None
     assert isinstance(data, PhaseData)
     dataset = next(iter(data.sources.values()))
-    return Targets(recipe, phase, device, dataset.tokenizer_fingerprint, dataset.vocab_size)
+    return Targets(recipe, phase, device, dataset.vocab_size)
 
 
 # --- what is seldom ------------------------------------------------------------------------------------------

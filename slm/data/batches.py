@@ -49,6 +49,7 @@ class Batch:
     attention_pairs_full: int  # sum of n^2
     teachers: tuple[RawTargets, ...] = ()  # cached rows of the tokens, teacher by teacher
     teacher_nll: tuple[float, ...] = ()  # each teacher's own loss on the targets, summed
+    num_known: int = 0  # targets whose rows are known
     present_N: torch.Tensor | None = None  # bool [B * T]: tokens whose rows are known; None: all are
 
     def to(self, device: torch.device | str) -> Batch:
@@ -286,11 +287,14 @@ class PhaseData:
                 at += length
         found = [teacher.rows(pieces, batch) for teacher in self.teachers]
         present = [known for _, known, _ in found if known is not None]
+        present_N = torch.stack(present).all(0) if present else None
+        is_target_N = batch.labels_BT.flatten() != IGNORE
         return replace(
             batch,
             teachers=tuple(rows for rows, _, _ in found),
             teacher_nll=tuple(nll for _, _, nll in found),
-            present_N=torch.stack(present).all(0) if present else None,
+            num_known=batch.num_targets if present_N is None else int((present_N & is_target_N).sum()),
+            present_N=present_N,
         )
 
     def sample_ids(self, step: int, global_batch: int) -> list[tuple[str, int, int]]:

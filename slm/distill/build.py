@@ -21,14 +21,15 @@ import torch
 
 from slm import parallel
 from slm.data.batches import Batch, Piece, assemble
+from slm.data.order import derive_key
 from slm.data.packing import best_fit, pieces_of
 from slm.distill.cache import Cache, CacheSpec, CacheWriter, Sums, block_bounds, new_planes
 from slm.distill.codec import encode_entries, token_tags
-from slm.distill.models import TeacherModel, load_teacher
+from slm.distill.models import TeacherInfo, TeacherModel, check_teacher, describe_teacher, load_teacher
 from slm.distill.settings import Teacher
 from slm.distill.targets import Entries, sample, top_k
 from slm.distill.wanted import Wanted, wanted_caches
-from slm.errors import UserError
+from slm.errors import CorruptArtefact, EnvironmentProblem, SLMError, UserError
 from slm.losses import IGNORE
 from slm.progress import TokenProgress
 from slm.recipe import Recipe
@@ -51,43 +52,36 @@ def build(recipe: Recipe) -> int:
     ranks = discover_ranks()
     setup_logging(ranks.rank, None)
     device = parallel.local_device(ranks.local_rank)
-    together = any(recipe.teacher[w.teacher].zero3 for w in wanted_caches(recipe))
+    all_wanted = list(wanted_caches(recipe))
+    together = any(recipe.teacher[w.teacher].zero3 for w in all_wanted)
     joined = together and parallel.start(device)
     try:
-        for name in dict.fromkeys(w.teacher for w in wanted_caches(recipe)):
-            wanted = [w for w in wanted_caches(recipe) if w.teacher == name]
+        for name in dict.fromkeys(w.teacher for w in all_wanted):
+            wanted = [w for w in all_wanted if w.teacher == name]
             _run_teacher(recipe.teacher[name], name, wanted, ranks, device, stop)
     except Stopped:
-        log.info("stopped by %s; the same command goes on from the blocks that are complete", stop.signal_name)
-        return 75
-    finally:
+        log.info(
+            "stopped by %s; the same command goes on from the blocks that are complete", stop.signal_name or "a signal"
+        )
         if joined:
             parallel.stop()
+        return 75
+    finally:
         stop.close()
+    if joined:  # after a failure another rank may be in a collective call: just leave
+        parallel.stop()
     return 0
 
 
 def _run_teacher(
     settings: Teacher, name: str, wanted: list[Wanted], ranks: Ranks, device: torch.device, stop: StopRequest
 ) -> None:
-    missing = [w for w in wanted if not w.path.exists()]
-    for w in wanted:
-        if w not in missing:
-            _check_complete(w, settings)
+    missing = parallel.together(_look, settings, wanted) if settings.zero3 else _look(settings, wanted)
     if not missing:
         log.info("teacher %s: all %d caches are complete", name, len(wanted))
         return
-    dataset = missing[0].dataset
     log.info("teacher %s: loading %s", name, settings.model)
-    model = load_teacher(
-        settings.model,
-        device,
-        vocab_size=dataset.vocab_size,
-        tokenizer=dataset.tokenizer_fingerprint,
-        zero3=settings.zero3,
-    )
-    for w in missing:
-        _check_context(model, w)
+    model = load_teacher(settings.model, device, zero3=settings.zero3)
     total = sum(w.dataset.shards[w.shard].num_tokens for w in missing)
     progress = TokenProgress(f"teacher {name}", total, enabled=ranks.rank == 0)
     try:
@@ -95,6 +89,27 @@ def _run_teacher(
             _build_cache(model, settings, w, ranks, device, stop, progress)
     finally:
         progress.close()
+
+
+def _look(settings: Teacher, wanted: list[Wanted]) -> list[Wanted]:
+    """The caches that are not complete, after everything that can be wrong has been looked at."""
+    info = describe_teacher(settings.model)
+    missing = [w for w in wanted if not w.path.exists()]
+    for dataset in dict.fromkeys(w.dataset for w in wanted):
+        check_teacher(settings.model, info, dataset.vocab_size, dataset.tokenizer_fingerprint)
+    for w in wanted:
+        if w not in missing:
+            _check_complete(w, settings, info)
+            continue
+        _check_context(info, w)
+        assert settings.cache is not None
+        if settings.cache.k > w.dataset.vocab_size:
+            raise UserError(
+                f"teacher.NAME.cache.k is {settings.cache.k}, and the tokenizer of {w.dataset.path} has only "
+                f"{w.dataset.vocab_size} tokens",
+                fix="use a smaller k",
+            )
+    return missing
 
 
 def cache_spec(settings: Teacher, identity: dict[str, Any], w: Wanted) -> CacheSpec:
@@ -124,10 +139,10 @@ def shard_identity(w: Wanted) -> dict[str, Any]:
     return {"name": entry["name"], "sha256": entry["sha256_bin"], "index_sha256": entry["sha256_idx"]}
 
 
-def _check_complete(w: Wanted, settings: Teacher) -> None:
+def _check_complete(w: Wanted, settings: Teacher, info: TeacherInfo) -> None:
     """Raises UserError if the complete cache does not serve the recipe."""
     found = open_cache(w).spec
-    if differences := misfits(found, cache_spec(settings, found.teacher, w)):
+    if differences := misfits(found, cache_spec(settings, info.identity, w)):
         raise UserError(
             f"{w.path} was made with {differences[0]}: a cache is not changed once it is made",
             fix="remove it, or give teacher.NAME.cache another folder",
@@ -144,10 +159,17 @@ def misfits(found: CacheSpec, wanted: CacheSpec) -> list[str]:
     if set(wanted.temperatures) - set(found.temperatures):
         fields.append("temperatures")
     pairs = ((field, getattr(found, field), getattr(wanted, field)) for field in fields)
-    return [f"{field} {was}, and the recipe says {now}" for field, was, now in pairs if was != now]
+    told = [f"{field} {was}, and the recipe says {now}" for field, was, now in pairs if was != now]
+    was, now = (spec.teacher.get("fingerprint", "") for spec in (found, wanted))
+    if was != now:
+        name = found.teacher.get("name")
+        told.append(
+            f"another teacher ({name}, fingerprint {was[:12]}), and the recipe's has the fingerprint {now[:12]}"
+        )
+    return told
 
 
-def _check_context(model: TeacherModel, w: Wanted) -> None:
+def _check_context(model: TeacherInfo, w: Wanted) -> None:
     longest = int(min(w.piece_length, np.diff(w.dataset.shards[w.shard].doc_offsets).max(initial=0)))
     if longest > model.context:
         raise UserError(
@@ -176,9 +198,17 @@ def _build_cache(
     progress.update(base + int(np.diff(bounds)[writer.done].sum()))
     work = _in_step(writer, blocks, ranks) if settings.zero3 else _by_claims(writer, blocks)
     for block in work:
-        planes, sums = maker.make(block)
-        if block >= 0:
-            writer.write_block(block, planes, sums)
+        failure: Exception | None = None
+        try:
+            planes, sums = maker.make(block)
+            if block >= 0:
+                writer.write_block(block, planes, sums)
+        except (SLMError, OSError) as error:
+            failure = error
+        # Under ZeRO-3 the others wait for this rank in the next forward: all leave together.
+        failed = parallel.agree(failure is not None) if settings.zero3 else failure is not None
+        if failed:
+            raise failure or EnvironmentProblem("another rank could not write its block; it says why")
         progress.update(base + int(np.diff(bounds)[writer.done].sum()))
         if parallel.agree(stop.signal_name is not None) if settings.zero3 else stop.signal_name:
             raise Stopped
@@ -224,7 +254,11 @@ def reusable_caches(w: Wanted, spec: CacheSpec) -> list[Cache]:
     for path in sorted(w.path.parents[1].glob(f"*/{w.path.name}")):
         if path != w.path and path.parent.name.isdigit():
             other = Cache(path, doc_offsets=w.dataset.shards[w.shard].doc_offsets)
-            if other.spec.at(spec.piece_length) == spec:
+            if other.spec.at(spec.piece_length) != spec:
+                continue
+            if problems := other.verify():  # its rows would be copied with a new checksum
+                log.warning("%s is not used again: %s", path, problems[0])
+            else:
                 found.append(other)
     return found
 
@@ -268,10 +302,11 @@ class BlockMaker:
         self._entropy = [0.0, 0]
         batches = list(self._batches(to_do))
         rounds = parallel.reduce_max(len(batches)) if self.settings.zero3 else len(batches)
-        order_V = _shuffled(self.spec.vocab_size, f"{self.spec.seed}/{self.spec.shard['sha256']}/{block}")
+        order = _shuffled(self.spec.vocab_size, f"{self.spec.seed}/{self.spec.shard['sha256']}/{block}")
+        order_V = torch.from_numpy(order).to(self.device)
         for number in range(rounds):
             if number < len(batches):
-                self._run(*batches[number], planes, low, torch.from_numpy(order_V))
+                self._run(*batches[number], planes, low, order_V)
             else:
                 self.model.visit(_nothing(self.device), lambda first, logits_CV: None)
         return planes, self._sums(planes, self._labelled(low, high))
@@ -344,6 +379,12 @@ class BlockMaker:
             labels_C = labels_N[first + rows].to(logits_CV.device)
             logits_CV = logits_CV[rows.to(logits_CV.device), : self.spec.vocab_size]
             entries = self._entries(logits_CV, labels_C, places, order_V)
+            if not (torch.isfinite(entries.label_log_p_C).all() and torch.isfinite(entries.entropy_C).all()):
+                raise CorruptArtefact(
+                    f"the teacher {self.settings.model} gives logits that are not numbers: its weights are damaged, or too "
+                    "large for this precision",
+                    fix="copy its files again",
+                )
             self._entropy[0] += float(entries.entropy_C[labels_C != IGNORE].sum(dtype=torch.float64))
             self._entropy[1] += int((labels_C != IGNORE).sum())
             stored = encode_entries(entries, self.spec.vocab_size, self.spec.kind, self.spec.temperatures)
@@ -359,12 +400,10 @@ class BlockMaker:
         spec = self.spec
         if spec.kind == "top_k":
             return top_k(logits_CV, labels_C, spec.k, spec.temperatures)
-        key = int.from_bytes(bytes.fromhex(spec.shard["sha256"])[:8], "little") ^ spec.seed
+        key = derive_key(spec.seed, spec.shard["sha256"], spec.teacher.get("fingerprint", ""))
         uniform_CT = np.stack([_uniform(places, key + t) for t in range(len(spec.temperatures))], 1)
         on = logits_CV.device
-        return sample(
-            logits_CV, labels_C, spec.k, spec.temperatures, torch.from_numpy(uniform_CT).to(on), order_V.to(on)
-        )
+        return sample(logits_CV, labels_C, spec.k, spec.temperatures, torch.from_numpy(uniform_CT).to(on), order_V)
 
 
 def _mixed(values: np.ndarray, key: int) -> np.ndarray:
@@ -383,8 +422,6 @@ def _uniform(places: np.ndarray, key: int) -> np.ndarray:
 
 def _shuffled(size: int, key: str) -> np.ndarray:
     """A permutation of range(size), a function of the key."""
-    from slm.data.order import derive_key
-
     return np.argsort(_mixed(_mixed(np.arange(size), derive_key(key)), 1), kind="stable")
 
 

@@ -138,7 +138,7 @@ def _header(spec: CacheSpec, bounds: np.ndarray) -> bytes:
         "schema": SCHEMA,
         "spec": asdict(spec),
         "codec": {
-            "values": "-range * (byte / 255)^2",
+            "values": "-range * (byte / 255)^2, less than the first entry of the row",
             "range_nats": value_range(spec.kind, spec.temperatures),
             "index": "idx_lo + bits of idx_hi << 16",
         },
@@ -171,10 +171,15 @@ class CacheWriter:
     def __init__(self, path: Path, spec: CacheSpec, bounds: np.ndarray) -> None:
         self.path, self.spec, self.bounds = Path(path), spec, bounds
         self._layout = _Layout.of(spec, len(bounds) - 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._locks = open(self.path.with_name(f".{self.path.name}.lock"), "ab")
-        with self._locked(len(bounds)):
-            self._file = self._open()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._locks = open(self.path.with_name(f".{self.path.name}.lock"), "ab")
+            with self._locked(len(bounds)):
+                self._file = self._open()
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{self.path} cannot be made: {error.strerror or error}", fix="give teacher.NAME.cache another folder"
+            ) from None
 
     def _open(self) -> IO[bytes]:
         partial = partial_path(self.path)
@@ -182,6 +187,10 @@ class CacheWriter:
             return open(self.path, "r+b")
         header = _header(self.spec, self.bounds)
         if not partial.exists():
+            for stale in partial.parent.glob(
+                f".{partial.name}.*.tmp"
+            ):  # of a process that was killed here; we hold the lock
+                stale.unlink(missing_ok=True)
             # Under a name of its own first: who finds the file finds it whole.
             fresh = partial.with_name(f".{partial.name}.{os.getpid()}.tmp")
             with open(fresh, "wb") as begun:
@@ -217,18 +226,24 @@ class CacheWriter:
             yield False
             return
         except OSError as error:
-            raise EnvironmentProblem(
-                f"{self._locks.name} cannot be locked ({error.strerror}), so several processes could do the same work",
-                fix="write to a file system with locks (for Lustre, mount it with -o flock)",
-            ) from None
+            raise self._no_locks(error) from None
         try:
             yield True
         finally:
             fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, block)
 
+    def _no_locks(self, error: OSError) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"{self._locks.name} cannot be locked ({error.strerror}), so several processes could do the same work",
+            fix="write to a file system with locks (for Lustre, mount it with -o flock)",
+        )
+
     @contextmanager
     def _locked(self, place: int) -> Iterator[None]:
-        fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, place)
+        try:
+            fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, place)
+        except OSError as error:
+            raise self._no_locks(error) from None
         try:
             yield
         finally:
@@ -276,17 +291,15 @@ class CacheWriter:
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is found now, not after hours
-    except OSError as error:
-        if error.errno in (95, 22):  # the file system cannot
-            os.ftruncate(file.fileno(), size)
-            return
+    """The file at its full length, without its blocks on the disk: writing them twice would take hours on some file systems."""
+    disk = os.statvfs(file.name)
+    if disk.f_bavail * disk.f_frsize < size:
         os.unlink(file.name)
         raise EnvironmentProblem(
-            f"{file.name}: there is no room for {size / 1e9:.2f} GB ({error.strerror})",
+            f"{file.name}: there is no room for {size / 1e9:.2f} GB, only for {disk.f_bavail * disk.f_frsize / 1e9:.2f}",
             fix="make room, use a smaller k or kind: sampled, or set teacher.NAME.cache.folder",
-        ) from None
+        )
+    os.ftruncate(file.fileno(), size)
 
 
 def _sums_crc(entry: np.ndarray) -> int:

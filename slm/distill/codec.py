@@ -5,9 +5,10 @@ Owns the arithmetic between Entries and the planes of a cache, and the tag that 
     planes = encode_entries(entries, vocab_size, "top_k", (1.0,))     # numpy, ready to be written
     index_NK, log_p_NK, log_tail_N = RawTargets(...).decode(temperature=1.0)
 
-A log-probability -x becomes the byte round(255 sqrt(min(x, R) / R)), which costs R / (6 * 255^2) nats for each nat of the
-teacher's entropy. R = 18 times the highest temperature: what is less likely than e^-18 there is stored as that. Errors of
-the head do not move mass to or from the tail, which is kept in float32: the head is scaled to what the tail leaves.
+What is stored of an entry is how much less likely than the row's first it is: x nats become the byte round(255 sqrt(x / R));
+x > R is taken for R. It costs about R / (6 * 255^2) nats for each nat of the entropy beyond the first entry's. R is 18
+at T = 1 and grows with the highest temperature, at which unlikely entries matter more. Errors of the head do not move mass
+to or from the tail, which is kept in float32: the head is scaled to what the tail leaves.
 
 `N`, `C` tokens, `P` planes, `K` entries, `T` temperatures.
 """
@@ -26,11 +27,11 @@ from slm.distill.targets import Entries
 
 def value_range(kind: str, temperatures: Sequence[float]) -> float:
     """R in nats. A sample's values are of their own temperature already."""
-    return 18.0 * max(1.0, *temperatures) if kind == "top_k" else 18.0
+    return 18.0 + 6.0 * max(0.0, max(temperatures) - 1.0) if kind == "top_k" else 18.0
 
 
 def encode_values(log_p: torch.Tensor, nats: float) -> torch.Tensor:
-    """Log-probabilities (<= 0, -inf allowed) -> uint8."""
+    """Logarithms of ratios to the first (<= 0, -inf allowed) -> uint8."""
     x = (-log_p.float()).clamp(0.0, nats)
     return (255 * (x / nats).sqrt()).round().to(torch.uint8)
 
@@ -72,7 +73,9 @@ def encode_entries(
     planes = {
         "idx_lo": low,
         "idx_hi": high,
-        "val": encode_values(entries.log_p_CPK, value_range(kind, temperatures)).cpu().numpy(),
+        "val": encode_values(entries.log_p_CPK - entries.log_p_CPK[..., :1], value_range(kind, temperatures))
+        .cpu()
+        .numpy(),
         "log_tail": entries.log_tail_CT.cpu().numpy(),
         "label": entries.label_log_p_C.cpu().numpy().astype(np.float16),
     }
@@ -155,6 +158,30 @@ class RawTargets:
             log_tail_N = torch.logaddexp(log_tail_N, log_p_NK[:, k:].logsumexp(1))
             index_NK, log_p_NK = index_NK[:, :k], log_p_NK[:, :k]
         return index_NK, log_p_NK, log_tail_N
+
+    def plausible(self, labels_N: torch.Tensor, label_log_p_N: torch.Tensor, vocab_size: int, most: float) -> bool:
+        """Whether the rows fit the teacher's own log-probability of the labels, which is stored beside them: entries are
+        tokens, different ones; a label among them is as likely as it should be, and one that is not is no likelier than
+        the last. Without T = 1 among the temperatures, only the former."""
+        for plane in range(self.val_NPK.shape[1]):
+            index_NK = unpack_index(self.idx_lo_NPK[:, plane], self.idx_hi_NPbY[:, plane])
+            if int(index_NK.max()) >= vocab_size or bool((index_NK.sort(1).values.diff(dim=1) == 0).any()):
+                return False
+        if 1.0 not in self.temperatures:
+            return True
+        index_NK, log_p_NK, _ = self.decode(1.0)
+        certain_NK = torch.ones_like(index_NK, dtype=torch.bool)
+        if self.heads_NP is not None:
+            heads_N = self.heads_NP[:, self.temperatures.index(1.0)].long()
+            certain_NK = torch.arange(index_NK.shape[1]) < heads_N[:, None]
+        is_label_NK = (index_NK == labels_N[:, None]) & certain_NK
+        found_N = is_label_NK.any(1)
+        log_p_N = torch.where(is_label_NK, log_p_NK, 0.0).sum(1)
+        least_N = torch.where(certain_NK, log_p_NK, torch.inf).amin(1)
+        # Beyond the range of the bytes all entries look alike.
+        clamped_N = label_log_p_N < log_p_NK.amax(1) - value_range(self.kind, self.temperatures) + 1
+        fits_N = torch.where(found_N, (log_p_N - label_log_p_N).abs() <= most, label_log_p_N <= least_N + most)
+        return bool((fits_N | clamped_N).all())
 
     def _sampled(
         self, value_NK: torch.Tensor, log_tail_N: torch.Tensor, log_head_N: torch.Tensor, plane: int

@@ -27,7 +27,7 @@ from slm.data.packing import pieces_of
 from slm.distill.build import cache_spec, misfits, open_cache
 from slm.distill.cache import Cache
 from slm.distill.codec import RawTargets, token_tags
-from slm.distill.models import TeacherModel, load_teacher
+from slm.distill.models import TeacherModel, check_teacher, describe_teacher, load_teacher
 from slm.distill.settings import Teacher
 from slm.distill.wanted import Wanted, wanted_caches
 from slm.errors import EnvironmentProblem, SLMError, UserError
@@ -49,7 +49,9 @@ def verify(recipe: Recipe) -> list[str]:
             except SLMError as error:
                 problems.append(str(error))
                 continue
-            expected = cache_spec(recipe.teacher[w.teacher], cache.spec.teacher, w)
+            model = recipe.teacher[w.teacher].model
+            identity = describe_teacher(model).identity if Path(model).exists() else cache.spec.teacher
+            expected = cache_spec(recipe.teacher[w.teacher], identity, w)
             problems += [f"{w.path}: was made with {difference}" for difference in misfits(cache.spec, expected)]
             problems += cache.verify()
             problems += _misaligned(cache, w)
@@ -85,6 +87,10 @@ def _stats_of(cache: Cache, w: Wanted) -> dict[str, Any]:
     spec, totals = cache.spec, cache.totals()
     places = np.unique(np.linspace(0, spec.num_tokens - 1, min(_ROWS, spec.num_tokens)).astype(np.int64))
     places = places[~cache.missing_at(places) & (cache.plane("tag")[places] != 0)]
+    if not len(places):
+        raise UserError(
+            f"{cache.path} holds no complete block yet, so there is nothing to show", fix="slm teacher RECIPE"
+        )
     rows = RawTargets.of(spec.kind, spec.temperatures, cache.rows(places))
     head_mass: dict[str, dict[float, float]] = {}
     for i, temperature in enumerate(spec.temperatures):
@@ -184,8 +190,14 @@ def diff(recipe: Recipe, num_tokens: int = 8192) -> list[dict[str, Any]]:
     for w in wanted_caches(recipe):
         settings = recipe.teacher[w.teacher]
         if w.teacher not in loaded:
-            loaded = {w.teacher: load_teacher(
-                settings.model, device, vocab_size=w.dataset.vocab_size, tokenizer=w.dataset.tokenizer_fingerprint)}  # fmt: skip
+            if settings.zero3:
+                raise UserError(
+                    f"teacher.{w.teacher}.zero3 is true, and diff runs a teacher on one device",
+                    fix="compare on a machine that holds it, with zero3=false",
+                )
+            info = describe_teacher(settings.model)
+            check_teacher(settings.model, info, w.dataset.vocab_size, w.dataset.tokenizer_fingerprint)
+            loaded = {w.teacher: load_teacher(settings.model, device)}
         found.append(_diff_of(open_cache(w, allow_partial=True), w, settings, loaded[w.teacher], device, num_tokens))
     return found
 
@@ -227,6 +239,8 @@ def _diff_of(
             entropy = -(live_NV.exp() * live_NV).sum(1)[inside]
             sums["entropy"] = sums.get("entropy", 0.0) + float(entropy.sum())
             count += int(inside.sum())
+    sums |= {n.replace("codec", "codec per nat", 1): v / max(1e-9, sums["entropy"]) * count
+             for n, v in sums.items() if n.startswith("codec")}  # fmt: skip
     means = {name: total / max(1, count) for name, total in sums.items()}
     return {"path": str(w.path), "tokens": count, "codec_max": worst, **means}
 
@@ -269,11 +283,17 @@ def draw_diff(rows: list[dict[str, Any]]) -> None:
         table = Table(title=escape(f"{r['path']}: {r['tokens']:,} tokens"), title_justify="left")
         table.add_column("what")
         table.add_column("nats a token", justify="right")
-        told = {"codec": "lost by 8-bit values", "truncation": "not told by the bucket (tail against a flat one)",
-                "noise": "squared distance of the sample", "control": "the teacher against itself, other batch",
-                "label": "its loss on the next token, absolute error", "entropy": "entropy of the teacher"}  # fmt: skip
+        told = {
+            "codec per nat": "the same, for each nat of the teacher's entropy",
+            "codec": "lost by 8-bit values",
+            "truncation": "not told by the bucket (tail against a flat one)",
+            "noise": "squared distance of the sample",
+            "control": "the teacher against itself, other batch",
+            "label": "its loss on the next token, absolute error",
+            "entropy": "entropy of the teacher",
+        }
         for name, value in r.items():
-            kind = name.split(" ")[0]
+            kind = next((k for k in told if name.startswith(f"{k} ") or name == k), "")
             if kind in told:
                 table.add_row(f"{told[kind]}{name[len(kind) :]}", f"{value:.3g}")
         table.add_row("lost by 8-bit values, worst token", f"{r['codec_max']:.3g}")

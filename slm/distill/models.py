@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from slm import checkpoint
 from slm.data.batches import Batch
 from slm.errors import EnvironmentProblem, UserError
-from slm.losses import DenseTarget
+from slm.losses import IGNORE, DenseTarget
 from slm.model.config import ModelConfig
 from slm.model.hf import read_config, weight_files, weight_reader
 from slm.model.llama import SLMForCausalLM, Visit
@@ -56,31 +56,81 @@ class TeacherModel:
         return DenseTarget(hidden_BTE.flatten(0, 1), self.llama.lm_head.weight[:vocab_size], weight)
 
 
-def load_teacher(
-    path: str, device: torch.device, *, vocab_size: int, tokenizer: str, zero3: bool = False
-) -> TeacherModel:
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What is known of a teacher without its weights. config: of a Llama-family one."""
+
+    identity: dict[str, Any]
+    context: int
+    vocab_size: int
+    config: ModelConfig | None
+    reader: checkpoint.Reader | None = None
+
+
+def describe_teacher(path: str) -> TeacherInfo:
+    """Raises UserError if there is none at `path`, CorruptArtefact if it is damaged."""
+    folder = Path(path)
+    if not folder.exists():
+        raise UserError(f"the teacher {path} does not exist", fix="give a Hugging Face folder, a run or a checkpoint")
+    if (folder / "config.json").is_file():
+        kind = _model_type(folder)
+        identity = {"name": folder.resolve().name, "model_type": kind, "fingerprint": weights_fingerprint(folder)}
+        if kind == "llama":
+            config = read_config(folder)
+            return TeacherInfo(identity, config.max_position_embeddings, config.vocab_size, config)
+        fields = json.loads((folder / "config.json").read_text())
+        fields = fields.get("text_config") or fields  # of models that also see images
+        context = next(
+            (fields[k] for k in ("max_position_embeddings", "n_positions", "n_ctx") if fields.get(k)), 1 << 62
+        )
+        return TeacherInfo(identity, context, fields.get("vocab_size", 0), None)
+    best = folder / "best"
+    reader = checkpoint.Reader(checkpoint.locate(best if (best / "manifest.json").is_file() else folder))
+    config = ModelConfig(**reader.state["model"])
+    manifest = hashlib.sha256((reader.folder / "manifest.json").read_bytes()).hexdigest()
+    tokenizer = reader.state["identity"].get("tokenizer", "")
+    identity = {"name": folder.resolve().name, "model_type": "llama", "fingerprint": manifest, "tokenizer": tokenizer}
+    return TeacherInfo(identity, config.max_position_embeddings, config.vocab_size, config, reader)
+
+
+def check_teacher(path: str, info: TeacherInfo, vocab_size: int, tokenizer: str) -> None:
+    """Raises UserError if it does not read the tokens of shards with this vocabulary and tokenizer (fingerprint)."""
+    if info.vocab_size < vocab_size:
+        raise UserError(
+            f"the teacher {path} has a vocabulary of {info.vocab_size}, the token shards' tokenizer one of "
+            f"{vocab_size}: it does not know all of their tokens",
+            fix="make the shards with the teacher's tokenizer",
+        )
+    found = info.identity.get("tokenizer") or _tokenizer_of(path)
+    if not found:
+        log.warning("teacher %s: it has no tokenizer files, so that it reads the shards' tokens as they are meant is not "
+                    "checked", path)  # fmt: skip
+    elif found != tokenizer:
+        raise UserError(
+            f"the teacher {path} has another tokenizer (fingerprint {found[:12]}) than the token shards ({tokenizer[:12]}): "
+            "the same ids mean different text",
+            fix="make the shards with the teacher's tokenizer, or use a teacher of theirs",
+        )
+
+
+def load_teacher(path: str, device: torch.device, *, zero3: bool = False) -> TeacherModel:
     """The teacher at `path`: a Hugging Face folder of any causal model, a run, or a checkpoint; bfloat16 on a GPU.
 
-    vocab_size, tokenizer: of the token shards. Raises UserError if it cannot read them.
+    Raises UserError, CorruptArtefact, EnvironmentProblem.
     """
-    folder = Path(path)
+    info = describe_teacher(path)
     half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if half else torch.float32
-    is_hugging_face = (folder / "config.json").is_file()
-    if not is_hugging_face and not folder.exists():
-        raise UserError(f"the teacher {path} does not exist", fix="give a Hugging Face folder, a run or a checkpoint")
-    if is_hugging_face and _model_type(folder) != "llama":
-        if zero3:
-            raise UserError(
-                f"the teacher {path} is a {_model_type(folder)!r} model and zero3 is true, which only Llama-family "
-                "teachers can",
-                fix="set zero3 to false, or use a Llama-family teacher",
-            )
-        teacher = _foreign(folder, device, dtype)
-    else:
-        teacher = _llama(folder, device, dtype, is_hugging_face, zero3)
-    _check_tokenizer(path, teacher, vocab_size, tokenizer)
-    return teacher
+    info = replace(info, identity={**info.identity, "dtype": str(dtype).removeprefix("torch.")})
+    if info.config is not None:
+        return _llama(path, info, device, dtype, zero3)
+    if zero3:
+        raise UserError(
+            f"the teacher {path} is a {info.identity['model_type']!r} model and zero3 is true, which only Llama-family "
+            "teachers can",
+            fix="set zero3 to false, or use a Llama-family teacher",
+        )
+    return _foreign(path, info, device, dtype)
 
 
 def _model_type(folder: Path) -> str:
@@ -90,27 +140,10 @@ def _model_type(folder: Path) -> str:
         raise UserError(f"{folder}/config.json is not valid JSON ({error})", fix="copy the folder again") from None
 
 
-def _llama(folder: Path, device: torch.device, dtype: torch.dtype, is_hugging_face: bool, zero3: bool) -> TeacherModel:
-    weight: Callable[[str, tuple[int, ...]], torch.Tensor]
-    identity: dict[str, Any]
-    if is_hugging_face:
-        config, weight = read_config(folder), weight_reader(folder)
-        identity = {"path": str(folder), "fingerprint": weights_fingerprint(folder)}
-    else:
-        best = folder / "best"
-        reader = checkpoint.Reader(checkpoint.locate(best if (best / "manifest.json").is_file() else folder))
-        config, weight = ModelConfig(**reader.state["model"]), reader.weight
-        manifest = hashlib.sha256((reader.folder / "manifest.json").read_bytes()).hexdigest()
-        identity = {
-            "path": str(folder),
-            "fingerprint": manifest,
-            "tokenizer": reader.state["identity"].get("tokenizer", ""),
-        }
-    identity |= {
-        "model_type": "llama",
-        "dtype": str(dtype).removeprefix("torch."),
-        "context": config.max_position_embeddings,
-    }
+def _llama(path: str, info: TeacherInfo, device: torch.device, dtype: torch.dtype, zero3: bool) -> TeacherModel:
+    assert info.config is not None
+    config = info.config
+    weight = weight_reader(path) if info.reader is None else info.reader.weight
     if zero3:
         from slm.engine import PartitionedModel
 
@@ -119,7 +152,7 @@ def _llama(folder: Path, device: torch.device, dtype: torch.dtype, is_hugging_fa
         def run(batch: Batch, visit: Visit) -> None:
             partitioned(batch.tokens_BT, batch.positions_BT, batch.piece_bounds, visit=visit)
 
-        return TeacherModel(identity, config.max_position_embeddings, config.vocab_size, run)
+        return TeacherModel(info.identity, info.context, info.vocab_size, run)
     with torch.device(device):
         model = SLMForCausalLM(config, seed=None).to(dtype)
     with torch.no_grad():
@@ -130,55 +163,35 @@ def _llama(folder: Path, device: torch.device, dtype: torch.dtype, is_hugging_fa
     def run_whole(batch: Batch, visit: Visit) -> None:
         model(batch.tokens_BT, batch.positions_BT, batch.piece_bounds, visit=visit)
 
-    return TeacherModel(identity, config.max_position_embeddings, config.vocab_size, run_whole, model)
+    return TeacherModel(info.identity, info.context, info.vocab_size, run_whole, model)
 
 
-def _foreign(folder: Path, device: torch.device, dtype: torch.dtype) -> TeacherModel:
+def _foreign(path: str, info: TeacherInfo, device: torch.device, dtype: torch.dtype) -> TeacherModel:
     """Any causal model that transformers loads, one piece a row: its attention knows nothing of packed documents."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise EnvironmentProblem(
-            f"the teacher {folder} is a {_model_type(folder)!r} model, which transformers has to run",
+            f"the teacher {path} is a {info.identity['model_type']!r} model, which transformers has to run",
             fix='pip install -e ".[hf]"',
         ) from None
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"the teacher {path} cannot be loaded by transformers: {str(error).strip().splitlines()[0]}",
+            fix="use a causal language model that your transformers knows",
+        ) from None
     model.to(device).eval()
-    context: int = getattr(model.config, "max_position_embeddings", 1 << 62)
-    identity = {
-        "path": str(folder),
-        "fingerprint": weights_fingerprint(folder),
-        "model_type": _model_type(folder),
-        "dtype": str(dtype).removeprefix("torch."),
-        "context": context,
-    }
 
     def run(batch: Batch, visit: Visit) -> None:
-        flat = batch.tokens_BT.flatten()
+        flat, labels = batch.tokens_BT.flatten(), batch.labels_BT.flatten()
         bounds = torch.unique(batch.piece_bounds).tolist()
         for start, end in zip(bounds, bounds[1:], strict=False):
-            visit(start, model(flat[None, start:end], use_cache=False).logits[0])
+            if end - start == 1 or bool((labels[start:end] != IGNORE).any()):  # else it is padding
+                visit(start, model(flat[None, start:end], use_cache=False).logits[0])
 
-    return TeacherModel(identity, context, model.config.vocab_size, run)
-
-
-def _check_tokenizer(path: str, teacher: TeacherModel, vocab_size: int, tokenizer: str) -> None:
-    if teacher.vocab_size < vocab_size:
-        raise UserError(
-            f"the teacher {path} has a vocabulary of {teacher.vocab_size}, the token shards' tokenizer one of "
-            f"{vocab_size}: it does not know all of their tokens",
-            fix="make the shards with the teacher's tokenizer",
-        )
-    found = teacher.identity.get("tokenizer") or _tokenizer_of(path)
-    if not found:
-        log.warning("teacher %s: it has no tokenizer files, so that it reads the shards' tokens as they are meant is not "
-                    "checked", path)  # fmt: skip
-    elif found != tokenizer:
-        raise UserError(
-            f"the teacher {path} has another tokenizer (fingerprint {found[:12]}) than the token shards ({tokenizer[:12]}): "
-            "the same ids mean different text",
-            fix="make the shards with the teacher's tokenizer, or use a teacher of theirs",
-        )
+    return TeacherModel(info.identity, info.context, info.vocab_size, run)
 
 
 def _tokenizer_of(path: str) -> str:

@@ -40,6 +40,12 @@ class TeacherCache(Section):
 
 
 class Teacher(Section):
+    @model_validator(mode="after")
+    def _has_a_place(self) -> Teacher:
+        if self.zero3 and self.cache is None:
+            raise ValueError("zero3 is for slm teacher: a teacher that runs beside the student is whole on each device")
+        return self
+
     model: str = Field(min_length=1, description="a Hugging Face folder, a run, or a checkpoint")
     cache: TeacherCache | None = Field(
         None, description="read from files that `slm teacher` writes; null to run it online"
@@ -133,11 +139,13 @@ def loss_problems(loss: Loss, teachers: dict[str, Teacher], at: str) -> list[str
         ]
     (sort,) = sorts
     form = loss.form(teachers)
-    fitting = {"top_k": ("bucket", "renormalised", "raw"), "sampled": ("sampled",)}.get(sort)
-    if fitting is not None and form not in fitting:
-        problems.append(
-            f"{at}.targets is {form}, which a {sort} cache does not hold: use {' or '.join(fitting)}, or another cache"
-        )
+    buckets = ("bucket", "renormalised", "raw")
+    fitting = {"top_k": buckets, "sampled": ("sampled",), "online": ("full", *buckets)}[sort]
+    if form not in fitting:
+        what = "a teacher that runs online does not give" if sort == "online" else f"a {sort} cache does not hold"
+        problems.append(f"{at}.targets is {form}, which {what}: use {' or '.join(fitting)}, or another cache")
+    if form == "full" and loss.k is not None:
+        problems.append(f"{at}.k is {loss.k}, which has no effect on targets: full: remove it")
     if loss.divergence != "forward" and form != "bucket":
         problems.append(
             f"{at}.divergence is {loss.divergence}, which is not linear in the teacher, so it is wrong on {form} targets: "

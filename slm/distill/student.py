@@ -4,12 +4,13 @@ Owns opening a phase's caches with all their refusals, the guard on every batch,
 Distillation. The bytes are cache.py's, the loss slm/losses.py's.
 
     caches = open_caches(recipe, phase, datasets)             # PhaseData puts their rows into its batches
-    targets = Targets(recipe, phase, device)
+    targets = Targets(recipe, phase, device, vocab_size)
     engine.forward(batch, targets.of(batch, fraction))
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ import torch
 
 from slm.data.batches import Batch
 from slm.data.tokens import TokenDataset
-from slm.distill.cache import Cache, new_planes
+from slm.distill.cache import Cache, CacheSpec, new_planes, partial_path
 from slm.distill.codec import RawTargets, token_tags
-from slm.distill.models import TeacherModel, load_teacher
+from slm.distill.models import TeacherInfo, TeacherModel, check_teacher, describe_teacher, load_teacher
 from slm.distill.targets import top_k
 from slm.distill.wanted import cache_path, cached_teachers
 from slm.errors import CorruptArtefact, UserError
@@ -30,9 +31,10 @@ from slm.recipe import Phase, Recipe
 
 log = logging.getLogger("slm")
 
-# How far the teacher's mean loss on a batch may be from its mean over the shard, in nats. Text varies by 1 or 2 nats; rows
-# that belong to other tokens cost as much as guessing, 10 at a vocabulary of 128,256.
-_NLL_BAND = 4.0
+# What the 8-bit value of the real next token may differ by from the teacher's loss on it, which stands beside it: the codec's
+# error of an unlikely entry, of the likeliest, and of float16.
+_LABEL_ERROR = 0.4
+_GUARDED_ROWS = 256  # of each batch
 _SAMPLED_ROWS = 4096  # looked at when a cache is opened
 
 # A piece in a batch: (its first place in the flattened batch, source, shard, first token in the shard, tokens).
@@ -44,24 +46,30 @@ class CachedTeacher:
     """One teacher's caches over the sources of a phase."""
 
     name: str
-    caches: list[list[Cache]]  # by source, by shard
-    datasets: list[TokenDataset]
+    caches: list[list[Cache | None]]  # by source, by shard; None where nothing is there yet (allow_partial)
+
+    @property
+    def spec(self) -> CacheSpec:
+        """Of the first; the others have rows of the same kind (_check_alike)."""
+        return next(cache.spec for of_source in self.caches for cache in of_source if cache is not None)
 
     @property
     def fingerprint(self) -> str:
-        return self.caches[0][0].spec.fingerprint
+        """Of all files: another teacher, or other rows, in one of them is another teacher."""
+        specs = [cache.spec.fingerprint if cache else "-" for of_source in self.caches for cache in of_source]
+        return hashlib.sha256("/".join(specs).encode()).hexdigest()
 
     def rows(self, pieces: list[PieceAddress], batch: Batch) -> tuple[RawTargets, torch.Tensor | None, float]:
         """(The rows of a batch's tokens, bool [B*T] of those that are known or None for all, the teacher's own loss summed).
 
         Raises CorruptArtefact if they are not the rows of these tokens.
         """
-        spec = self.caches[0][0].spec
+        spec = self.spec
         planes = new_planes(spec, batch.labels_BT.numel())
         address = np.full(batch.labels_BT.numel(), -1, dtype=np.int64)
         for at, source, shard, start, length in pieces:
             cache = self.caches[source][shard]
-            if not (cache.missing.any() and cache.missing_at(np.array([start]))[0]):
+            if cache is not None and not (cache.missing.any() and cache.missing_at(np.array([start]))[0]):
                 cache.copy_into(planes, at, start, length)
                 address[at : at + length] = np.arange(start, start + length)
         known = address >= 0
@@ -78,7 +86,11 @@ class CachedTeacher:
         known = np.flatnonzero(address >= 0)
         following = np.where(labels[known] == IGNORE, -1, labels[known])
         tags = token_tags(batch.tokens_BT.flatten().numpy()[known], following, address[known])
-        where = ", ".join(str(self.caches[source][shard].path) for source, shard in sorted(shards))
+        where = ", ".join(str(cache.path) for source, shard in sorted(shards) if (cache := self.caches[source][shard]))
+        damaged = CorruptArtefact(
+            f"{where}: rows of a batch hold what no teacher says (entries, masses or its loss do not fit together)",
+            fix="slm teacher verify names what is damaged; remove it and run slm teacher again",
+        )
         if not np.array_equal(tags, planes["tag"][known]):
             wrong = int((tags != planes["tag"][known]).sum())
             raise CorruptArtefact(
@@ -88,21 +100,14 @@ class CachedTeacher:
         targets = known[labels[known] != IGNORE]
         if not len(targets):
             return 0.0
-        nll = -float(planes["label"][targets].astype(np.float64).sum())
-        mean = nll / len(targets)
-        totals = [self.caches[source][shard].totals() for source, shard in shards]
-        usual = sum(t.nll for t in totals) / max(1, sum(t.num_targets for t in totals))
-        if not np.isfinite(planes["label"][targets]).all() or np.isnan(planes["log_tail"][targets]).any():
-            raise CorruptArtefact(
-                f"{where}: holds a value that is not a number", fix="remove it and run slm teacher again"
-            )
-        if len(targets) >= 256 and abs(mean - usual) > _NLL_BAND:
-            raise CorruptArtefact(
-                f"{where}: on a batch the teacher's loss is {mean:.2f} nats, and {usual:.2f} on the whole: its rows are not "
-                "those of these tokens",
-                fix="slm teacher verify names what is damaged; remove it and run slm teacher again",
-            )
-        return nll
+        if not (np.isfinite(planes["label"][targets]).all() and (planes["log_tail"][targets] <= 1e-3).all()):  # nor NaN
+            raise damaged
+        looked_at = targets[:: -(-len(targets) // _GUARDED_ROWS)]
+        rows = RawTargets.of(self.spec.kind, self.spec.temperatures, {n: p[looked_at] for n, p in planes.items()})
+        label = torch.from_numpy(planes["label"][looked_at].astype(np.float32))
+        if not rows.plausible(torch.from_numpy(labels[looked_at]), label, self.spec.vocab_size, _LABEL_ERROR):
+            raise damaged
+        return -float(planes["label"][targets].astype(np.float64).sum())
 
 
 def open_caches(recipe: Recipe, phase: Phase, datasets: dict[str, TokenDataset]) -> list[CachedTeacher]:
@@ -115,15 +120,36 @@ def open_caches(recipe: Recipe, phase: Phase, datasets: dict[str, TokenDataset])
             # A source that is never drawn needs no cache.
             drawn = phase.mixture.get(source, 1.0) > 0
             by_source.append([_open(recipe, phase, name, path, dataset, i) for i, path in enumerate(paths) if drawn])
-        caches = [cache for of_source in by_source for cache in of_source]
-        _report_missing(name, phase, caches)
-        teachers.append(CachedTeacher(name, by_source, list(datasets.values())))
+        _check_alike(name, [cache for of_source in by_source for cache in of_source if cache is not None])
+        _report_missing(name, phase, by_source, datasets)
+        teachers.append(CachedTeacher(name, by_source))
     return teachers
 
 
-def _open(recipe: Recipe, phase: Phase, teacher: str, path: Path, dataset: TokenDataset, shard: int) -> Cache:
+def _check_alike(teacher: str, caches: list[Cache]) -> None:
+    """One decoding serves the rows of all."""
+    if not caches:
+        raise UserError(f"there is no cache of teacher {teacher} at all", fix="make it with: slm teacher RECIPE")
+    for cache in caches:
+        for field in ("kind", "k", "temperatures", "vocab_size"):
+            was, first = getattr(cache.spec, field), getattr(caches[0].spec, field)
+            if was != first:
+                raise UserError(
+                    f"{cache.path} was made with {field} {was}, and {caches[0].path} with {first}: a batch holds rows of both",
+                    fix="cache one of them anew, with the settings of the other",
+                )
+        if cache.spec.teacher.get("fingerprint") != caches[0].spec.teacher.get("fingerprint"):
+            raise UserError(
+                f"{cache.path} and {caches[0].path} were made by different teachers", fix="cache one of them anew"
+            )
+
+
+def _open(recipe: Recipe, phase: Phase, teacher: str, path: Path, dataset: TokenDataset, shard: int) -> Cache | None:
+    """None if nothing is there yet and that is allowed."""
     settings = recipe.teacher[teacher].cache
     assert settings is not None
+    if phase.loss.allow_partial and not path.exists() and not partial_path(path).exists():
+        return None
     cache = Cache(path, doc_offsets=dataset.shards[shard].doc_offsets, allow_partial=phase.loss.allow_partial)
     spec, entry = cache.spec, dataset.manifest["shards"][shard]
     again = "make the cache of these shards with slm teacher, or name the right ones"
@@ -138,6 +164,15 @@ def _open(recipe: Recipe, phase: Phase, teacher: str, path: Path, dataset: Token
     ):
         if found != wanted:
             raise UserError(f"{path}: its {what} is {found}, and the recipe's is {wanted}: {why}", fix=again)
+    model = recipe.teacher[teacher].model
+    if Path(model).exists():  # a cache outlives its teacher
+        fingerprint = describe_teacher(model).identity["fingerprint"]
+        if spec.teacher.get("fingerprint") != fingerprint:
+            raise UserError(
+                f"{path}: was made by another teacher (fingerprint {spec.teacher.get('fingerprint', '')[:12]}) than {model} "
+                f"is now ({fingerprint[:12]})",
+                fix="name the teacher that it was made by, or remove the cache and run slm teacher again",
+            )
     wanted_k = phase.loss.k or settings.k
     if wanted_k > spec.k or (spec.kind == "sampled" and wanted_k != spec.k):
         raise UserError(
@@ -174,20 +209,41 @@ def _check_rows(cache: Cache, dataset: TokenDataset, shard: int) -> None:
         )
 
 
-def _report_missing(teacher: str, phase: Phase, caches: list[Cache]) -> None:
-    num_tokens = sum(cache.spec.num_tokens for cache in caches)
-    missing = sum(cache.num_missing_tokens for cache in caches)
+def _report_missing(
+    teacher: str, phase: Phase, by_source: list[list[Cache | None]], datasets: dict[str, TokenDataset]
+) -> None:
+    total = missing = 0
+    for caches, dataset in zip(by_source, datasets.values(), strict=True):
+        for cache, shard in zip(caches, dataset.shards, strict=False):
+            total += shard.num_tokens
+            missing += shard.num_tokens if cache is None else cache.num_missing_tokens
     if missing:
         log.warning(
             "phases.%s: the cache of teacher %s lacks %.2f%% of the tokens, which are learned from their labels alone",
-            phase.name, teacher, 100 * missing / num_tokens,
+            phase.name, teacher, 100 * missing / total,
         )  # fmt: skip
+
+
+def check_online(recipe: Recipe, phase: Phase, dataset: TokenDataset) -> list[str]:
+    """Looks at the teachers that run beside the student, before anything is built; their fingerprints. Raises UserError."""
+    if phase.loss.type != "distill":
+        return []
+    fingerprints = []
+    form = phase.loss.form(recipe.teacher)
+    for name in phase.loss.mixing(recipe.teacher):
+        settings = recipe.teacher[name]
+        if settings.cache is None:
+            info = describe_teacher(settings.model)
+            check_teacher(settings.model, info, dataset.vocab_size, dataset.tokenizer_fingerprint)
+            _check_online(info, name, phase, form, dataset.vocab_size)
+            fingerprints.append(info.identity["fingerprint"])
+    return fingerprints
 
 
 class Targets:
     """Of one phase, on one device: batch -> Distillation."""
 
-    def __init__(self, recipe: Recipe, phase: Phase, device: torch.device, tokenizer: str, vocab_size: int) -> None:
+    def __init__(self, recipe: Recipe, phase: Phase, device: torch.device, vocab_size: int) -> None:
         loss = self.loss = phase.loss
         self.weights = loss.mixing(recipe.teacher)
         self.form = loss.form(recipe.teacher)
@@ -196,15 +252,18 @@ class Targets:
         for name in self.weights:
             settings = recipe.teacher[name]
             if settings.cache is None:
-                model = load_teacher(settings.model, device, vocab_size=vocab_size, tokenizer=tokenizer)
-                _check_online(model, name, phase, self.form)
-                self.online.append(model)
+                self.online.append(load_teacher(settings.model, device))
 
-    def named(self, parts: list[float]) -> dict[str, float]:
-        """Of a step: means over its targets, as they stand in the log."""
-        ce, kl, *nll = parts
+    def named(self, sums: list[float], num_targets: float) -> dict[str, float]:
+        """Of a step's sums (train_step), means as they stand in the log: CE over all targets, what is of the teacher over
+        those that it is known for. loss/distill: T^2 times the divergence; of samples, -sum t log q, which is right on
+        the average where the divergence is not."""
+        ce, distilled, num_known, *nll = sums
         cached = list(self.weights)[: len(nll)]
-        return {"loss/ce": ce, "loss/kl": kl} | {f"teacher/{n}/loss": v for n, v in zip(cached, nll, strict=True)}
+        known = max(1.0, num_known)
+        found = {"loss/ce": ce / max(1.0, num_targets), "loss/distill": distilled / known}
+        found |= {f"teacher/{name}/loss": value / known for name, value in zip(cached, nll, strict=True)}
+        return found if num_known == num_targets else {**found, "teacher/known": num_known / max(1.0, num_targets)}
 
     def of(self, batch: Batch, fraction: float) -> Distillation:
         """What the loss of this batch is computed from, at a fraction of the phase."""
@@ -238,14 +297,19 @@ class Targets:
         return SparseTarget(index_NK, log_p_NK, log_tail_N, weight)
 
 
-def _check_online(model: TeacherModel, name: str, phase: Phase, form: str) -> None:
+def _check_online(model: TeacherInfo, name: str, phase: Phase, form: str, vocab_size: int) -> None:
+    if form != "full" and (phase.loss.k or 64) > vocab_size:
+        raise UserError(
+            f"phases.{phase.name}.loss.k is {phase.loss.k or 64}, and the tokenizer has only {vocab_size} tokens",
+            fix="use a smaller k, or targets: full",
+        )
     if phase.seq_len > model.context:
         raise UserError(
             f"phases.{phase.name}.seq_len is {phase.seq_len}, beyond teacher {name}'s context of {model.context}: its "
             "distribution there would mean nothing",
             fix="use a teacher of a longer context, or distil in a phase of shorter seq_len",
         )
-    if form == "full" and model.llama is None:
+    if form == "full" and model.config is None:
         raise UserError(
             f"phases.{phase.name}.loss.targets is full, and teacher {name} is a {model.identity['model_type']!r} model, whose "
             "last hidden states are not at hand",

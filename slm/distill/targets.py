@@ -94,7 +94,7 @@ def _sample_one(
     is_head_CK = places_K < heads_C[:, None]
     # The probability of each other token to be drawn, one after the other along the order; they add up to k - m.
     others_CV = p_CV.scatter_(1, likeliest_CK, torch.where(is_head_CK, 0.0, head_CK))[:, order_V]
-    walk_CV = others_CV.div_(tau_CK.new_tensor(1.0) * tau_C.clamp(min=torch.finfo(torch.float64).tiny)[:, None])
+    walk_CV = others_CV.div_(tau_C.clamp(min=torch.finfo(torch.float64).tiny)[:, None])
     walk_CV = walk_CV.clamp_(max=1.0).cumsum_(1)
     drawn_C = k - heads_C
     walk_CV *= (drawn_C / walk_CV[:, -1].clamp(min=torch.finfo(torch.float64).tiny))[:, None]

@@ -30,7 +30,11 @@ class Wanted:
 def cache_path(recipe: Recipe, teacher: str, source: str, shard_name: str, piece_length: int) -> Path:
     cache = recipe.teacher[teacher].cache
     assert cache is not None
-    root = Path(cache.folder) / source if cache.folder else Path(recipe.data.sources[source]) / "teacher" / teacher
+    root = (
+        Path(cache.folder) / teacher / source
+        if cache.folder
+        else Path(recipe.data.sources[source]) / "teacher" / teacher
+    )
     return root / str(piece_length) / f"{shard_name}.kdc"
 
 

@@ -1,5 +1,6 @@
 """`slm teacher` on real ranks: without communication they leave the bytes of one process, with ZeRO-3 the same targets."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from slm.distill.examine import verify
 from slm.distill.wanted import wanted_caches
 from slm.model.config import ModelConfig
 from slm.recipe import load_recipe
-from tests.distributed.ranks import ROOT, run_ranks
+from tests.distributed.ranks import ROOT, run_ranks, train_many
 from tests.shards import make_dataset
 
 
@@ -53,3 +54,25 @@ def test_ranks_leave_what_one_process_leaves(tmp_path, monkeypatch):
     np.testing.assert_allclose(a.plane("log_tail"), b.plane("log_tail"), rtol=1e-4)
     same = (a.plane("idx_lo") == b.plane("idx_lo")).mean()
     assert same > 0.99  # neighbours of nearly equal probability may change places
+
+
+def test_distillation_is_the_same_run_on_two_ranks(tmp_path, monkeypatch):
+    """From one cache, with a tied head: one process at stage 0 against two ranks at stages 1, 2 and 3."""
+    monkeypatch.chdir(ROOT)
+    make_dataset(tmp_path / "a", num_shards=1)
+    SLMForCausalLM(ModelConfig.preset("cpu-tiny", initializer_range=0.15), seed=7).save_pretrained(tmp_path / "teacher")
+    path = recipe(tmp_path, "student", False)
+    assert build(load_recipe(path)) == 0
+
+    def options(name, stage):
+        return [f"name={name}", f"output={tmp_path}/{name}", "phases.main.tokens=2560", "phases.main.micro_batch=1",
+                "phases.main.loss.alpha=0.2", f"phases.main.deepspeed=ds_configs/zero{stage}.json"]  # fmt: skip
+
+    def losses(name):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return np.array([[r["loss"], r["loss/ce"], r["loss/distill"], r["grad_norm"]] for r in rows if "loss" in r])
+
+    train_many([(path, options("one", 0))], 1, timeout_seconds=200)
+    train_many([(path, options(f"two{stage}", stage)) for stage in (1, 2, 3)], 2, timeout_seconds=200)
+    for stage in (1, 2, 3):
+        np.testing.assert_allclose(losses(f"two{stage}"), losses("one"), rtol=2e-5)
