@@ -12,13 +12,16 @@ JSON lines and text may be compressed (.gz, .zst, .bz2).
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from slm.errors import UserError
 
@@ -42,7 +45,8 @@ LINKED_FOLDER = "linked folder"
 
 class InputFile(NamedTuple):
     """kind: "jsonl", "parquet", "arrow", "hub", "text" (named by the user) or "tree" (found in a folder, where odd files
-    are ordinary). size in bytes; of a dataset on the hub, its shards."""
+    are ordinary). size in bytes; of a dataset on the hub, its shards. mtime_ns: when it changed; of a dataset on the hub a
+    number that is another when its files are others."""
 
     path: str
     kind: str
@@ -77,7 +81,7 @@ def find_files(
     for given in inputs:
         path = Path(given)
         if str(given).startswith(HUB):
-            found = [_on_the_hub(str(given))]
+            found = [open_hub(str(given))[1]]
         elif path.is_dir():
             found = list(_walk(os.path.abspath(path), exclude, skipped))
             if not found:
@@ -193,8 +197,9 @@ def _first_bytes(path: Path) -> bytes:
 # --- tables and the hub --------------------------------------------------------------------------------------
 
 
-def open_hub(spec: str) -> Any:
-    """The streaming dataset of hf://NAME?split=train&config=…&revision=…; NAME may be a local folder. Raises UserError."""
+def open_hub(spec: str) -> tuple[Any, InputFile]:
+    """The streaming dataset of hf://NAME?split=train&config=…&revision=…, and what it is as an input: its path names the
+    commit, so that whoever opens that reads the same. NAME may be a local folder. Raises UserError."""
     import datasets
 
     name, _, query = spec.removeprefix(HUB).partition("?")
@@ -204,23 +209,26 @@ def open_hub(spec: str) -> Any:
             f"the input {spec} has the option {min(unknown)!r}, which is not known",
             fix="give split, config and revision, as in hf://NAME?split=train",
         )
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # broken data are counted, and told once
     try:
-        return datasets.load_dataset(
-            name,
-            options.get("config"),
-            split=options.get("split", "train"),
-            revision=options.get("revision"),
-            streaming=True,
-        )
+        builder = datasets.load_dataset_builder(name, options.get("config"), revision=options.get("revision"))
+        dataset = builder.as_streaming_dataset(options.get("split", "train"))
+        state = [[path, _size_if_local(path)] for files in (builder.config.data_files or {}).values() for path in files]
+        state += [files.origin_metadata for files in (builder.config.data_files or {}).values()]  # commits, or times
+        number = int.from_bytes(hashlib.sha256(json.dumps([state, builder.hash]).encode()).digest()[:7], "big")
+        if not os.path.isdir(name) and re.fullmatch("[0-9a-f]{40}", builder.hash or ""):  # a commit
+            spec = f"{HUB}{name}?{urlencode({**options, 'revision': builder.hash})}"
+        return dataset, InputFile(spec, "hub", dataset.num_shards, number)
     except Exception as error:  # of many kinds: no such dataset, no network, no such split
+        first = (str(error).strip() or "no reason given").splitlines()[0]
         raise UserError(
-            f"the input {spec} cannot be opened: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            f"the input {spec} cannot be opened: {type(error).__name__}: {first}",
             fix="check the name, the split and the network; a local folder of Parquet or JSON lines works too",
         ) from None
 
 
-def _on_the_hub(spec: str) -> InputFile:
-    return InputFile(spec, "hub", open_hub(spec).num_shards, 0)
+def _size_if_local(path: str) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
 def _check_column(file: InputFile, text_key: str) -> None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -21,6 +23,7 @@ import orjson
 from data_prep.corpus import BINARY_FILE, EMPTY_FILE, Piece, arrow_reader, open_hub, parquet_file
 from slm.errors import UserError
 
+_HUB_ROWS = 64  # read at once; what is buffered when the data break is lost
 _LONG_TEXT = 1 << 14  # bytes of the documents that a named text file is cut into
 _BOM = b"\xef\xbb\xbf"
 DEFAULT_MAX_DOC_BYTES = 64 << 20
@@ -33,6 +36,7 @@ NO_OBJECT, NO_FIELD, NOT_TEXT = "not a JSON object", "no such field", "field is 
 EMPTY, TOO_LONG, UNREADABLE = "empty document", "document too long", "cannot be read"
 TRUNCATED = "compressed data broken or cut off: the rest of the file is lost"
 CORRUPT_ROW = "row in a corrupt part of a table"
+BROKEN_SHARD = "broken data: the rest of the shard is lost"
 
 OnBad = Literal["skip", "replace", "fail"]
 
@@ -95,10 +99,14 @@ def read_piece(piece: Piece, reading: Reading) -> Iterator[Record]:
 def _check_unchanged(piece: Piece) -> None:
     stat = os.stat(piece.file.path)
     if (stat.st_size, stat.st_mtime_ns) != (piece.file.size, piece.file.mtime_ns):
-        raise UserError(
-            f"the input {piece.file.path} changed while it was being read: its shards would be a mixture",
-            fix="start again with a new output folder, when the file is at rest",
-        )
+        raise _changed(piece.file.path)
+
+
+def _changed(path: str) -> UserError:
+    return UserError(
+        f"the input {path} changed while it was being read: its shards would be a mixture",
+        fix="start again with a new output folder, when the file is at rest",
+    )
 
 
 # --- text ----------------------------------------------------------------------------------------------------
@@ -301,8 +309,12 @@ def _row_records(column: Any, reading: Reading, line: int, row: int) -> Iterator
         column = column.dictionary_decode()
     is_text = types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type)
     values = column.cast(pyarrow.large_binary()) if is_text else column  # as bytes: they need not be UTF-8
+    is_json = str(column.type) == "extension<arrow.json>"  # what datasets makes of a column of several types
     for i in range(len(values)):
         value, problem = values[i].as_py(), ""
+        if is_json and value is not None:
+            with suppress(ValueError):  # it leaves the first value of a file as it is
+                value = json.loads(value)
         if is_text and value is not None:
             if len(value) > reading.max_doc_bytes:
                 yield Record(None, TOO_LONG, line + i + 1, row + i)
@@ -318,11 +330,31 @@ def _row_records(column: Any, reading: Reading, line: int, row: int) -> Iterator
 
 
 def _hub_records(piece: Piece, reading: Reading) -> Iterator[Record]:
-    shard = open_hub(piece.file.path).shard(num_shards=piece.file.size, index=piece.start)
+    import pyarrow
+
+    dataset, now = open_hub(piece.file.path)
+    if now != piece.file:
+        raise _changed(piece.file.path)
+    shard = dataset.shard(num_shards=piece.file.size, index=piece.start)
     line = 0
-    for row in shard:
-        line += 1
-        if reading.text_key not in row:
-            yield Record(None, NO_FIELD, line, line - 1)
-        else:
-            yield _text_record(row[reading.text_key], reading, line, line - 1)
+    try:
+        for table in shard.with_format("arrow").iter(_HUB_ROWS):  # Arrow: a row that is no text does not end the shard
+            if reading.text_key not in table.column_names:
+                for _ in range(len(table)):
+                    line += 1
+                    yield Record(None, NO_FIELD, line, line - 1)
+                continue
+            for column in table.column(reading.text_key).chunks:
+                yield from _row_records(column, reading, line, line)
+                line += len(column)
+    except Exception as error:
+        # What the parsers say of broken data. All else is the network's, and no reason to lose a document.
+        is_arrows = type(error) is OSError and error.errno is None
+        if is_arrows or isinstance(error, (pyarrow.ArrowException, ValueError, EOFError, zlib.error)):
+            yield Record(None, BROKEN_SHARD, line + 1, line)
+            return
+        first = (str(error).strip() or "no reason given").splitlines()[0]
+        raise UserError(
+            f"the input {piece.file.path} cannot be read: {type(error).__name__}: {first}",
+            fix="check the network; the same command goes on",
+        ) from None

@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.corpus import cut, find_files
 from data_prep.duplicates import HASH_BYTES, dropped_path, hashes_path, write_duplicates
+from data_prep.reading import Reading, read_piece
 from data_prep.shards import make_shards
 from data_prep.units import UNITS
 from slm.data.tokens import TokenDataset, decode_index
@@ -125,6 +127,46 @@ def test_tables_with_bad_rows(tmp_path, slm_data, trained):
     code, _, error = slm_data("shards", tmp_path / "a.parquet", *options, "--text-key", "body", "--output", tmp_path / "o2")
     assert code == 2
     assert "no column 'body'; its columns are text" in error
+
+
+def test_a_streamed_dataset_has_bad_rows_too(tmp_path, slm_data, trained):
+    """Counted by reason as a table's: no text, no UTF-8, too long; data that break end their shard and are counted as that."""
+    good = [f"text {t}" for t in texts_of(200)]
+    raw = [t.encode() for t in good]
+    raw[5:5] = [None, b"", b"caf\xe9", b"x" * 20_000]
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.table({"text": pa.array(raw, pa.binary()).view(pa.string())}), tmp_path / "hub" / "train.parquet")
+    source = f"hf://{tmp_path / 'hub'}"
+    options = ("--tokenizer", trained, "--validation-fraction", 0, "--processes", 1, "--max-bad-fraction", 0.1)
+    options = (*options, "--max-doc-bytes", 10_000)
+    assert slm_data("shards", source, *options, "--output", tmp_path / "out")[0] == 0
+    reasons = ("document too long", "empty document", "field is not a string", "not UTF-8")
+    assert manifest(tmp_path / "out")["rejected"]["bad"] == dict.fromkeys(reasons, 1)
+    assert documents(tmp_path / "out" / "train", trained) == good
+    (tmp_path / "json").mkdir()
+    lines = [json.dumps({"text": t}) for t in good]
+    (tmp_path / "json" / "train-0.jsonl").write_text("\n".join([*lines[:100], '{"text": "abc']))
+    (tmp_path / "json" / "train-1.jsonl").write_text("\n".join(lines[100:150] + ['{"text": 5}'] + lines[150:]))
+    code, out, _ = slm_data("shards", f"hf://{tmp_path / 'json'}", *options, "--output", tmp_path / "broken")
+    assert code == 0
+    reasons = ("broken data: the rest of the shard is lost", "field is not a string")
+    assert manifest(tmp_path / "broken")["rejected"]["bad"] == dict.fromkeys(reasons, 1)
+    assert documents(tmp_path / "broken" / "train", trained) == good[100:]
+
+
+def test_a_streamed_dataset_that_changed_is_not_mixed(tmp_path, slm_data, trained):
+    """Its files are part of the job: complete shards are refused, unfinished ones begun anew; what changes meanwhile is told."""
+    source = write_as("hub", tmp_path, texts_of(200))
+    base = ("shards", source, "--tokenizer", trained, "--validation-fraction", 0, "--processes", 1, "--output")
+    assert slm_data(*base, tmp_path / "out")[0] == 0
+    assert "complete already" in slm_data(*base, tmp_path / "out")[1]
+    (piece, *_) = cut(find_files([source])[0], 1 << 20)
+    pq.write_table(pa.table({"text": texts_of(80, seed=1)}), tmp_path / "saved" / "train-00001-of-00002.parquet")
+    code, _, error = slm_data(*base, tmp_path / "out")
+    assert code == 2
+    assert f"an earlier state of {source}, which has changed since" in error
+    with pytest.raises(UserError, match="changed while it was being read"):
+        list(read_piece(piece, Reading()))
 
 
 def test_a_corrupt_page_costs_its_rows_and_no_more(tmp_path, slm_data, trained):
