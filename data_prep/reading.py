@@ -109,6 +109,40 @@ def _changed(path: str) -> UserError:
     )
 
 
+# --- where a record is ---------------------------------------------------------------------------------------
+
+
+def place(path: str, kind: str, compression: str, start: int, at: int, *, as_it_was: bool = True) -> str:
+    """Where in its file a record begins: "line 5", "row 5", "shard 0, row 5"; "" for a file that is one document.
+
+    start: of its piece. as_it_was: whether the file is still the one that was read; its lines can be counted then, else it
+    is "byte 99" of what is plain. Lines and rows from 1, bytes and shards from 0.
+    """
+    if kind == "tree":
+        return ""
+    if kind in ("parquet", "arrow", "hub"):
+        return f"shard {start}, row {at + 1}" if kind == "hub" else f"row {at + 1}"
+    if kind == "jsonl" and compression:
+        return f"line {at + 1}"
+    line = _line_at(path, compression, at) if as_it_was else 0
+    return f"line {line}" if line else f"byte {at}"
+
+
+def _line_at(path: str, compression: str, byte: int) -> int:
+    """The line, from 1, that this byte of the text is in; 0 if the file cannot be read."""
+    import pyarrow
+
+    lines = 1
+    try:
+        with pyarrow.CompressedInputStream(path, compression) if compression else open(path, "rb") as file:
+            while byte > 0 and (data := file.read(min(byte, 1 << 22))):
+                lines += data.count(b"\n")
+                byte -= len(data)
+    except OSError:
+        return 0
+    return lines
+
+
 # --- text ----------------------------------------------------------------------------------------------------
 
 

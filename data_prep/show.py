@@ -7,11 +7,14 @@ Owns the way back from a token to a line: shard -> NAME.src -> file and place in
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.corpus import HUB, open_hub
+from data_prep.reading import place
 from slm.data.tokens import TokenDataset, TokenShard
 from slm.errors import CorruptArtefact, UserError
 
@@ -61,27 +64,23 @@ def _origin(dataset: TokenDataset, shard: TokenShard, entry: dict[str, Any], num
         )
     piece, at = origins.reshape(-1, 2)[number].tolist()
     source = entry["sources"][piece]
+    path, since = source["path"], _since(source)
+    where = place(path, source["kind"], source.get("compression", ""), source["start"], at, as_it_was=not since)
+    if since:
+        return f"{path}, which {since}; it was {where or 'the file'} then, and may be another document or none now"
+    return f"{path}, {where}" if where else path
+
+
+def _since(source: dict[str, Any]) -> str:
+    """What has become of a source since it was read, in words; "" if it is as it was, as a commit of the hub always is."""
     path = source["path"]
-    if source["kind"] == "jsonl" and source.get("compression"):
-        return f"{path}, line {at + 1}"
-    if source["kind"] == "jsonl":
-        line = _line_at(Path(path), at)
-        return f"{path}, line {line}" if line else f"{path}, byte {at} (the file is no longer there)"
-    if source["kind"] in ("parquet", "arrow"):
-        return f"{path}, row {at + 1}"
-    if source["kind"] == "hub":
-        return f"{path}, shard {source['start']}, row {at + 1}"
-    return path if source["kind"] == "tree" else f"{path}, byte {at}"
-
-
-def _line_at(path: Path, byte: int) -> int:
-    """The line, from 1, that begins at this byte; 0 if the file is not there."""
     try:
-        with open(path, "rb") as file:
-            lines = 1
-            while byte > 0 and (data := file.read(min(byte, 1 << 22))):
-                lines += data.count(b"\n")
-                byte -= len(data)
-            return lines
-    except OSError:
-        return 0
+        if source["kind"] == "hub":
+            on_this_machine = os.path.isdir(path.removeprefix(HUB).partition("?")[0])
+            now = open_hub(path)[1].mtime_ns if on_this_machine else source.get("mtime_ns")
+            return "" if now == source.get("mtime_ns") else "has changed since"
+        stat = os.stat(path)
+    except (OSError, UserError):
+        return "is not there now"
+    there = source.get("size"), source.get("mtime_ns")
+    return "" if there in ((None, None), (stat.st_size, stat.st_mtime_ns)) else "has changed since"

@@ -93,6 +93,8 @@ class Split:
                 "path": shown(p.file.path),
                 "kind": p.file.kind,
                 "compression": p.file.compression,
+                "size": p.file.size,
+                "mtime_ns": p.file.mtime_ns,
                 "start": p.start,
                 "end": p.end,
             }

@@ -490,6 +490,28 @@ def test_stats_and_show(tmp_path, slm_data, trained):
     assert f"give 0 to {len(train) - 1}" in error
 
 
+def test_show_names_lines_of_text_and_says_when_the_source_changed(tmp_path, slm_data, trained):
+    """A long text's document is traced to its line, compressed or not; of a file that is another now no line is named."""
+    text = "\n".join(f"line {i} " + "words " * (i % 40) for i in range(1, 1500))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    path = write_jsonl(tmp_path / "c.jsonl", texts_of(20))
+    options = ("--tokenizer", trained, "--validation-fraction", 0, "--processes", 1, "--output")
+    for source in (tmp_path / "a.txt", tmp_path / "b.txt.gz"):
+        out = tmp_path / f"{source.name}.out"
+        assert slm_data("shards", source, *options, out)[0] == 0
+        printed = slm_data("show", out / "train", "--doc", 2)[1]
+        first = next(line for line in documents(out / "train", trained)[2].splitlines() if line)
+        assert f"from {source}, line {first.split()[1]}\n" in printed
+    assert slm_data("shards", path, *options, tmp_path / "out")[0] == 0
+    write_jsonl(path, ["other", *texts_of(20)])
+    code, printed, _ = slm_data("show", tmp_path / "out" / "train", "--doc", 3)
+    assert code == 0
+    assert f"from {path}, which has changed since; it was byte " in printed
+    path.unlink()
+    assert f"from {path}, which is not there now" in slm_data("show", tmp_path / "out" / "train", "--doc", 3)[1]
+
+
 def test_verify_covers_where_documents_came_from(tmp_path, slm_data, trained):
     path = write_jsonl(tmp_path / "a.jsonl", texts_of(50))
     options = ("--tokenizer", trained, "--output", tmp_path / "out", "--validation-fraction", 0, "--processes", 1)
