@@ -28,7 +28,7 @@ import numpy as np
 
 from data_prep.corpus import Piece, shown
 from data_prep.duplicates import HASH_BYTES, dropped_path, hashes_path
-from data_prep.reading import HARMLESS, Reading, Record, read_piece
+from data_prep.reading import HARMLESS, Reading, Record, place, read_piece
 from slm.data.tokens import ShardWriter
 from slm.errors import UserError
 from slm.runtime import atomic_write
@@ -139,11 +139,10 @@ class _Reader:
         if record.problem in HARMLESS:
             return
         if self._settings.reading.on_bad == "fail":
-            where = (
-                f" {'line' if piece.file.kind == 'jsonl' else 'row'} {record.line} of its part" if record.line else ""
-            )
+            file = piece.file
+            where = place(file.path, file.kind, file.compression, piece.start, record.at)
             raise UserError(
-                f"{shown(piece.file.path)},{where} from {piece.start}: {record.problem}",
+                f"{', '.join(filter(None, [shown(file.path), where]))}: {record.problem}",
                 fix="mend the input, or give --on-bad skip",
             )
         if len(self.examples) < _EXAMPLES_PER_UNIT:

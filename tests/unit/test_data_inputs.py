@@ -250,8 +250,9 @@ def test_policies(tmp_path, slm_data, trained):
     assert "characters replaced in: 1 lone surrogate, 1 not UTF-8" in out
     code, _, error = slm_data(*base, "--on-bad", "fail", "--output", tmp_path / "fail")
     assert code == 2
-    assert str(path) in error
-    assert "not UTF-8" in error
+    assert f"{path}, line 11: not UTF-8" in error
+    code, _, error = slm_data(*base, "--on-bad", "fail", "--shard-bytes", 200, "--output", tmp_path / "fail2")
+    assert f"{path}, line 11: not UTF-8" in error  # of the file, not of the part
     assert not (tmp_path / "fail" / "train" / "manifest.json").exists()
 
 
