@@ -19,6 +19,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
@@ -36,6 +37,8 @@ _UNSUPPORTED_SUFFIXES = {".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
 HUB = "hf://"
+_LOOK_BYTES = 4 << 20  # of text, to see how well a file is compressed
+_PARTS_OF_A_SAMPLE = 64  # more of them would be spread better, and less of each file's bytes be used
 _BOM = b"\xef\xbb\xbf"
 
 # Why something that was found is not looked into: ordinary in healthy corpora.
@@ -197,9 +200,8 @@ def _first_bytes(path: Path) -> bytes:
 # --- tables and the hub --------------------------------------------------------------------------------------
 
 
-def open_hub(spec: str) -> tuple[Any, InputFile]:
-    """The streaming dataset of hf://NAME?split=train&config=…&revision=…, and what it is as an input: its path names the
-    commit, so that whoever opens that reads the same. NAME may be a local folder. Raises UserError."""
+def _hub_builder(spec: str) -> tuple[Any, str, dict[str, str]]:
+    """(datasets' builder, NAME, options) of hf://NAME?split=train&config=…&revision=…"""
     import datasets
 
     name, _, query = spec.removeprefix(HUB).partition("?")
@@ -210,21 +212,45 @@ def open_hub(spec: str) -> tuple[Any, InputFile]:
             fix="give split, config and revision, as in hf://NAME?split=train",
         )
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # broken data are counted, and told once
+    builder = datasets.load_dataset_builder(name, options.get("config"), revision=options.get("revision"))
+    return builder, name, options
+
+
+def open_hub(spec: str) -> tuple[Any, InputFile]:
+    """The streaming dataset of hf://NAME?split=train&config=…&revision=…, and what it is as an input: its path names the
+    commit, so that whoever opens that reads the same. NAME may be a local folder. Raises UserError."""
     try:
-        builder = datasets.load_dataset_builder(name, options.get("config"), revision=options.get("revision"))
+        builder, name, options = _hub_builder(spec)
         dataset = builder.as_streaming_dataset(options.get("split", "train"))
-        state = [[path, _size_if_local(path)] for files in (builder.config.data_files or {}).values() for path in files]
-        state += [files.origin_metadata for files in (builder.config.data_files or {}).values()]  # commits, or times
+        data_files = builder.config.data_files or {}
+        state: list[Any] = [[path, _size_if_local(path)] for files in data_files.values() for path in files]
+        state += [files.origin_metadata for files in data_files.values()]  # commits, or times of change
         number = int.from_bytes(hashlib.sha256(json.dumps([state, builder.hash]).encode()).digest()[:7], "big")
         if not os.path.isdir(name) and re.fullmatch("[0-9a-f]{40}", builder.hash or ""):  # a commit
             spec = f"{HUB}{name}?{urlencode({**options, 'revision': builder.hash})}"
         return dataset, InputFile(spec, "hub", dataset.num_shards, number)
+    except UserError:
+        raise
     except Exception as error:  # of many kinds: no such dataset, no network, no such split
         first = (str(error).strip() or "no reason given").splitlines()[0]
         raise UserError(
             f"the input {spec} cannot be opened: {type(error).__name__}: {first}",
             fix="check the name, the split and the network; a local folder of Parquet or JSON lines works too",
         ) from None
+
+
+@lru_cache
+def _hub_bytes(spec: str) -> int:
+    """About the bytes of the files of a split, by some of them; 0 if that is not known."""
+    from fsspec.core import url_to_fs
+
+    try:
+        builder, _, options = _hub_builder(spec)
+        files = builder.config.data_files[options.get("split", "train")]
+        sizes = [fs.size(path) for fs, path in map(url_to_fs, files[:: max(1, len(files) // 8)])]
+        return sum(sizes) * len(files) // len(sizes)
+    except Exception:  # of many kinds; it is a guess in any case
+        return 0
 
 
 def _size_if_local(path: str) -> int:
@@ -305,18 +331,39 @@ def group(pieces: Iterable[Piece], unit_bytes: int) -> list[list[Piece]]:
     return units
 
 
-def sample(pieces: Sequence[Piece], max_bytes: int) -> list[Piece]:
-    """About max_bytes of the pieces, evenly spread over the whole corpus; the same ones each time."""
-    total = sum(piece.size for piece in pieces)
-    if total <= max_bytes:
-        return list(pieces)
+def text_bytes(piece: Piece) -> int:
+    """About the bytes of its text: of compressed files by their beginning, of the hub by the size of the files."""
+    file = piece.file
+    if file.kind == "hub":
+        return _hub_bytes(file.path) // file.size or piece.size
+    return _unpacked_bytes(file) if file.compression else piece.size
+
+
+def _unpacked_bytes(file: InputFile) -> int:
+    import pyarrow
+
+    try:
+        with pyarrow.OSFile(file.path) as packed, pyarrow.CompressedInputStream(packed, file.compression) as stream:
+            num_bytes = len(stream.read(_LOOK_BYTES))
+            return num_bytes if num_bytes < _LOOK_BYTES else file.size * num_bytes // packed.tell()
+    except OSError:  # broken: whoever reads it will count that
+        return file.size
+
+
+def sample(pieces: Sequence[Piece], max_bytes: int) -> list[tuple[Piece, int]]:
+    """(piece, bytes to read of it at most) for max_bytes in all, evenly spread over the whole corpus; the same ones each
+    time. A large piece is read from its beginning only, so that no input is left out because of its size."""
+    share = max_bytes / max(1, sum(piece.size for piece in pieces))
+    if share >= 1:  # sizes are guesses in part: what is left over goes to all in proportion
+        return [(piece, int(piece.size * share)) for piece in pieces]
     chosen, budget = [], 0.0
     for piece in pieces:
-        budget += piece.size * max_bytes / total
-        if budget >= piece.size:
-            chosen.append(piece)
-            budget -= piece.size
-    return chosen or [min(pieces, key=lambda piece: piece.size)]
+        budget += piece.size * share
+        if budget >= min(piece.size, max_bytes // _PARTS_OF_A_SAMPLE):
+            limit = min(piece.size, int(budget))
+            chosen.append((piece, limit))
+            budget -= limit
+    return chosen or [(min(pieces, key=lambda piece: piece.size), max_bytes)]
 
 
 # --- showing -------------------------------------------------------------------------------------------------

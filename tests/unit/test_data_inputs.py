@@ -21,6 +21,7 @@ from data_prep.corpus import cut, find_files
 from data_prep.duplicates import HASH_BYTES, dropped_path, hashes_path, write_duplicates
 from data_prep.reading import Reading, read_piece
 from data_prep.shards import make_shards
+from data_prep.tokenizer import make_tokenizer
 from data_prep.units import UNITS
 from slm.data.tokens import TokenDataset, decode_index
 from slm.errors import UserError
@@ -92,6 +93,17 @@ def test_every_kind_gives_the_tokens_of_plain_json_lines(tmp_path, slm_data, tra
     assert texts[123] in out
     unit, row = ("line" if kind in ("gz", "zst", "bz2") else "row"), (24 if kind == "hub" else 124)
     assert out.splitlines()[1].endswith(f"{unit} {row}")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "zst", "bz2", "parquet", "hub"])
+def test_a_tokenizer_is_learned_from_so_much_text_of_any_kind(tmp_path, kind):
+    """--max-bytes is of text, not of compressed files or shards."""
+    texts = [f"{i} " + "the same words again " * 100 for i in range(300)]
+    source = write_as(kind, tmp_path, texts)
+    _, num_bytes = make_tokenizer([source], tmp_path / "t", vocab_size=300, max_bytes=100_000)
+    assert 85_000 < num_bytes <= 100_000
+    _, num_bytes = make_tokenizer([source], tmp_path / "all", vocab_size=300, max_bytes=10_000_000)
+    assert num_bytes == sum(map(len, texts))
 
 
 def test_compressed_text_and_folders_of_tables(tmp_path, slm_data, trained):

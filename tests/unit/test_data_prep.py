@@ -113,10 +113,12 @@ def test_groups_and_samples():
     assert [p for g in groups for p in g] == pieces
     assert all(sum(p.size for p in g) <= 10 or len(g) == 1 for g in groups)
     chosen = sample(pieces, 500)
-    assert 400 <= sum(p.size for p in chosen) <= 500
-    assert pieces.index(chosen[0]) < 60
-    assert pieces.index(chosen[-1]) > 240
-    assert sample(pieces, 10**6) == pieces
+    assert 400 <= sum(limit for _, limit in chosen) <= 500
+    assert pieces.index(chosen[0][0]) < 60
+    assert pieces.index(chosen[-1][0]) > 240
+    assert [piece for piece, limit in sample(pieces, 10**6) if limit >= piece.size] == pieces
+    large = cut([InputFile("a", "tree", 10**9, 0), InputFile("b", "tree", 10**9, 0)], 100)
+    assert [(piece.file.path, limit) for piece, limit in sample(large, 500)] == [("a", 250), ("b", 250)]
 
 
 # --- what is written -----------------------------------------------------------------------------------------
