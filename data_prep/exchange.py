@@ -7,7 +7,8 @@ written anew. Verified against Megatron's description of its index and datatrove
     export_dataset(Path("data/mine/train"), "datatrove", Path("out"))
 
 megatron: PREFIX.bin, PREFIX.idx. datatrove: NAME.ds, NAME.ds.index (uint64 ends of documents), NAME.ds.metadata.
-olmo: NAME.npy (raw, whatever its name says) and, if it is there, NAME.csv.gz (start, end, …), else EOS ends a document.
+olmo: NAME.npy (raw, whatever its name says) and, if it is there, NAME.csv.gz (start, end, …), else EOS ends a document and
+the ids show their width.
 """
 
 from __future__ import annotations
@@ -17,48 +18,66 @@ import gzip
 import hashlib
 import io
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from data_prep.job import os_errors_told
 from data_prep.progress import byte_progress
-from slm.data.tokens import TokenDataset, decode_index, encode_index, token_dtype, write_manifest
+from slm.data.tokens import TokenDataset, decode_index, encode_index, write_manifest
 from slm.errors import CorruptArtefact, UserError
 from slm.runtime import atomic_write
 
 Format = Literal["megatron", "datatrove", "olmo"]
+Width = Literal["uint16", "uint32"]
+_WIDTHS: dict[str, np.dtype[Any]] = {
+    "uint16": np.dtype("<u2"),
+    "uint32": np.dtype("<i4"),
+}  # the shard format's dtypes; no id needs the 32nd bit
 _PAYLOAD = {"megatron": ".bin", "datatrove": ".ds", "olmo": ".npy"}
 
 
 # --- in ------------------------------------------------------------------------------------------------------
 
 
-def import_dataset(inputs: Sequence[Path], fmt: Format, tokenizer: str, output: Path) -> dict[str, Any]:
+def import_dataset(
+    inputs: Sequence[Path], fmt: Format, tokenizer: str, output: Path, width: Width | None = None
+) -> dict[str, Any]:
     """Copies each input's tokens as one shard of a dataset in `output`; returns its manifest. Raises UserError.
 
-    inputs: files, prefixes, or folders of them. The tokenizer is what the tokens were made with: it says BOS, EOS and the
-    width of an id (uint16 up to 65,500 tokens).
+    inputs: files, prefixes, or folders of them. The tokenizer is what the tokens were made with: it says BOS and EOS.
+    width: of an id; None finds it out from the table of documents beside the tokens, or from the ids.
     """
     from slm.tokenizer import load_tokenizer
 
+    if fmt == "megatron" and width:
+        raise UserError(f"--dtype {width}: the index of a Megatron file says its own", fix="leave it out")
     loaded = load_tokenizer(tokenizer)
     info = {**loaded.info(), "spec": str(tokenizer)}
+    with os_errors_told(output, "if the folder was begun, remove it and give the command again"):
+        return _import(inputs, fmt, info, output, width)
+
+
+def _import(
+    inputs: Sequence[Path], fmt: Format, info: dict[str, Any], output: Path, width: Width | None
+) -> dict[str, Any]:
     payloads = [path for given in inputs for path in _payloads(given, fmt)]
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; nothing was written", fix="give a new folder")
-    plans = [(path, *_documents(path, fmt, info)) for path in payloads]  # all checks before the first byte
+    plans = [(path, *_documents(path, fmt, info, width)) for path in payloads]  # all checks before the first byte
     _make(output)
     shards = []
     with byte_progress("copying", sum(path.stat().st_size for path in payloads)) as advance:
         for number, (path, doc_offsets, dtype) in enumerate(plans):
             name = f"shard-{number:05d}"
             largest, sha256 = _copy(path, output / f"{name}.bin", dtype, advance)
-            if largest >= len(loaded):
+            if largest >= info["vocab_size"]:
                 raise UserError(
-                    f"{path} holds the token {largest}, but the tokenizer {tokenizer} has {len(loaded)}: it is not the one "
-                    "that the tokens were made with",
+                    f"{path} holds the token {largest}, but the tokenizer {info['spec']} has {info['vocab_size']}: it is not "
+                    "the one that the tokens were made with",
                     fix="give the right tokenizer; the folder written so far can be removed",
                 )
             index = encode_index(np.diff(doc_offsets), dtype)
@@ -89,9 +108,9 @@ def _make(output: Path) -> None:
 def _payloads(given: Path, fmt: Format) -> list[Path]:
     suffix = _PAYLOAD[fmt]
     if given.is_dir():
-        found = sorted(given.glob(f"*{suffix}"))
+        found = sorted(path for path in given.glob(f"*{suffix}") if path.is_file())
     else:
-        candidates = (given, given.with_name(given.name + suffix), given.with_suffix(suffix))
+        candidates = (given, given.with_name(given.name + suffix))  # a prefix may have a dot of its own
         found = [path for path in candidates if path.is_file() and path.suffix == suffix][:1]
     if not found:
         raise UserError(
@@ -100,46 +119,87 @@ def _payloads(given: Path, fmt: Format) -> list[Path]:
     return found
 
 
-def _documents(path: Path, fmt: Format, info: dict[str, Any]) -> tuple[np.ndarray, np.dtype[Any]]:
+def _documents(path: Path, fmt: Format, info: dict[str, Any], width: Width | None) -> tuple[np.ndarray, np.dtype[Any]]:
     """(document starts and the end, in tokens; dtype). Raises CorruptArtefact if they do not fit the file."""
-    dtype = token_dtype(info["vocab_size"])
+    size = path.stat().st_size
+    offsets = None
     if fmt == "megatron":
         index = path.with_suffix(".idx")
         if not index.is_file():
             raise UserError(f"{path}: its index {index.name} is missing", fix="copy it too")
         offsets, dtype = decode_index(index.read_bytes(), index)
-    elif fmt == "datatrove":
-        index = path.with_name(path.name + ".index")
-        if not index.is_file():
-            raise UserError(
-                f"{path}: its index {index.name} is missing", fix="write it with save_index=True, or copy it"
-            )
-        offsets = np.concatenate([[0], np.fromfile(index, "<u8").astype(np.int64)])
     else:
-        offsets = _olmo_offsets(path, dtype, info["eos_id"])
-    num_tokens, rest = divmod(path.stat().st_size, dtype.itemsize)
+        if fmt == "datatrove":
+            index = path.with_name(path.name + ".index")
+            if not index.is_file():
+                raise UserError(
+                    f"{path}: its index {index.name} is missing", fix="write it with save_index=True, or copy it"
+                )
+            offsets = np.concatenate([[0], np.fromfile(index, "<u8").astype(np.int64)])
+        elif (table := path.with_name(path.stem + ".csv.gz")).is_file():
+            offsets = _olmo_offsets(table)
+        if width:
+            dtype = _WIDTHS[width]
+        elif offsets is None:
+            dtype = _width_by_ids(path, info["vocab_size"])
+        else:  # bytes and tokens say it
+            wide = offsets[-1] > 0 and size >= 4 * offsets[-1]
+            dtype = _WIDTHS["uint32" if wide else "uint16"]
+        if offsets is None:
+            offsets = _offsets_by_eos(path, dtype, info["eos_id"])
+    num_tokens, rest = divmod(size, dtype.itemsize)
     if rest or offsets[-1] != num_tokens or np.any(np.diff(offsets) < 0):
         raise CorruptArtefact(
-            f"{path} has {path.stat().st_size} bytes ({num_tokens} tokens of {dtype.itemsize} bytes), but its documents end "
+            f"{path} has {size} bytes ({num_tokens} tokens of {dtype.itemsize} bytes), but its documents end "
             f"at token {int(offsets[-1])}",
-            fix="copy both files again; or the tokenizer is not the one, and ids have another width",
+            fix="copy both files again" + ("; or --dtype is not the one" if width else ""),
         )
     return offsets, dtype
 
 
-def _olmo_offsets(path: Path, dtype: np.dtype[Any], eos_id: int | None) -> np.ndarray:
-    metadata = path.with_name(path.stem + ".csv.gz")
-    if metadata.is_file():
-        try:
-            with gzip.open(metadata, "rt", newline="") as file:
-                spans = [(int(row[0]), int(row[1])) for row in csv.reader(file) if row]
-        except (OSError, EOFError, ValueError, IndexError) as error:
-            raise CorruptArtefact(f"{metadata} is not readable ({error})", fix="copy it again") from None
-        if any(end != start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
-            raise CorruptArtefact(f"{metadata}: its documents do not stand back to back")
-        return np.array([0, *(end for _, end in spans)], dtype=np.int64)
+def _width_by_ids(path: Path, vocab_size: int) -> np.dtype[Any]:
+    """The only width that can hold the tokenizer's ids and gives only such. Raises UserError if there are two, or none."""
+    raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+
+    def fits(kind: np.dtype[Any]) -> bool:
+        if len(raw) % kind.itemsize or vocab_size > 1 << 8 * kind.itemsize:
+            return False
+        ids = raw.view(f"<u{kind.itemsize}")
+        return all(ids[at : at + (1 << 24)].max() < vocab_size for at in range(0, len(ids), 1 << 24))
+
+    possible = [kind for kind in _WIDTHS.values() if fits(kind)]
+    if len(raw) and len(possible) != 1:
+        what = "uint16 and uint32 alike" if possible else "neither uint16 nor uint32"
+        raise UserError(
+            f"{path} has no table of documents beside it that tells the width of an id, and its ids are the tokenizer's "
+            f"({vocab_size}) as {what}",
+            fix="say it by --dtype" if possible else "give the tokenizer that the tokens were made with",
+        )
+    return possible[0]
+
+
+def _olmo_offsets(table: Path) -> np.ndarray:
+    try:
+        with gzip.open(table, "rt", newline="") as file:
+            spans = np.array([(int(row[0]), int(row[1])) for row in csv.reader(file) if row], np.int64).reshape(-1, 2)
+    except (OSError, EOFError, ValueError, OverflowError, IndexError, csv.Error, zlib.error) as error:
+        raise CorruptArtefact(f"{table} is not readable ({error})", fix="copy it again") from None
+    offsets = np.concatenate([[0], spans[:, 1]])
+    for number in np.flatnonzero(spans[:, 0] != offsets[:-1])[:1].tolist():
+        raise CorruptArtefact(
+            f"{table}: its documents do not stand back to back from token 0 on: number {number} begins at token "
+            f"{spans[number, 0]}, and what is before it ends at {offsets[number]}",
+            fix="write the tokens anew without those of no document, or remove the table: EOS then ends a document",
+        )
+    return offsets
+
+
+def _offsets_by_eos(path: Path, dtype: np.dtype[Any], eos_id: int | None) -> np.ndarray:
     if eos_id is None:
-        raise UserError(f"{path}: without {metadata.name} documents end at EOS, which the tokenizer lacks")
+        raise UserError(
+            f"{path}: without a table of documents they end at EOS, which the tokenizer lacks",
+            fix="copy NAME.csv.gz too",
+        )
     tokens = np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
     ends = [np.flatnonzero(tokens[at : at + (1 << 24)] == eos_id) + at + 1 for at in range(0, len(tokens), 1 << 24)]
     offsets = np.concatenate([[0], *ends]).astype(np.int64)
@@ -174,6 +234,12 @@ def export_dataset(folder: Path, fmt: Format, output: Path) -> list[Path]:
     dataset = TokenDataset(folder)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; nothing was written", fix="give a new folder")
+    with os_errors_told(output, "remove the folder and give the command again"):
+        return _export(dataset, fmt, output)
+
+
+def _export(dataset: TokenDataset, fmt: Format, output: Path) -> list[Path]:
+    folder = dataset.path
     _make(output)
     written = []
     with byte_progress("copying", sum(entry["bin_bytes"] for entry in dataset.manifest["shards"])) as advance:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.corpus import Piece, cut, find_files, sample, text_bytes
-from data_prep.job import describe_job, is_same_job, write_job
+from data_prep.job import describe_job, is_same_job, os_errors_told, write_job
 from data_prep.progress import byte_progress
 from data_prep.reading import HARMLESS, Reading, read_piece
 from slm.errors import UserError
@@ -66,8 +66,9 @@ def make_tokenizer(
         write_job(staging, job)  # before the long part, so that a folder that cannot be written is told now
         with byte_progress("reading", sum(min(piece.size, limit) for piece, limit in pieces)) as advance:
             tokenizer = SLMTokenizer().train(texts(advance), vocab_size=vocab_size, kind=kind)
-        tokenizer.save_pretrained(staging)
-        os.replace(staging, output)
+        with os_errors_told(output, "the same command begins anew"):
+            tokenizer.save_pretrained(staging)
+            os.replace(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return tokenizer, num_bytes

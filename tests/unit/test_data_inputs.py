@@ -19,12 +19,13 @@ import pytest
 
 from data_prep.corpus import cut, find_files
 from data_prep.duplicates import HASH_BYTES, dropped_path, hashes_path, write_duplicates
+from data_prep.job import os_errors_told
 from data_prep.reading import Reading, read_piece
 from data_prep.shards import make_shards
 from data_prep.tokenizer import make_tokenizer
 from data_prep.units import UNITS
 from slm.data.tokens import TokenDataset, decode_index
-from slm.errors import UserError
+from slm.errors import EnvironmentProblem, UserError
 from slm.tokenizer import SLMTokenizer, load_tokenizer
 from tests.unit.test_data_prep import REPOSITORY, contents, documents, slm_data, texts_of, trained, write_jsonl
 
@@ -589,6 +590,65 @@ def test_datatrove_reads_ours_and_ours_reads_datatroves(tmp_path, slm_data, trai
     assert len(read) == len(flat) // 16
     for i in range(len(read)):
         assert read[i]["input_ids"].tolist() == flat[16 * i : 16 * i + 16]
+
+
+def test_olmo_ids_of_either_width(tmp_path, slm_data, trained):
+    """uint32 of a small vocabulary is not read as uint16: the table of documents tells, or --dtype; what could be both is
+    refused. A table that does not begin at token 0, or is no table, is told."""
+    tokenizer = load_tokenizer(trained)
+    texts = texts_of(30)
+    rows = [[tokenizer.bos_token_id, *tokenizer.encode(t), tokenizer.eos_token_id] for t in texts]
+    ends = np.cumsum([len(row) for row in rows]).tolist()
+    table = tmp_path / "in" / "part.v2.csv.gz"
+    table.parent.mkdir()
+    base = ("import", tmp_path / "in" / "part.v2", "--format", "olmo", "--tokenizer", trained, "--output")
+    for width in ("uint16", "uint32"):
+        np.array(sum(rows, []), width).tofile(tmp_path / "in" / "part.v2.npy")
+        table.write_bytes(gzip.compress("".join(f"{a},{b}\n" for a, b in zip([0, *ends], ends, strict=False)).encode()))
+        assert slm_data(*base, tmp_path / width)[0] == 0
+        table.unlink()
+        assert slm_data(*base, tmp_path / f"{width} said", "--dtype", width)[0] == 0
+        assert documents(tmp_path / width, trained) == documents(tmp_path / f"{width} said", trained) == texts
+        code, _, error = slm_data(*base, tmp_path / f"{width} found")
+        assert (code, "say it by --dtype" in error) == ((0, False) if width == "uint16" else (2, True))
+    for content, message in ((f"3,{ends[-1]}\n", "number 0 begins at token 3"), (f"0,{1 << 70}\n", "not readable")):
+        table.write_bytes(gzip.compress(content.encode()))
+        code, _, error = slm_data(*base, tmp_path / "no")
+        assert code == 4
+        assert message in error
+    table.write_bytes(table.read_bytes()[:10] + b"\xff" * 20)
+    assert slm_data(*base, tmp_path / "no")[0] == 4
+
+
+def test_a_prefix_with_a_dot_is_not_another_file(tmp_path, slm_data, trained):
+    """corpus.v2 that is not there is told, and corpus.bin not taken in its place."""
+    path = write_jsonl(tmp_path / "a.jsonl", texts_of(50))
+    options = ("--tokenizer", trained, "--validation-fraction", 0, "--processes", 1)
+    assert slm_data("shards", path, *options, "--output", tmp_path / "out")[0] == 0
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"corpus{suffix}").write_bytes((tmp_path / "out" / "train" / f"shard-00000{suffix}").read_bytes())
+    base = ("import", tmp_path / "corpus.v2", "--format", "megatron", "--tokenizer", trained, "--output")
+    code, _, error = slm_data(*base, tmp_path / "no")
+    assert code == 2
+    assert "corpus.v2: there is no .bin file" in error
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"corpus{suffix}").rename(tmp_path / f"corpus.v2{suffix}")
+    assert slm_data(*base, tmp_path / "yes")[0] == 0
+
+
+def test_a_full_disk_is_a_message(tmp_path, slm_data, trained):
+    """ENOSPC from a device that is always full; and a real export that may not write so much."""
+    with pytest.raises(EnvironmentProblem, match="the disk of .* is full"), os_errors_told(tmp_path, "try again"):
+        with open("/dev/full", "w") as file:
+            file.write("x")
+    path = write_jsonl(tmp_path / "a.jsonl", texts_of(500))
+    options = ("--tokenizer", trained, "--output", tmp_path / "out", "--validation-fraction", 0, "--processes", 1)
+    assert slm_data("shards", path, *options)[0] == 0
+    export = f"{sys.executable} -m data_prep.cli export {tmp_path}/out/train --format olmo --output {tmp_path}/theirs"
+    result = subprocess.run(["bash", "-c", f"ulimit -f 1; {export}"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "File too large" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_import_refusals(tmp_path, slm_data, trained):
