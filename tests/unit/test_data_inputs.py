@@ -504,6 +504,22 @@ def test_stats_and_show(tmp_path, slm_data, trained):
     assert f"give 0 to {len(train) - 1}" in error
 
 
+def test_stats_print_odd_paths_as_they_are(tmp_path, slm_data, trained, monkeypatch):
+    """Square brackets are no markup; streamed datasets and files of this machine have no folder in common."""
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = tmp_path / "[red]wiki [x] :smile:"
+    folder.mkdir()
+    inputs = [write_jsonl(folder / f"{i}[b].jsonl", texts_of(5)) for i in range(14)]
+    inputs.append(write_as("hub", tmp_path, texts_of(200)))
+    options = ("--tokenizer", trained, "--output", tmp_path / "[bold]out", "--validation-fraction", 0, "--processes", 1)
+    assert slm_data("shards", *inputs, *options)[0] == 0
+    code, out, _ = slm_data("stats", tmp_path / "[bold]out")
+    assert code == 0
+    assert out.startswith(f"{tmp_path / '[bold]out' / 'train'}: ")
+    assert f"{folder} (files)" in out
+    assert str(inputs[-1]) in out
+
+
 def test_show_names_lines_of_text_and_says_when_the_source_changed(tmp_path, slm_data, trained):
     """A long text's document is traced to its line, compressed or not; of a file that is another now no line is named."""
     text = "\n".join(f"line {i} " + "words " * (i % 40) for i in range(1, 1500))
