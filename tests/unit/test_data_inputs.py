@@ -434,6 +434,23 @@ def test_the_fast_engine_gives_the_same_bytes_and_is_named(tmp_path, slm_data, t
     assert shards[0] == shards[1]
 
 
+def test_each_shard_names_the_engine_that_made_it(tmp_path, slm_data, trained):
+    """A run that goes on with another engine: the manifest does not say that the last one made it all."""
+    path = write_jsonl(tmp_path / "a.jsonl", [*texts_of(100), *["bad"] * 5])
+    path.write_text(path.read_text() + "{\n" * 30)
+    base = ("shards", path, "--tokenizer", trained, "--processes", 1, "--validation-fraction", 0, "--output", tmp_path / "out")
+    base = (*base, "--shard-bytes", "2k", "--engine")
+    assert slm_data(*base, "gigatoken")[0] == 2  # too much is bad; all units are there
+    done = sorted((tmp_path / "out" / UNITS).glob("*.json"))
+    assert len(done) > 3
+    done[0].unlink()
+    assert slm_data(*base, "reference", "--max-bad-fraction", 0.5)[0] == 0
+    found = manifest(tmp_path / "out")
+    engines = [shard["engine"].split()[0] for shard in found["shards"]]
+    assert engines == ["tiktoken", *["gigatoken"] * (len(engines) - 1)]
+    assert [name.split()[0] for name in found["tokenizer"]["engine"].split(", ")] == ["gigatoken", "tiktoken"]
+
+
 def test_characters_of_another_unicode_version_go_to_the_reference(trained):
     """gigatoken's letters are not all tiktoken's. Which differ is found out for every character; their texts are encoded alike
     all the same, in neighbourhoods where it shows."""
