@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -231,19 +231,19 @@ def _load(spec: str) -> tuple[SLMTokenizer, dict[str, Any]]:
     return tokenizer, info
 
 
-def _first_texts(units: list[list[Piece]], reading: Reading) -> list[str]:
-    """The first documents of the corpus, up to 200 or 1 MB: engines must agree on them before a run."""
-    texts: list[str] = []
-    room, num_records = 1 << 20, 0
+def _first_texts(units: list[list[Piece]], reading: Reading) -> Iterator[str]:
+    """The first documents of the corpus, up to 200 or 1 MB: engines must agree on them before a run. Nothing is read before
+    they are asked for."""
+    room, num_texts, num_records = 1 << 20, 0, 0
     for piece in (piece for unit in units for piece in unit):
         for record in read_piece(piece, reading):
             if record.text is not None:
-                texts.append(record.text)
+                yield record.text
+                num_texts += 1
                 room -= len(record.text)
             num_records += 1
-            if num_records == 1000 or len(texts) == 200 or room < 0:
-                return texts
-    return texts
+            if num_records == 1000 or num_texts == 200 or room < 0:
+                return
 
 
 # --- all units -----------------------------------------------------------------------------------------------

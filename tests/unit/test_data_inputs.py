@@ -21,7 +21,7 @@ from data_prep.corpus import cut, find_files
 from data_prep.duplicates import HASH_BYTES, dropped_path, hashes_path, write_duplicates
 from data_prep.job import os_errors_told
 from data_prep.reading import Reading, read_piece
-from data_prep.shards import make_shards
+from data_prep.shards import _first_texts, make_shards
 from data_prep.tokenizer import make_tokenizer
 from data_prep.units import UNITS
 from slm.data.tokens import TokenDataset, decode_index
@@ -485,6 +485,19 @@ def test_an_engine_that_disagrees_is_not_used(trained, monkeypatch, caplog):
     assert not tokenizer.use_fast_engine(["hay", "a needle"])
     assert "encodes 'a needle' otherwise" in caplog.text
     assert tokenizer.use_fast_engine(["hay"])
+
+
+def test_the_corpus_is_not_read_for_an_engine_that_is_not_there(tmp_path):
+    """A tokenizer without a fast engine says so before it looks at the first text."""
+    SLMTokenizer().train(texts_of(300), vocab_size=320, kind="sentencepiece").save_pretrained(tmp_path / "sp")
+    texts = iter(["not looked at"])
+    assert not load_tokenizer(tmp_path / "sp").use_fast_engine(texts)
+    assert list(texts) == ["not looked at"]
+    units = [cut(find_files([write_jsonl(tmp_path / "a.jsonl", texts_of(9))])[0], 1 << 20)]
+    (tmp_path / "a.jsonl").unlink()
+    first = _first_texts(units, Reading())  # would fail, if it read
+    with pytest.raises(UserError, match="cannot be read"):
+        next(first)
 
 
 # --- looking at it -------------------------------------------------------------------------------------------
