@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from data_prep import cli, shards
@@ -202,7 +203,6 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path, slm_data, trained):
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_workers_end_with_their_parent(tmp_path, trained, stop, code):
     """No worker is left behind, waiting for ever, when the main process is killed or hears Ctrl-C."""
-    psutil = pytest.importorskip("psutil")
     corpus = write_jsonl(tmp_path / "a.jsonl", texts_of(3000, words=400))
     command = [sys.executable, "-m", "data_prep.cli", "shards", corpus, "--tokenizer", trained, "--shard-bytes", "30k"]
     process = subprocess.Popen(
