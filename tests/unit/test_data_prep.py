@@ -13,8 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from data_prep import cli, shards
-from data_prep.claims import take
+from data_prep import cli
 from data_prep.corpus import InputFile, cut, find_files, group, sample
 from data_prep.reading import Reading, read_piece
 from data_prep.units import is_validation
@@ -315,29 +314,6 @@ def test_who_mends_the_input_gives_the_same_command_again(tmp_path, slm_data, tr
     corpus.write_bytes(whole)
     assert slm_data(*base, "--validation-fraction", 0)[0] == 0
     assert documents(tmp_path / "out" / "train", trained) == texts
-
-
-def test_who_begins_anew_does_not_take_away_others_work(tmp_path, slm_data, trained, monkeypatch):
-    """The input has changed: while a process is still at work nothing is removed; of several that begin anew one removes, and
-    all share the new work."""
-    corpus, out = write_jsonl(tmp_path / "a.jsonl", texts_of(200)), tmp_path / "out"
-    whole = corpus.read_bytes()
-    corpus.write_bytes(whole + b"{" * 50)
-    base = ("shards", corpus, "--tokenizer", trained, "--output", out, "--processes", 1, "--shard-bytes", "2k")
-    assert slm_data(*base, "--max-bad-fraction", 0)[0] == 2
-    begun = contents(out)
-    corpus.write_bytes(whole)
-    monkeypatch.setattr(shards, "_SECONDS_FOR_OTHERS", 0.5)
-    with take(out / shards.LOCK, shared=True):
-        code, _, error = slm_data(*base)
-    assert code == 2
-    assert "other processes are still at work" in error
-    assert contents(out) == begun
-    command = [sys.executable, "-m", "data_prep.cli", *map(str, base)]
-    processes = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
-    assert sorted(sum((documents(out / s, trained) for s in ("train", "validation")), [])) == sorted(texts_of(200))
-    assert not (out / shards.LOCK).exists()
 
 
 def test_odd_files_in_folders_are_weighed_by_bytes(tmp_path, slm_data, trained):
