@@ -1,16 +1,21 @@
-"""Text to token shards: this project, one process and two, with either engine, against datatrove; and its memory.
+"""Text to token shards: this project, one process and two, with either engine, against datatrove and Megatron; and its memory.
 
-    python benchmarks/data_prep.py --json results.json       # 400 MB of this machine's own text, about 15 minutes
-    python benchmarks/data_prep.py --megabytes 20            # a trial of the script, not a result
+    python benchmarks/data_prep.py --megatron /path/to/Megatron-LM --json results.json    # 400 MB of this machine's own text
+    python benchmarks/data_prep.py --megabytes 20 --peer-mb 4 --flat 5,20 --rounds 1      # a trial of the script, not a result
 
 The corpus is what text lies on this machine (Python's library and packages, headers, documentation; --text FOLDER takes
-another), each document once: duplicates and documents that spell a special token (which datatrove would make real ones of)
-are left out, so nothing repeats but what documents share. It is written once as JSON lines for all arms.
+another), each document once: duplicates and documents that spell a special token (which the peers would make real ones of)
+are left out. What share of its lines stood before is printed. It is written once as JSON lines for all arms.
 
-One tokenizer for all: byte-level BPE trained here on a part of it, saved as tokenizer.json, which datatrove reads with
-Hugging Face's tokenizers; each document ends in EOS and has no BOS. The token files are compared, all ids in order, before
-any ratio is printed. Times are of whole processes, start-up and imports among them. Memory: the largest resident size of
-any one process of an arm, sampled every 50 ms.
+One tokenizer for all: byte-level BPE trained here on a part of it, saved as tokenizer.json, which the peers read with
+Hugging Face's tokenizers or gigatoken; each document ends in EOS and has no BOS. Every arm's documents, and the files of
+tokens and of documents' ends byte for byte, are compared with ours before any ratio is printed (data_prep_peers.py).
+Megatron is a checkout of the user's, its tools run by megatron_shim.py, so that they need nothing that only training needs.
+
+Times are of whole processes, start-up and imports among them. datatrove and Megatron's standard tool, at 1 to 2 MB/s, read the
+first --peer-mb of the corpus and a quarter of that, once: their rate is that of the larger part or that between the two, which
+has no start-up in it, whichever is better for them. All other arms read the whole corpus in every round. Memory: the largest
+resident size of any one process of an arm, sampled every 50 ms.
 """
 
 from __future__ import annotations
@@ -26,23 +31,57 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep_peers import SLOW, Written, peer_command, peers_at_hand
 from rich.console import Console
 from rich.table import Table
 from side_by_side import REPOSITORY, Spread, machine
 
-SUFFIXES = {".py", ".h", ".hpp", ".c", ".txt", ".md", ".rst", ".pyi", ".cuh", ".html", ".js", ".json", ".pl", ".pm", ".tcl"}
+SUFFIXES = {
+    ".py",
+    ".h",
+    ".hpp",
+    ".c",
+    ".txt",
+    ".md",
+    ".rst",
+    ".pyi",
+    ".cuh",
+    ".html",
+    ".js",
+    ".json",
+    ".pl",
+    ".pm",
+    ".tcl",
+}
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")
 MOST_BYTES = 2_000_000  # of one document
-# name: (processes, engine); `apart` is two single-process jobs over the two halves at once
+# name: (processes, engine); APART is two single-process jobs over the two halves at once
 ARMS = {
     "slm tiktoken": (1, "reference"),
     "slm tiktoken, 2 processes": (2, "reference"),
     "slm gigatoken": (1, "gigatoken"),
     "slm gigatoken, 2 processes": (2, "gigatoken"),
 }
+APART = "two jobs apart (gigatoken)"
+# (ours, peer, least ratio in MB/s; None: no aim)
+AIMS = [
+    ("slm tiktoken", "datatrove", 4.0),
+    ("slm gigatoken", "datatrove", 25.0),
+    ("slm tiktoken", "Megatron, 1 worker", 4.0),
+    ("slm gigatoken", "Megatron, 1 worker", 40.0),
+    ("slm tiktoken, 2 processes", "Megatron, 2 workers", 4.0),
+    ("slm gigatoken, 2 processes", "Megatron, 2 workers", 40.0),
+    ("slm gigatoken", "Megatron fast, a thread a core", 1.5),
+    ("slm gigatoken", "Megatron fast, 1 thread", None),
+    ("slm gigatoken, 2 processes", "Megatron fast, a thread a core", None),
+    ("slm gigatoken, 2 processes", APART, 0.95),
+]
+MOST_MEMORY = 300e6  # of a process
+Results = dict[str, list[dict[str, float]]]  # arm -> its runs
 
 
 # --- the corpus ----------------------------------------------------------------------------------------------
@@ -68,16 +107,48 @@ def texts_of(folders: list[Path]) -> Iterator[str]:
                     yield text
 
 
-def write_corpus(path: Path, folders: list[Path], num_bytes: int) -> tuple[int, int]:
-    """JSON lines of about num_bytes of text; (documents, bytes)."""
+@dataclass(frozen=True)
+class Corpus:
+    """JSON lines, and how many documents and bytes of text they hold."""
+
+    path: Path
+    docs: int
+    num_bytes: int
+
+
+def write_corpus(path: Path, folders: list[Path], num_bytes: int) -> Corpus:
+    """Of about num_bytes of text."""
+    return _write(path, texts_of(folders), num_bytes)
+
+
+def first_part(corpus: Corpus, path: Path, num_bytes: int) -> Corpus:
+    with open(corpus.path) as lines:
+        return _write(path, (json.loads(line)["text"] for line in lines), num_bytes)
+
+
+def _write(path: Path, texts: Iterator[str], num_bytes: int) -> Corpus:
     docs = total = 0
     with open(path, "w") as file:
-        for text in texts_of(folders):
+        for text in texts:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
             docs, total = docs + 1, total + len(text.encode())
             if total >= num_bytes:
                 break
-    return docs, total
+    return Corpus(path, docs, total)
+
+
+def repeating_share(corpus: Corpus) -> float:
+    """Of the text in lines of 20 characters or more, the share in lines that stood before; one line in eight is looked at."""
+    seen: set[int] = set()
+    total = repeats = 0
+    with open(corpus.path) as rows:
+        for row in rows:
+            for line in json.loads(row)["text"].splitlines():
+                if len(line) >= 20 and (mark := hash(line)) % 8 == 0:
+                    total += len(line)
+                    repeats += len(line) if mark in seen else 0
+                    seen.add(mark)
+    return repeats / max(total, 1)
 
 
 def halves(corpus: Path, folder: Path) -> list[Path]:
@@ -90,7 +161,17 @@ def halves(corpus: Path, folder: Path) -> list[Path]:
 
 def make_tokenizer(corpus: Path, folder: Path, vocab_size: int) -> None:
     """No BOS, as datatrove adds none."""
-    command = [sys.executable, "-m", "data_prep.cli", "tokenizer", corpus, "--output", folder, "--vocab-size", vocab_size]
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.cli",
+        "tokenizer",
+        corpus,
+        "--output",
+        folder,
+        "--vocab-size",
+        vocab_size,
+    ]
     subprocess.run([*map(str, command), "--max-bytes", "40M"], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     config = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": None}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -130,57 +211,52 @@ def ours(corpus: Path, tokenizer: Path, output: Path, processes: int, engine: st
             "--validation-fraction", 0, "--processes", processes, "--engine", engine]  # fmt: skip
 
 
-DATATROVE = """
-import sys
-from datatrove.executor import LocalPipelineExecutor
-from datatrove.pipeline.readers import JsonlReader
-from datatrove.pipeline.tokens import DocumentTokenizer
-corpus, tokenizer, output = sys.argv[1:]
-import os
-pipeline = [JsonlReader(os.path.dirname(corpus), glob_pattern=os.path.basename(corpus)),
-            DocumentTokenizer(output, tokenizer_name_or_path=tokenizer + "/tokenizer.json", eos_token="<|end_of_text|>",
-                              shuffle_documents=False)]
-if __name__ == "__main__":
-    LocalPipelineExecutor(pipeline, tasks=1, workers=1, logging_dir=output + "-logs").run()
-"""
-
-
-def stream_hash(output: Path) -> str:
-    """SHA-256 of all token bytes, in order."""
+def stream_hash(outputs: list[Path]) -> str:
+    """SHA-256 of all token bytes that we wrote, in order."""
     digest = hashlib.sha256()
-    for path in sorted([*output.glob("train/*.bin"), *output.glob("*.ds")]):
+    for path in (path for output in outputs for path in sorted(output.glob("train/*.bin"))):
         with open(path, "rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
-def run_all(work: Path, corpus: Path, tokenizer: Path, rounds: int, peers: bool) -> dict[str, list[dict[str, float]]]:
-    script = work / "datatrove_arm.py"
-    script.write_text(DATATROVE)
-    parts = halves(corpus, work)
-    names = [*ARMS, "two jobs apart (gigatoken)", *(["datatrove"] if peers else [])]
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+def run_all(
+    work: Path, corpus: Corpus, tokenizer: Path, rounds: int, peers: list[str], job: argparse.Namespace
+) -> Results:
+    """Every arm in turn. What each wrote is compared; SystemExit on a difference. Prints what was compared."""
+    slices = [first_part(corpus, work / f"part{n}.jsonl", job.peer_mb * n * 250_000) for n in (1, 4)]
+    parts, outputs, kept = halves(corpus.path, work), [work / "out0", work / "out1"], work / "kept"
+    names = [*ARMS, APART, *peers]
+    results: Results = {name: [] for name in names}
     hashes: dict[str, str] = {}
+    compared: dict[str, str] = {}
     for turn in range(rounds):
         for name in names if turn % 2 == 0 else reversed(names):
-            if name == "datatrove" and turn:  # slow, and its time varies little
+            if name in SLOW and turn:  # their times vary little
                 continue
-            output = work / "out"
-            if name == "datatrove":
-                commands = [[sys.executable, script, corpus, tokenizer, output]]
-            elif name in ARMS:
-                commands = [ours(corpus, tokenizer, output, *ARMS[name])]
-            else:
-                commands = [ours(part, tokenizer, work / f"out{i}", 1, "gigatoken") for i, part in enumerate(parts)]
-            results[name].append(measured(commands, work / "log"))
-            if output.exists():
-                hashes[name] = stream_hash(output)
-            for path in work.glob("out*"):
-                shutil.rmtree(path)
-            print(f"round {turn + 1}: {name}: {results[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+            for given in slices if name in SLOW else [corpus]:
+                if name in peers:
+                    commands = [peer_command(name, job.megatron, given.path, tokenizer, outputs[0])]
+                elif name in ARMS:
+                    commands = [ours(given.path, tokenizer, outputs[0], *ARMS[name])]
+                else:
+                    commands = [ours(p, tokenizer, o, 1, "gigatoken") for p, o in zip(parts, outputs, strict=True)]
+                run = measured(commands, work / "log") | {"bytes": float(given.num_bytes)}
+                results[name].append(run)
+                print(f"round {turn + 1}: {name}: {run['seconds']:.1f} s", file=sys.stderr, flush=True)
+                if name in peers:
+                    told = Written.of(kept / "train").compare(name, outputs[0], given.docs, corpus.path, tokenizer)
+                    compared[name] = told
+                else:
+                    hashes[name] = stream_hash(outputs)
+                    if not kept.exists():
+                        outputs[0].rename(kept)
+                for path in work.glob("out*"):
+                    shutil.rmtree(path)
     if len(set(hashes.values())) != 1:
         raise SystemExit(f"No ratios: the arms did not write the same tokens: {hashes}")
+    print(f"slm: the same token bytes in all {len(hashes)} arms", *compared.values(), sep="\n")
     return results
 
 
@@ -206,30 +282,48 @@ def flatness(work: Path, corpus: Path, tokenizer: Path, sizes: list[int]) -> lis
     return found
 
 
-def show(console: Console, results: dict[str, list[dict[str, float]]], num_bytes: int) -> None:
+def rate(runs: list[dict[str, float]]) -> float:
+    """MB of text a second, in the median. Of runs over two sizes: of the larger, or between the two if that is more."""
+    small, large = (pick([r["bytes"] for r in runs]) for pick in (min, max))
+    seconds = {size: Spread.of([r["seconds"] for r in runs if r["bytes"] == size]).median for size in (small, large)}
+    gross = large / seconds[large] / 1e6
+    if seconds[large] <= seconds[small]:
+        return gross
+    return max(gross, (large - small) / (seconds[large] - seconds[small]) / 1e6)
+
+
+def show(console: Console, results: Results) -> None:
     table = Table(title="Each arm (median over the rounds, least–most)", title_justify="left")
-    for column in ("arm", "wall, s", "MB/s", "CPU, s", "peak MB of a process"):
+    for column in ("arm", "MB of text", "wall, s", "MB/s", "CPU, s", "peak MB of a process"):
         table.add_column(column, justify="left" if column == "arm" else "right")
-    for name, rounds in results.items():
-        seconds = Spread.of([r["seconds"] for r in rounds])
-        peak = Spread.of([r["peak_bytes"] / 1e6 for r in rounds]).median
-        cpu = Spread.of([r["cpu_seconds"] for r in rounds]).median
-        table.add_row(name, seconds.show(1), f"{num_bytes / seconds.median / 1e6:.1f}", f"{cpu:.1f}", f"{peak:.0f}")
+    for name, runs in results.items():
+        most = max(r["bytes"] for r in runs)
+        runs_of_most = [r for r in runs if r["bytes"] == most]
+        seconds = Spread.of([r["seconds"] for r in runs_of_most])
+        peak = Spread.of([r["peak_bytes"] / 1e6 for r in runs_of_most]).median
+        cpu = Spread.of([r["cpu_seconds"] for r in runs_of_most]).median
+        table.add_row(name, f"{most / 1e6:.0f}", seconds.show(1), f"{rate(runs):.1f}", f"{cpu:.1f}", f"{peak:.0f}")
+    console.print(table)
+    table = Table("ours / peer, MB/s", "ratio", "aim")
+    for arm, peer, aim in AIMS:
+        if peer in results:
+            ratio = rate(results[arm]) / rate(results[peer])
+            table.add_row(f"{arm} / {peer}", f"{ratio:.2f}", f">= {aim:g}: {_met(ratio >= aim)}" if aim else "none")
     console.print(table)
 
 
-def ratios(results: dict[str, list[dict[str, float]]]) -> list[tuple[str, float, float]]:
-    """(what, ours / peer in speed, aim); medians, as the peer runs once."""
+def show_memory(console: Console, flat: list[tuple[int, float]]) -> None:
+    for size, peak in flat:
+        verdict = f"aim <= {MOST_MEMORY / 1e6:.0f}: {_met(peak <= MOST_MEMORY)}"
+        console.print(
+            f"input of {size / 1e6:,.0f} MB: at most {peak / 1e6:.0f} MB a process ({verdict})", highlight=False
+        )
+    if len(flat) > 1:
+        console.print(f"largest input's / smallest input's memory: {flat[-1][1] / flat[0][1]:.2f}", highlight=False)
 
-    def seconds(name: str) -> float:
-        return Spread.of([r["seconds"] for r in results[name]]).median
 
-    rows = []
-    if "datatrove" in results:
-        rows += [("slm tiktoken / datatrove", seconds("datatrove") / seconds("slm tiktoken"), 4.0),
-                 ("slm gigatoken / datatrove", seconds("datatrove") / seconds("slm gigatoken"), 25.0)]  # fmt: skip
-    together = seconds("two jobs apart (gigatoken)") / seconds("slm gigatoken, 2 processes")
-    return [*rows, ("2 processes of one job / two jobs apart", together, 0.95)]
+def _met(met: bool) -> str:
+    return "met" if met else "not met"
 
 
 def main() -> int:
@@ -239,41 +333,42 @@ def main() -> int:
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--text", type=Path, action="append", help="folder of text; default: what this machine has")
     parser.add_argument("--flat", default="80,2000", help="megabytes of input to compare the memory of; empty for none")
+    parser.add_argument("--megatron", type=Path, help="a checkout of Megatron-LM, for its arms")
+    parser.add_argument(
+        "--peer-mb", type=int, default=40, help="megabytes that datatrove and Megatron's standard tool read"
+    )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     job = parser.parse_args()
     paths = sysconfig.get_paths()
-    here = [Path(p) for p in dict.fromkeys([paths["stdlib"], paths["purelib"], "/usr/share", "/usr/lib", "/usr/include"])]
+    here = [
+        Path(p) for p in dict.fromkeys([paths["stdlib"], paths["purelib"], "/usr/share", "/usr/lib", "/usr/include"])
+    ]
     console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        import datatrove  # noqa: F401
-
-        peers = True
-    except ImportError:
-        peers = False
+    if job.megatron and not (job.megatron / "tools" / "preprocess_data_fast.py").is_file():
+        parser.error(
+            f"--megatron {job.megatron}: there is no tools/preprocess_data_fast.py; give a checkout of Megatron-LM"
+        )
+    peers = peers_at_hand(job.megatron)
     with tempfile.TemporaryDirectory(prefix="data_prep-") as folder:
         work = Path(folder)
-        corpus, tokenizer = work / "corpus.jsonl", work / "tokenizer"
-        docs, num_bytes = write_corpus(corpus, job.text or here, job.megabytes * 1_000_000)
+        tokenizer = work / "tokenizer"
+        corpus = write_corpus(work / "corpus.jsonl", job.text or here, job.megabytes * 1_000_000)
         console.print(
-            f"[bold]{machine()}[/bold]\n{docs:,} distinct documents, {num_bytes / 1e6:.0f} MB of text (none repeats), "
-            f"vocabulary {job.vocab_size:,}",
+            f"[bold]{machine()}[/bold]\n{corpus.docs:,} documents, {corpus.num_bytes / 1e6:.0f} MB of text, vocabulary "
+            f"{job.vocab_size:,}. No document stands twice; {repeating_share(corpus):.1%} of the text is in lines (20 characters "
+            "or more) that stood before",
             highlight=False,
         )
-        if num_bytes < job.megabytes * 900_000:
-            console.print(f"Only {num_bytes / 1e6:.0f} MB of text were found: a trial, not a result.")
-        make_tokenizer(corpus, tokenizer, job.vocab_size)
-        results = run_all(work, corpus, tokenizer, job.rounds, peers)
-        show(console, results, num_bytes)
-        table = Table("ours / peer, MB/s", "ratio", "aim")
-        for what, ratio, aim in ratios(results):
-            table.add_row(what, f"{ratio:.2f}", f">= {aim:g}: {'met' if ratio >= aim else 'not met'}")
-        console.print(table)
-        sizes = [int(float(x) * 1e6) for x in job.flat.split(",") if x]
-        flat = flatness(work, corpus, tokenizer, sizes)
-        for size, peak in flat:
-            console.print(f"input of {size / 1e6:,.0f} MB: at most {peak / 1e6:.0f} MB a process", highlight=False)
+        if corpus.num_bytes < job.megabytes * 900_000:
+            console.print(f"Only {corpus.num_bytes / 1e6:.0f} MB of text were found: a trial, not a result.")
+        make_tokenizer(corpus.path, tokenizer, job.vocab_size)
+        results = run_all(work, corpus, tokenizer, job.rounds, peers, job)
+        show(console, results)
+        flat = flatness(work, corpus.path, tokenizer, [int(float(x) * 1e6) for x in job.flat.split(",") if x])
+        show_memory(console, flat)
     if job.json:
-        job.json.write_text(json.dumps({"machine": machine(), "bytes": num_bytes, "runs": results, "flat": flat}, indent=1))
+        done = {"machine": machine(), "bytes": corpus.num_bytes, "runs": results, "flat": flat}
+        job.json.write_text(json.dumps(done, indent=1))
     return 0
 
 

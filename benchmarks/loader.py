@@ -7,8 +7,10 @@ Everything runs in one process on one thread, in turn, several rounds; the ratio
 
 Loading: windows of 8,192 tokens from a memory-mapped shard in random order, as a phase reads them. What a step needs are
 input tokens, labels (the next token) and positions, int64. The floor is a plain numpy copy, with the cast, of the tokens and
-of the labels (shifted by one) into preallocated arrays, and for positions of a ready row: the same bytes read and written,
-and no bookkeeping. Ours: PhaseData.sequences, over documents of exactly one window, and over documents of natural length
+of the labels (shifted by one) into preallocated arrays (of two steps, as ours), and for positions of a ready row: the same bytes
+read and written, and no bookkeeping.
+
+Ours: PhaseData.sequences, over documents of exactly one window, and over documents of natural length
 (log-normal, median 400 tokens), packed, with their boundaries. First the tokens of both are compared.
 
 Packing: best_fit() over 50,000 documents of such lengths at 8K, against best-fit-decreasing by its definition (every open bin
@@ -32,7 +34,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from side_by_side import Spread, machine  # noqa: E402
 
-WINDOW, BATCH = 8192, 8
+WINDOW, BATCH, STEP = 8192, 8, 64  # tokens; sequences of a micro-batch, and of a step of this rank
 
 
 def make_dataset(folder: Path, lengths: np.ndarray, vocab_size: int) -> Any:
@@ -62,11 +64,12 @@ class CastCopy:
 
     def __init__(self, dataset: Any, starts: np.ndarray) -> None:
         self.source, self.starts = dataset.shards[0].tokens, starts
-        self.tokens, self.labels, self.positions = (np.empty((BATCH, WINDOW), np.int64) for _ in range(3))
+        # Of two steps, as ours: one is trained on while the next is filled.
+        self.tokens, self.labels, self.positions = (np.empty((2 * STEP, WINDOW), np.int64) for _ in range(3))
         self.row = np.arange(WINDOW)
 
-    def batch(self, first: int) -> None:
-        for row, start in enumerate(self.starts[first : first + BATCH].tolist()):
+    def step(self, step: int) -> None:
+        for row, start in enumerate(self.starts[step * STEP : (step + 1) * STEP].tolist(), step % 2 * STEP):
             self.tokens[row] = self.source[start : start + WINDOW]
             labels = self.source[start + 1 : start + WINDOW + 1]
             self.labels[row, : len(labels)] = labels
@@ -101,7 +104,7 @@ def textbook(lengths: np.ndarray, capacity: int) -> int:
 
 
 def loading(console: Console, folder: Path, num_tokens: int, rounds: int) -> bool:
-    num_windows = num_tokens // WINDOW // BATCH * BATCH
+    num_windows = num_tokens // WINDOW // STEP * STEP
     whole = make_dataset(folder / "whole", np.full(num_windows, WINDOW), 50_000)
     lengths = natural_lengths(max(100, num_tokens // 820))
     packed = make_dataset(folder / "packed", lengths, 50_000)
@@ -110,27 +113,29 @@ def loading(console: Console, folder: Path, num_tokens: int, rounds: int) -> boo
     starts = np.array([source.plan.piece_start[source.plan.sequence_offsets[phases["whole"].order.locate(k)[1]]]
                        for k in range(num_windows)])  # fmt: skip
     floor = CastCopy(whole, starts)
-    floor.batch(0)
-    if not np.array_equal(phases["whole"].sequences(range(BATCH)).tokens_BT.numpy(), floor.tokens):
+    floor.step(0)
+    if not np.array_equal(phases["whole"]._make(0, STEP, BATCH, 0, 1)[0].tokens_BT.numpy(), floor.tokens[:BATCH]):
         console.print("No ratios: the two did not load the same tokens.", style="red")
         return False
     counts = {"plain cast-copy": num_windows, "whole": num_windows,
-              "packed": phases["packed"].num_sequences // BATCH * BATCH}  # fmt: skip
+              "packed": phases["packed"].num_sequences // STEP * STEP}  # fmt: skip
 
     def ours(name: str) -> Callable[[], None]:
         def run() -> None:
-            for first in range(0, counts[name], BATCH):
-                phases[name].sequences(range(first, first + BATCH))
+            for step in range(counts[name] // STEP):
+                phases[name]._make(step, STEP, BATCH, 0, 1)  # what the prefetching thread runs
 
         return run
 
     def plain() -> None:
-        for first in range(0, num_windows, BATCH):
-            floor.batch(first)
+        for step in range(num_windows // STEP):
+            floor.step(step)
 
     seconds = interleaved({"plain cast-copy": plain, "whole": ours("whole"), "packed": ours("packed")}, rounds)
     rates = {name: [counts[name] * WINDOW / s for s in times] for name, times in seconds.items()}
-    table = Table(title=f"Loading {WINDOW:,}-token windows, {num_windows * WINDOW / 1e6:.0f} M tokens", title_justify="left")
+    table = Table(
+        title=f"Loading {WINDOW:,}-token windows, {num_windows * WINDOW / 1e6:.0f} M tokens", title_justify="left"
+    )
     for column in ("what", "M tokens/s (least–most)", "/ plain cast-copy", "aim"):
         table.add_column(column)
     titles = {"whole": "ours, one document a window", "packed": "ours, packed documents with boundaries"}
@@ -159,7 +164,9 @@ def packing(console: Console, num_docs: int, rounds: int) -> bool:
     arms: dict[str, Callable[[], Any]] = {"ours": lambda: best_fit(pieces, WINDOW)}
     arms |= {name: (lambda peer=peer: peer(pieces, WINDOW)) for name, peer in peers.items()}
     seconds = interleaved(arms, rounds)
-    table = Table(title=f"Packing {num_docs:,} documents at {WINDOW:,}: {ours:,} bins in all arms", title_justify="left")
+    table = Table(
+        title=f"Packing {num_docs:,} documents at {WINDOW:,}: {ours:,} bins in all arms", title_justify="left"
+    )
     for column in ("what", "1000 documents/s", "ours / it", "aim"):
         table.add_column(column)
     for name, times in seconds.items():

@@ -42,23 +42,36 @@ class ArmFailed(Exception):
         self.returncode, self.log_tail = returncode, log_tail
 
 
-def run_arm(script: Path, arm: str, work: Path, name: str, arguments: Sequence[str],
-            environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def run_arm(
+    script: Path,
+    arm: str,
+    work: Path,
+    name: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Run `script --arm ARM` in its own process and return the JSON that it wrote."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by an exception, so that the arm ends too
     out, log = work / f"{name}.json", work / f"{name}.log"
     out.unlink(missing_ok=True)
     command = [sys.executable, str(script), "--arm", arm, "--work", str(work), "--out", str(out), *arguments]
     with log.open("w") as stream:
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT,
-                              env={**os.environ, **(environment or {})})
+        done = subprocess.run(
+            command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+        )
     if done.returncode != 0 or not out.is_file():
         raise ArmFailed(arm, done.returncode, "\n".join(log.read_text(errors="replace").splitlines()[-15:]))
     return json.loads(out.read_text())
 
 
-def run_rounds(script: Path, arms: Sequence[str], rounds: int, work: Path, arguments: Sequence[str],
-               environment: Mapping[str, str] | None = None) -> Results:
+def run_rounds(
+    script: Path,
+    arms: Sequence[str],
+    rounds: int,
+    work: Path,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+) -> Results:
     """All arms, `rounds` times, the order turned round each time: drift of the machine hits all alike."""
     results: Results = {arm: [] for arm in arms}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -179,7 +192,7 @@ class Meter:
 
     def result(self, groups: dict[str, int] | None, **more: Any) -> dict[str, Any]:
         seconds = [b - a for a, b in zip(self.ends[:-1], self.ends[1:], strict=True)]
-        timed = seconds[self.warmup_steps:]
+        timed = seconds[self.warmup_steps :]
         peak_timed = self._peak()
         median = statistics.median(timed)
         return {
@@ -204,8 +217,17 @@ def compiled_graphs() -> int:
 # --- our own arm, as slm/train.py drives it ---------------------------------------------------------------
 
 
-def slm_engine(init: Path, *, optim: Any, zero_json: Path, batch: int, micro_batch: int, seq_len: int,
-               precision: str, compiled: bool) -> Any:
+def slm_engine(
+    init: Path,
+    *,
+    optim: Any,
+    zero_json: Path,
+    batch: int,
+    micro_batch: int,
+    seq_len: int,
+    precision: str,
+    compiled: bool,
+) -> Any:
     """An Engine with the weights of the folder `init`, alone in its process group."""
     from slm import parallel
     from slm.engine import Engine
@@ -219,9 +241,7 @@ def slm_engine(init: Path, *, optim: Any, zero_json: Path, batch: int, micro_bat
         name="benchmark", tokens=batch * seq_len, seq_len=seq_len, batch_tokens=batch * seq_len,
         micro_batch=micro_batch, schedule=Schedule(type="constant"), deepspeed=str(zero_json),
     )  # fmt: skip
-    engine = Engine(
-        read_config(init), phase, optim, precision=precision, device=device, compile_blocks=compiled
-    )
+    engine = Engine(read_config(init), phase, optim, precision=precision, device=device, compile_blocks=compiled)
     engine.write_weights(weight_reader(init))
     return engine
 

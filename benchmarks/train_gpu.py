@@ -287,8 +287,17 @@ def run_all(job: argparse.Namespace, work: Path, console: Console) -> tuple[Resu
 
 def show(results: Results, console: Console) -> None:
     table = Table(title="Each arm (median over the rounds, least–most)", title_justify="left")
-    for column in ("arm", "micro-batch", "tokens/s", "step p50 / p95, s", "MFU full", "MFU causal",
-                   "peak GiB allocated / reserved", "loss first", "last"):
+    for column in (
+        "arm",
+        "micro-batch",
+        "tokens/s",
+        "step p50 / p95, s",
+        "MFU full",
+        "MFU causal",
+        "peak GiB allocated / reserved",
+        "loss first",
+        "last",
+    ):
         table.add_column(column)
     for arm, rounds in results.items():
         r = rounds[0]

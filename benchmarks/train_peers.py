@@ -136,8 +136,10 @@ def next_token_batch(tokens: Any, step: int) -> dict[str, Any]:
 def decay_groups(named_parameters: Any, decayed: set[str]) -> dict[str, int]:
     """Numbers that weight decay applies to, and that it does not."""
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in named_parameters}  # ZeRO-3 empties p
-    return {"decayed": sum(n for name, n in sizes.items() if name in decayed),
-            "not_decayed": sum(n for name, n in sizes.items() if name not in decayed)}
+    return {
+        "decayed": sum(n for name, n in sizes.items() if name in decayed),
+        "not_decayed": sum(n for name, n in sizes.items() if name not in decayed),
+    }
 
 
 def load_hf(work: Path) -> Any:
@@ -331,8 +333,17 @@ def problems_of(results: Results, reference: str, steps: int) -> list[str]:
 def show_runs(results: Results, console: Console) -> None:
     """Each arm by itself; medians over the rounds."""
     table = Table(title="Each arm (median over the rounds, least–most)", title_justify="left")
-    for column in ("arm", "step, s", "tokens/s", "GFLOP/s in products", "peak MiB above imports",
-                   "of it in timed steps", "time / bare products", "loss first", "last"):
+    for column in (
+        "arm",
+        "step, s",
+        "tokens/s",
+        "GFLOP/s in products",
+        "peak MiB above imports",
+        "of it in timed steps",
+        "time / bare products",
+        "loss first",
+        "last",
+    ):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, rounds in results.items():
         seconds = Spread.of([r["median_seconds"] for r in rounds])

@@ -230,7 +230,7 @@ def export_(
 
 
 def _count(option: str, text: str) -> int:
-    from slm.recipe import parse_count
+    from slm.fields import parse_count
 
     try:
         return parse_count(text)

@@ -221,6 +221,11 @@ def _copy(source: Path, target: Path, dtype: np.dtype[Any], advance: Any) -> tup
             writing.flush()
             os.fsync(writing.fileno())
         temporary.replace(target)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{target} cannot be written: {error.strerror or error}",
+            fix="make room, or give another folder; what is written so far can be removed",
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return largest, digest.hexdigest()

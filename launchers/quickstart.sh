@@ -29,21 +29,43 @@ run=runs/$name
 step() { printf '\n== %s\n' "$*"; }
 trap 'printf "\nstopped. The same command goes on from what is complete; to begin anew, remove %s and %s\n(--validation-fraction is HELD_OUT=%s here, --output is chosen)\n" "$PWD/$work" "$PWD/$run" "$HELD_OUT" >&2' ERR
 
-step "1/5 tokenizer: byte-level BPE with 4,096 entries, learned from $corpus"
+step "1/6 tokenizer: byte-level BPE with 4,096 entries, learned from $corpus"
 slm-data tokenizer "$corpus" --vocab-size 4096 --max-bytes 20M --max-bad-fraction 0.05 --output $work/tokenizer
 
-step "2/5 token shards, a share of $HELD_OUT of the documents held out"
+step "2/6 token shards, a share of $HELD_OUT of the documents held out"
 slm-data shards "$corpus" --tokenizer $work/tokenizer --validation-fraction "$HELD_OUT" --max-bad-fraction 0.05 --output $work/tokens
 
-step "3/5 training on $RANKS ranks with DeepSpeed ZeRO-2 (recipes/quickstart.yaml)"
+step "3/6 training on $RANKS ranks with DeepSpeed ZeRO-2 (recipes/quickstart.yaml)"
 bash launchers/local.sh recipes/quickstart.yaml "$RANKS" "name=$name" "tokenizer=$work/tokenizer" \
   "data.sources.corpus=$work/tokens/train" "data.validation.corpus=$work/tokens/validation"
 
-step "4/5 held-out loss of the best checkpoint"
+step "4/6 held-out loss of the best checkpoint"
 slm eval $run --max-sequences 128
 
-step "5/5 text from a prompt"
+step "5/6 text from a prompt"
 slm generate $run "def __init__(self" --max-new-tokens 96 --temperature 0.7 --seed 1
+
+step "6/6 distillation: a student a fifth as large learns from a cache of what the model says (recipes/distill.yaml)"
+student="{preset: cpu-small, hidden_size: 96, num_hidden_layers: 2, intermediate_size: 256}"
+part=()
+if [ -d "$corpus" ]; then # a few documents suffice: every fortieth text file
+  mapfile -d '' -t part < <(find "$corpus" -name site-packages -prune -o -name __pycache__ -prune -o -type f -size -1000k \
+    \( -name '*.py' -o -name '*.txt' -o -name '*.md' -o -name '*.json*' -o -name '*.html' -o -name '*.rst' \) -print0 |
+    sort -z | awk 'BEGIN { RS = ORS = "\0" } NR % 40 == 1')
+fi
+if [ ${#part[@]} -gt 0 ]; then
+  distill=("name=$name-distilled" "model=$student" "teacher.model=$run" "tokenizer=$work/tokenizer"
+    "data.sources={part: '$work/part/train'}" "data.validation={corpus: '$work/tokens/validation'}"
+    phases.main.tokens=240Ki phases.main.seq_len=256 phases.main.batch_tokens=4Ki phases.main.micro_batch=8
+    eval.every_steps=0 eval.max_sequences=64 checkpoint.every_steps=100)
+  slm-data shards "${part[@]}" --tokenizer $work/tokenizer --validation-fraction "$HELD_OUT" --max-bad-fraction 0.05 \
+    --output $work/part
+  slm teacher recipes/distill.yaml "${distill[@]}"
+  slm teacher stats recipes/distill.yaml "${distill[@]}"
+  bash launchers/local.sh recipes/distill.yaml "$RANKS" "${distill[@]}"
+else
+  echo "left out: $corpus is no folder of text files; recipes/distill.yaml says how it is done"
+fi
 
 cat <<END
 

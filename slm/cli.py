@@ -102,6 +102,47 @@ def _steps(text: str) -> range:
     return range(int(first), int(last or first) + 1)
 
 
+@app.command()
+def teacher(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[verify|stats|diff] RECIPE [FIELD=VALUE]...", help="what to do, and a recipe"),
+    ],
+    plot: Annotated[Path | None, typer.Option(help="stats: also a picture, .png, .svg or .pdf")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="diff: about so many are compared, for each cache")] = 8192,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Run the recipe's teachers over its token shards and keep their caches: slm teacher RECIPE, on any number of processes.
+
+    Killed, the same command goes on. `verify` reads all of it again; `stats` shows what the teachers know and how much of
+    it the caches hold; `diff` runs the teachers on a sample and says what the caches lost.
+    """
+    from slm.recipe import load_recipe
+
+    action = words[0] if words[0] in ("verify", "stats", "diff") else "build"
+    rest = words if action == "build" else words[1:]
+    if not rest:
+        raise UserError(f"slm teacher {action} has no recipe", fix=f"slm teacher {action} recipe.yaml")
+    recipe = load_recipe(rest[0], rest[1:])
+    if action == "build":
+        from slm.distill.build import build
+
+        sys.exit(build(recipe))
+    from slm.distill import examine
+
+    if action == "verify":
+        problems = examine.verify(recipe)
+        typer.echo(json.dumps(problems) if as_json else "\n".join(problems) or "every cache is whole and of its tokens")
+        sys.exit(4 if problems else 0)
+    found = examine.stats(recipe) if action == "stats" else examine.diff(recipe, tokens)
+    if plot is not None and action == "stats":
+        examine.plot(found, plot)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        (examine.draw if action == "stats" else examine.draw_diff)(found)
+
+
 @app.command("eval")
 def evaluate(
     model: ModelPath,

@@ -31,6 +31,7 @@ from pydantic import ValidationError
 from slm import parallel
 from slm.data.batches import Batch
 from slm.errors import EnvironmentProblem, UserError
+from slm.losses import Distillation
 from slm.model.config import ModelConfig
 from slm.model.llama import Objective, SLMForCausalLM
 from slm.optim import parameter_groups
@@ -188,10 +189,16 @@ class Engine:
 
     # --- one step ------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss (sum, count) of one micro-batch; builds the graph that `backward` consumes."""
+    def forward(self, batch: Batch, distillation: Distillation | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss (sum, count) of one micro-batch, with distillation (sum, parts of linear_distillation); builds the graph
+        that `backward` consumes."""
         return self._engine(
-            batch.tokens_BT, batch.positions_BT, batch.piece_bounds, batch.labels_BT, z_loss=self.z_loss
+            batch.tokens_BT,
+            batch.positions_BT,
+            batch.piece_bounds,
+            batch.labels_BT,
+            z_loss=self.z_loss,
+            distillation=distillation,
         )
 
     @torch.no_grad()
@@ -357,6 +364,40 @@ class Engine:
     def close(self) -> None:
         """Frees the engine's hooks and memory, so that the next phase can build its own."""
         self._engine.destroy()
+
+
+# --- a model that is only computed with -----------------------------------------------------------------------
+
+
+class PartitionedModel:
+    """A model whose weights ZeRO-3 splits over all ranks, without optimiser or gradients: a teacher that no device holds.
+
+    Every rank must call it equally often. weight(name, shape): whole tensors, of which each rank keeps its part.
+    """
+
+    def __init__(self, config: ModelConfig, weight: Callable[[str, tuple[int, ...]], torch.Tensor], dtype: torch.dtype):
+        import deepspeed
+
+        ds_config = {
+            "zero_optimization": {"stage": 3},
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "steps_per_print": 2**31,
+        }
+        with deepspeed.zero.Init(config_dict_or_path=ds_config):
+            self.module = SLMForCausalLM(config, seed=None)
+        self._engine, *_ = deepspeed.initialize(model=self.module, config=ds_config, dist_init_required=False)
+        parameters: dict[str, Any] = dict(self.module.named_parameters())  # ZeRO-3 adds attributes to them
+        for name, parameter in parameters.items():
+            whole = weight(name, tuple(parameter.ds_shape)).flatten()
+            part = parameter.ds_tensor
+            mine = whole[parallel.rank() * part.numel() :][: part.numel()]
+            part.data[: mine.numel()].copy_(mine)
+        self._engine.eval()
+
+    @torch.no_grad()
+    def __call__(self, *inputs: torch.Tensor, **options: Any) -> Any:
+        return self._engine(*inputs, **options)
 
 
 # --- DeepSpeed's compiled CPU Adam ---------------------------------------------------------------------------

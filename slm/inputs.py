@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from slm import checkpoint
 from slm.data.batches import EvaluationBatches, PhaseData
 from slm.data.selection import Selection, by_length, by_share, without
 from slm.data.tokens import TokenDataset
+from slm.distill.student import open_caches
 from slm.engine import Engine
 from slm.errors import UserError
 from slm.model.config import ModelConfig
@@ -55,6 +57,7 @@ def open_phase_data(recipe: Recipe, phase: Phase) -> PhaseData:
         repeats=dict(phase.repeats),
         selections={name: selected_documents(recipe, phase, name, dataset) for name, dataset in datasets.items()},
         plans_folder=recipe.run_dir / "packing" / phase.name,
+        teachers=open_caches(recipe, phase, datasets),
     )
     if data.num_sequences < phase.global_batch:
         raise UserError(
@@ -69,20 +72,27 @@ def open_phase_data(recipe: Recipe, phase: Phase) -> PhaseData:
 def selected_documents(recipe: Recipe, phase: Phase, source: str, dataset: TokenDataset) -> Selection:
     """Which documents of a source the phase trains on: what its filters leave, less the documents of the earlier phases
     that exclude_seen names. Those are the documents of the plan, whatever was run of it, under any name of the folder."""
-    rule = phase.filters.get(source, DocFilter())
-    chosen = [
-        by_length(shard.doc_offsets, rule.min_doc_tokens, rule.max_doc_tokens) & by_share(i, shard.num_docs, rule.share)
-        for i, shard in enumerate(dataset.shards)
-    ]
     folder = Path(recipe.data.sources[source]).resolve()
-    seen = [
-        selected_documents(recipe, earlier, name, dataset)
-        for earlier in recipe.phases
-        if earlier.name in rule.exclude_seen
-        for name in earlier.mixture or recipe.data.sources
-        if earlier.mixture.get(name, 1.0) > 0 and Path(recipe.data.sources[name]).resolve() == folder
-    ]
-    return without(chosen, seen)
+    phases = {p.name: p for p in recipe.phases}
+
+    @cache  # a phase may be named by several later ones
+    def chosen(phase_name: str, name: str) -> Selection:
+        rule = phases[phase_name].filters.get(name, DocFilter())
+        allowed = [
+            by_length(shard.doc_offsets, rule.min_doc_tokens, rule.max_doc_tokens)
+            & by_share(i, shard.num_docs, rule.share)
+            for i, shard in enumerate(dataset.shards)
+        ]
+        seen = [
+            chosen(earlier.name, other)
+            for earlier in recipe.phases
+            if earlier.name in rule.exclude_seen
+            for other in earlier.mixture or recipe.data.sources
+            if earlier.mixture.get(other, 1.0) > 0 and Path(recipe.data.sources[other]).resolve() == folder
+        ]
+        return without(allowed, seen)
+
+    return chosen(phase.name, source)
 
 
 def check_vocabulary(recipe: Recipe, data: list[PhaseData], validation: dict[str, TokenDataset]) -> None:
@@ -144,6 +154,7 @@ def identity(recipe: Recipe, phase: Phase, data: PhaseData) -> dict[str, Any]:
         "model": recipe.model_of(phase).model_dump(mode="json"),
         "data": data.fingerprint,
         "tokenizer": next(iter(data.sources.values())).tokenizer_fingerprint,
+        **({"teachers": [teacher.fingerprint for teacher in data.teachers]} if data.teachers else {}),
     }
 
 

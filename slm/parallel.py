@@ -104,6 +104,15 @@ def reduce_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def reduce_max(value: int) -> int:
+    """The largest over ranks."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64, device=_device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def agree(flag: bool) -> bool:
     """True on every rank if it is true on any."""
     return reduce_sum([float(flag)])[0] > 0

@@ -1,4 +1,4 @@
-"""The progress bar of a training phase: a bar on a terminal, a line now and then elsewhere.
+"""The progress of a training phase and of a teacher: a bar on a terminal, a line now and then elsewhere.
 
 progress = StepProgress("quickstart/main", total=400, done=0, enabled=rank == 0)
 progress.update(10, loss=5.1, tokens_per_second=20000)
@@ -10,6 +10,10 @@ import logging
 import sys
 import time
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 log = logging.getLogger("slm")
 
@@ -23,11 +27,7 @@ class StepProgress:
         self._enabled = enabled
         self._bar = None
         if enabled and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            self._bar = _bar()
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
             self._bar.start()
 
@@ -53,3 +53,46 @@ class StepProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class TokenProgress:
+    """Tokens done, by this process and by others that share the work; tokens/s are of all of them since the start."""
+
+    def __init__(self, title: str, total: int, *, enabled: bool) -> None:
+        self._title, self._total, self.done = title, total, 0
+        self._began: tuple[float, int] | None = None  # after what was there already
+        self._last_line = 0.0
+        self._enabled = enabled
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            self._bar = _bar()
+            self._task = self._bar.add_task(title, total=total, note="")
+            self._bar.start()
+
+    def update(self, done: int) -> None:
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now, done)
+        self.done = done
+        began, first = self._began
+        rate = (done - first) / max(1e-9, now - began)
+        note = f"{rate:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+        elif self._enabled and (now - self._last_line > _SECONDS_BETWEEN_LINES or done == self._total):
+            self._last_line = now
+            left = f"  {timedelta(seconds=round((self._total - done) / rate))} left" if rate > 0 else ""
+            log.info("%s: %s of %s tokens  %s%s", self._title, f"{done:,}", f"{self._total:,}", note, left)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))

@@ -11,45 +11,19 @@ Precedence: defaults < YAML < overrides. Unknown and duplicate keys are errors; 
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from slm.distill.settings import Loss, Teacher, loss_problems
 from slm.errors import UserError
+from slm.fields import Count, Real, Section
 from slm.model.config import PRESETS, ModelConfig, RopeScaling
 from slm.strategy import deepspeed_problems, resolve_deepspeed
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
-def parse_count(value: Any) -> Any:
-    """'100B' -> 100_000_000_000, '8Ki' -> 8192; numbers pass. Raises ValueError."""
-    if isinstance(value, bool):
-        raise ValueError(f"{value} is not a count")
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbt]|ki|mi|gi)?\s*", value, re.IGNORECASE)
-    if not match:
-        raise ValueError(f"{value!r} is not a count; write a number with an optional k, M, B, T, Ki, Mi or Gi")
-    number = float(match[1].replace("_", "")) * _UNITS[(match[2] or "").lower()]
-    if not number.is_integer():
-        raise ValueError(f"{value!r} is not a whole number")
-    return int(number)
-
-
-Count = Annotated[int, BeforeValidator(parse_count)]
-# YAML 1.1 reads 1e-3 (without a dot) as text; a number is what was meant.
-Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v), Field(allow_inf_nan=False)]
 Decay = Annotated[Real, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class Data(Section):
@@ -76,13 +50,6 @@ class Schedule(Section):
     warmup_steps: Count = Field(0, ge=0, description="steps of linear rise from 0")
     min_ratio: Real = Field(0.1, ge=0, le=1, description="final fraction of the peak (not for constant)")
     decay_fraction: Real = Field(0.2, gt=0, le=1, description="wsd: last part of the phase, which falls linearly")
-
-
-class Loss(Section):
-    type: Literal["ce"] = Field("ce", description="ce: cross-entropy of the next token")
-    z_loss: Real = Field(
-        0.0, ge=0, description="weight of log(Z)^2, which keeps logits from drifting (arXiv 2204.02311)"
-    )
 
 
 class DocFilter(Section):
@@ -161,6 +128,7 @@ class Recipe(Section):
     model: ModelConfig = Field(description="preset: NAME and/or fields of the model's shape")
     tokenizer: str = Field("", description="tokenizer folder or file, or module:Class; empty if nothing is decoded")
     data: Data
+    teacher: dict[str, Teacher] = Field({}, description="name: teacher, for losses of type distill; or one alone")
     optim: Optim = Optim()
     phases: list[Phase] = Field(min_length=1)
     init_from: InitFrom | None = Field(None, description="weights to start from; null for random ones")
@@ -174,7 +142,7 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _expand_preset(cls, data: Any) -> Any:
+    def _expand_short_forms(cls, data: Any) -> Any:
         model = data.get("model") if isinstance(data, dict) else None
         if isinstance(model, str):
             model = {"preset": model}
@@ -186,6 +154,8 @@ class Recipe(Section):
             if "hidden_size" in fields or "num_attention_heads" in fields:
                 preset.pop("head_dim", None)
             data = {**data, "model": {**preset, **fields}}
+        if isinstance(data, dict) and isinstance(data.get("teacher"), dict) and "model" in data["teacher"]:
+            data = {**data, "teacher": {"teacher": data["teacher"]}}
         return data
 
     @model_validator(mode="after")
@@ -248,7 +218,7 @@ class Recipe(Section):
             problems.append(
                 f"{at}.mixture has weights {phase.mixture}: one below a millionth would hardly ever be drawn; use 0 instead"
             )
-        return problems
+        return problems + loss_problems(phase.loss, self.teacher, f"{at}.loss")
 
     def model_of(self, phase: Phase) -> ModelConfig:
         """The model as it is in a phase: rope_scaling is that of the last phase so far which gives one."""

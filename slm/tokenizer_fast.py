@@ -10,7 +10,7 @@ caller's own.
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np

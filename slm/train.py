@@ -22,6 +22,7 @@ from slm import checkpoint, parallel, plan
 from slm.data.batches import Batch, PhaseData
 from slm.data.tokens import TokenDataset
 from slm.diagnostics import explained, start_profiler
+from slm.distill.student import Targets
 from slm.engine import Engine, StepResult, deepspeed_config, resolve_precision
 from slm.errors import EnvironmentProblem, SLMError, UserError
 from slm.evaluate import ALL, Result, evaluate
@@ -328,6 +329,7 @@ def run_phase(
             "layout": {"world_size": world, "zero_stage": engine.stage},
         }
 
+    targets = _targets(recipe, phase, data, device)
     timer = StepTimer(device.type)
     batch_of = dict(global_batch=phase.global_batch, micro_batch=phase.micro_batch)
     share = dict(data_rank=run.ranks.rank, data_world=world)
@@ -344,6 +346,8 @@ def run_phase(
                 batches,
                 lr,
                 timer,
+                targets,
+                position.step / phase.num_steps,
                 stop_requested=run.stop.signal_name is not None,
                 save_failed=run.saver.failed,
             )
@@ -371,7 +375,8 @@ def run_phase(
                     )
 
             if step % recipe.log.every_steps == 0 or last:
-                loss = parallel.reduce_sum([float(done.loss_sum)])[0] / max(1.0, done.num_targets)
+                sums = parallel.reduce_sum([float(done.loss_sum), *done.parts.tolist()])
+                loss, *parts_of_loss = (value / max(1.0, done.num_targets) for value in sums)
                 parts = timer.snapshot()
                 # Evaluating and saving are not training: they have their own columns and lower no throughput.
                 wall, last_log = time.perf_counter() - last_log, time.perf_counter()
@@ -383,6 +388,7 @@ def run_phase(
                 row = {
                     "phase": phase.name,
                     "loss": loss,
+                    **(targets.named(parts_of_loss) if targets else {}),
                     "lr": lr,
                     "grad_norm": done.result.grad_norm,
                     "tokens": position.tokens,
@@ -440,6 +446,7 @@ class StepDone:
     pairs_causal: float
     stop_requested: bool
     result: StepResult
+    parts: torch.Tensor  # distillation: this rank's sums of CE, T^2 * divergence, and each cached teacher's own loss
 
 
 @dataclass(frozen=True)
@@ -459,6 +466,8 @@ def train_step(
     batches: list[Batch],
     lr: float,
     timer: StepTimer,
+    targets: Targets | None = None,
+    fraction: float = 0.0,
     *,
     stop_requested: bool = False,
     save_failed: bool = False,
@@ -482,15 +491,29 @@ def train_step(
     if failed:
         raise SaveFailed
     loss_sum = torch.zeros((), device=batches[0].tokens_BT.device)
+    parts = torch.zeros(2 + len(batches[0].teacher_nll))
     for batch in batches:
+        with timer.part("teacher"):
+            distillation = targets.of(batch, fraction) if targets else None
         with timer.part("forward"):
-            micro_loss, _ = engine.forward(batch)
+            micro_loss, of_micro_batch = engine.forward(batch, distillation)
+        if distillation is not None:
+            parts += torch.cat([of_micro_batch.cpu(), torch.tensor(batch.teacher_nll)])
         with timer.part("backward"):
             engine.backward(micro_loss, max(1.0, num_targets))
         loss_sum += micro_loss.detach()
     with timer.part("optimizer"):
         result = engine.step(lr)
-    return StepDone(loss_sum, num_targets, num_tokens, pairs_full, pairs_causal, stop > 0, result)
+    return StepDone(loss_sum, num_targets, num_tokens, pairs_full, pairs_causal, stop > 0, result, parts)
+
+
+def _targets(recipe: Recipe, phase: Phase, data: StepData, device: torch.device) -> Targets | None:
+    """What a phase's loss is computed from beside the labels."""
+    if phase.loss.type != "distill":
+        return None
+    assert isinstance(data, PhaseData)
+    dataset = next(iter(data.sources.values()))
+    return Targets(recipe, phase, device, dataset.tokenizer_fingerprint, dataset.vocab_size)
 
 
 # --- what is seldom ------------------------------------------------------------------------------------------

@@ -79,9 +79,13 @@ class TextDataset:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise UserError("TextDataset: texts is not a list of strings", fix="pass a list, one string per document")
         if not isinstance(max_length, int) or max_length < 2:
-            raise UserError(f"TextDataset: max_length is {max_length!r}", fix="give a whole number of tokens, 2 or more")
+            raise UserError(
+                f"TextDataset: max_length is {max_length!r}", fix="give a whole number of tokens, 2 or more"
+            )
         if not hasattr(tokenizer, "encode"):
-            raise UserError(f"TextDataset: tokenizer is a {type(tokenizer).__name__} without encode()", fix="see SLMTokenizer")
+            raise UserError(
+                f"TextDataset: tokenizer is a {type(tokenizer).__name__} without encode()", fix="see SLMTokenizer"
+            )
         if not 0 < stride <= max_length:
             raise UserError(
                 f"TextDataset: stride is {stride} with max_length {max_length}: windows further apart than they are long "
@@ -198,7 +202,9 @@ class SLMTrainer:
                 kind = getattr(wanted, "__name__", "str or Path")
                 raise UserError(f"SLMTrainer: {name} is a {type(value).__name__}, not a {kind}", fix=f"give a {kind}")
         if not hasattr(tokenizer, "__len__"):
-            raise UserError(f"SLMTrainer: tokenizer is a {type(tokenizer).__name__} without len()", fix="see SLMTokenizer")
+            raise UserError(
+                f"SLMTrainer: tokenizer is a {type(tokenizer).__name__} without len()", fix="see SLMTokenizer"
+            )
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.train_dataset, self.eval_dataset, self.teacher_model = train_dataset, eval_dataset, teacher_model
         self.output_dir = Path(output_dir)

@@ -11,11 +11,11 @@ Owns assembling; the packing is packing.py's, the order order.py's, the bytes to
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ from slm.data.selection import Selection, selection_digest
 from slm.data.tokens import TokenDataset
 from slm.errors import CorruptArtefact, UserError
 from slm.losses import IGNORE
+
+if TYPE_CHECKING:
+    from slm.distill.codec import RawTargets
+    from slm.distill.student import CachedTeacher
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Batch:
     num_tokens: int  # without padding
     attention_pairs: int  # (query, key) pairs a causal kernel touches: sum of n (n + 1) / 2 over the pieces
     attention_pairs_full: int  # sum of n^2
+    teachers: tuple[RawTargets, ...] = ()  # cached rows of the tokens, teacher by teacher
+    teacher_nll: tuple[float, ...] = ()  # each teacher's own loss on the targets, summed
+    present_N: torch.Tensor | None = None  # bool [B * T]: tokens whose rows are known; None: all are
 
     def to(self, device: torch.device | str) -> Batch:
         if torch.device(device).type == "cpu":
@@ -52,60 +59,77 @@ class Batch:
             for f in fields(self)
             if isinstance(getattr(self, f.name), torch.Tensor)
         }
-        return Batch(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **moved})
+        teachers = tuple(rows.to(device) for rows in self.teachers)
+        return replace(self, **moved, teachers=teachers)
+
+
+_CHUNK = 1024
 
 
 # A piece to place in a row: the tokens it reads and the token after its last (or None at the document's end).
 Piece = tuple[np.ndarray, int | None]
 
 
+@dataclass(frozen=True)
+class Arena:
+    """Memory of a micro-batch, to be filled again and again: int64 [B * T], and int32 [B * (max_pieces + 1) + 1]."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    bounds: np.ndarray
+
+    @classmethod
+    def of(cls, rows: int, micro_batch: int, seq_len: int, max_pieces: int) -> list[Arena]:
+        """One for each micro-batch of a step, cut from one piece: for a large one numpy asks the system for large pages."""
+        count = rows // micro_batch
+        tokens, labels, positions = np.empty((3, count, micro_batch * seq_len), np.int64)
+        bounds = np.empty((count, micro_batch * (max_pieces + 1) + 1), np.int32)
+        return [cls(tokens[i], labels[i], positions[i], bounds[i]) for i in range(count)]
+
+
 def assemble(
-    rows: Sequence[Sequence[Piece]],
-    seq_len: int,
-    pad_id: int,
-    max_pieces: int,
+    rows: Sequence[Sequence[Piece]], seq_len: int, pad_id: int, max_pieces: int, arena: Arena | None = None
 ) -> Batch:
-    """Rows of pieces -> a micro-batch. max_pieces: the most pieces in any row of the whole data."""
+    """Rows of pieces -> a micro-batch, in the arena's memory if one is given.
+
+    max_pieces: the most pieces in any row of the whole data.
+    """
     B = len(rows)
-    padding = np.full(seq_len, pad_id, dtype=np.int64)
-    parts: list[np.ndarray] = []  # of all rows, so that the arithmetic below is done once for the batch
-    following: list[int] = []
-    is_padding: list[bool] = []
-    for row in rows:
-        room = seq_len
+    if arena is None:
+        (arena,) = Arena.of(B, B, seq_len, max_pieces)
+    tokens, labels, positions, bounds = arena.tokens, arena.labels, arena.positions, arena.bounds
+    ramp = _ramp(seq_len)
+    starts: list[int] = []
+    num_tokens = num_targets = squares = 0
+    for b, row in enumerate(rows):
+        at, row_end = b * seq_len, (b + 1) * seq_len
         for ids, token in row:
-            parts.append(ids)
-            following.append(IGNORE if token is None else token)
-            is_padding.append(False)
-            room -= len(ids)
-        assert room >= 0, f"a row of more than {seq_len} tokens"
-        if room:
-            parts.append(padding[:room])
-            following.append(IGNORE)
-            is_padding.append(True)
-    lengths = np.array([len(part) for part in parts], dtype=np.int64)
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    tokens, labels = np.empty(B * seq_len, dtype=np.int64), np.empty(B * seq_len, dtype=np.int64)
-    np.concatenate(parts, out=tokens)
-    labels[:-1] = tokens[1:]
-    labels[ends - 1] = following
-    padded = np.array(is_padding)
-    for start, end in zip(starts[padded].tolist(), ends[padded].tolist(), strict=True):
-        labels[start:end] = IGNORE
-    positions, ramp = np.empty(B * seq_len, dtype=np.int64), _ramp(seq_len)
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        positions[start:end] = ramp[: end - start]
-    bounds = np.full(B * (max_pieces + 1) + 1, B * seq_len, dtype=np.int32)
+            length = len(ids)
+            end = at + length
+            assert end <= row_end, f"a row of more than {seq_len} tokens"
+            tokens[at:end] = ids
+            labels[at : end - 1] = ids[1:]
+            positions[at:end] = ramp[:length]
+            starts.append(at)
+            labels[end - 1] = IGNORE if token is None else token
+            num_targets += length - (token is None)
+            squares += length * length
+            at = end
+        num_tokens += at - b * seq_len
+        if at < row_end:
+            tokens[at:row_end] = pad_id
+            positions[at:row_end] = ramp[: row_end - at]
+            starts.append(at)
+            labels[at:row_end] = IGNORE
     bounds[: len(starts)] = starts
-    real = lengths[~padded]
-    num_tokens, squares = int(real.sum()), int((real * real).sum())
+    bounds[len(starts) :] = B * seq_len
     return Batch(
         tokens_BT=torch.from_numpy(tokens).view(B, seq_len),
         labels_BT=torch.from_numpy(labels).view(B, seq_len),
         positions_BT=torch.from_numpy(positions).view(B, seq_len),
         piece_bounds=torch.from_numpy(bounds),
-        num_targets=num_tokens - (following.count(IGNORE) - int(padded.sum())),
+        num_targets=num_targets,
         num_tokens=num_tokens,
         attention_pairs=(squares + num_tokens) // 2,
         attention_pairs_full=squares,
@@ -136,21 +160,25 @@ class _Source:
         self._tokens = [shard.tokens for shard in dataset.shards]
 
     def row(self, sequence: int) -> list[Piece]:
-        plan = self.plan
-        of_row = slice(plan.sequence_offsets[sequence], plan.sequence_offsets[sequence + 1])
-        shards, starts = plan.piece_shard[of_row].tolist(), plan.piece_start[of_row]
-        ends = (starts + plan.piece_length[of_row]).tolist()
-        columns = zip(shards, starts.tolist(), ends, plan.piece_is_last[of_row].tolist(), strict=True)
+        tokens = self._tokens
         return [
-            (self._tokens[shard][start:end], None if last else int(self._tokens[shard][end]))
-            for shard, start, end, last in columns
+            (tokens[shard][start : start + length], None if last else int(tokens[shard][start + length]))
+            for shard, start, length, last in self.addresses(sequence)
         ]
+
+    def addresses(self, sequence: int) -> Iterator[tuple[int, int, int, bool]]:
+        """(shard, first token, tokens, whether it ends its document) of the pieces of a row."""
+        plan = self.plan
+        of_row = slice(*plan.sequence_offsets[sequence : sequence + 2].tolist())
+        columns = (plan.piece_shard, plan.piece_start, plan.piece_length, plan.piece_is_last)
+        return zip(*(column[of_row].tolist() for column in columns), strict=True)
 
 
 class PhaseData:
     """All sequences of a phase, by step. A thread prepares the next step's batches while this one trains.
 
     selections: which documents of a source; all, where it is not named. plans_folder: where packing plans are kept.
+    teachers: whose cached rows go with the tokens.
     weights: how often each source is drawn; None for as often as it has sequences (of the documents that the filters
     leave), so that the epochs of all sources end together; times its `repeats`.
     """
@@ -167,7 +195,9 @@ class PhaseData:
         repeats: dict[str, float] | None = None,
         selections: dict[str, Selection] | None = None,
         plans_folder: Path | None = None,
+        teachers: Sequence[CachedTeacher] = (),
     ) -> None:
+        self.teachers = teachers
         self.sources, self.seq_len, self.pad_id = sources, seq_len, pad_id
         self._sources = [
             _Source(
@@ -196,7 +226,13 @@ class PhaseData:
         self.fingerprint = f"{key:016x}-{'/'.join(repr(float(weights[name])) for name in sources)}"
         counts = [s.plan.num_sequences for s in self._sources]
         self.order = PhaseOrder(counts, [float(weights[name]) for name in sources], key)
+        # Of 1,024 places at a time: for a few, numpy's calls would cost more than the copying of their tokens.
+        self._located = lru_cache(maxsize=2)(lambda chunk: self.order.locate_many(chunk * _CHUNK, _CHUNK))
         self._ahead: tuple[tuple[Any, ...], Future[list[Batch]]] | None = None
+        # One step's batches are trained on while the next one's are filled.
+        self._arenas = lru_cache(maxsize=1)(
+            lambda rows, micro_batch: [Arena.of(rows, micro_batch, seq_len, self.max_pieces) for _ in range(2)]
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     @property
@@ -227,33 +263,60 @@ class PhaseData:
             for name, r in self.report().items()
         )
 
-    def sequences(self, indices: Sequence[int]) -> Batch:
-        """The sequences of these places in the phase's order, as one micro-batch."""
-        located = [self.order.locate(k) for k in indices]
-        rows = [self._sources[source].row(sequence) for source, sequence, _ in located]
-        batch = assemble(rows, self.seq_len, self.pad_id, self.max_pieces)
-        low, high = (int(x) for x in batch.tokens_BT.aminmax())
-        if low < 0 or high >= self._vocab_size:  # a damaged shard; as an index it would be a crash without a name
-            folders = ", ".join(str(self._sources[source].dataset.path) for source in {s for s, _, _ in located})
+    def _batch(self, places: list[tuple[int, int, int]], arena: Arena) -> Batch:
+        rows = [self._sources[source].row(sequence) for source, sequence, _ in places]
+        batch = assemble(rows, self.seq_len, self.pad_id, self.max_pieces, arena)
+        tokens = batch.tokens_BT.numpy()
+        if tokens.view(np.uint64).max() >= self._vocab_size:  # damaged; as an index it would be a crash without a name
+            low, high = int(tokens.min()), int(tokens.max())
+            folders = ", ".join(str(self._sources[s].dataset.path) for s in {source for source, _, _ in places})
             raise CorruptArtefact(
                 f"a sequence of {folders} holds the token {low if low < 0 else high}, and its tokenizer has "
                 f"{self._vocab_size}: the shards are damaged",
                 fix=f"slm-data verify {folders.split(',')[0]}, then copy the files again or make them anew",
             )
-        return batch
+        return self._with_teachers(batch, places) if self.teachers else batch
+
+    def _with_teachers(self, batch: Batch, places: list[tuple[int, int, int]]) -> Batch:
+        pieces = []
+        for row, (source, sequence, _) in enumerate(places):
+            at = row * self.seq_len
+            for shard, start, length, _ in self._sources[source].addresses(sequence):
+                pieces.append((at, source, shard, start, length))
+                at += length
+        found = [teacher.rows(pieces, batch) for teacher in self.teachers]
+        present = [known for _, known, _ in found if known is not None]
+        return replace(
+            batch,
+            teachers=tuple(rows for rows, _, _ in found),
+            teacher_nll=tuple(nll for _, _, nll in found),
+            present_N=torch.stack(present).all(0) if present else None,
+        )
 
     def sample_ids(self, step: int, global_batch: int) -> list[tuple[str, int, int]]:
         """(source, sequence, epoch) of every sequence of a step, over all ranks."""
         names = list(self.sources)
-        located = [self.order.locate(k) for k in range(step * global_batch, (step + 1) * global_batch)]
-        return [(names[source], sequence, epoch) for source, sequence, epoch in located]
+        places = self._places(step * global_batch, global_batch)
+        return [(names[source], sequence, epoch) for source, sequence, epoch in places]
+
+    def _places(self, first: int, count: int) -> list[tuple[int, int, int]]:
+        """(source, sequence, epoch) of `count` places of the order."""
+        places: list[tuple[int, int, int]] = []
+        while count > 0:
+            chunk, at = divmod(first, _CHUNK)
+            columns = (column[at : at + count].tolist() for column in self._located(chunk))
+            found = list(zip(*columns, strict=True))
+            places += found
+            first, count = first + len(found), count - len(found)
+        return places
 
     def step_batches(
         self, step: int, *, global_batch: int, micro_batch: int, data_rank: int, data_world: int
     ) -> list[Batch]:
         """This rank's micro-batches of a step: a contiguous share of the step's global_batch places.
 
-        An error of the thread is raised by the call that asks for its step.
+        They are valid until the next call, which gives their memory away. An error of the thread is raised by the call
+        that asks for its step.
         """
         if global_batch % (micro_batch * data_world) or not 0 <= data_rank < data_world:
             raise ValueError(
@@ -265,8 +328,8 @@ class PhaseData:
         if ahead is not None and ahead[0] == asked:
             batches = ahead[1].result()
         else:
-            if ahead is not None:
-                ahead[1].cancel()
+            if ahead is not None and not ahead[1].cancel():
+                wait([ahead[1]])  # it may be writing where this step's batches go
             batches = self._make(*asked)
         following = (step + 1, *asked[1:])
         self._ahead = (following, self._thread.submit(self._make, *following))
@@ -274,9 +337,9 @@ class PhaseData:
 
     def _make(self, step: int, global_batch: int, micro_batch: int, data_rank: int, data_world: int) -> list[Batch]:
         per_rank = global_batch // data_world
-        first = step * global_batch + data_rank * per_rank
-        starts = range(first, first + per_rank, micro_batch)
-        return [self.sequences(range(start, start + micro_batch)) for start in starts]
+        places = self._places(step * global_batch + data_rank * per_rank, per_rank)
+        arenas = self._arenas(per_rank, micro_batch)[step % 2]
+        return [self._batch(places[i * micro_batch : (i + 1) * micro_batch], arena) for i, arena in enumerate(arenas)]
 
 
 @lru_cache(maxsize=16)

@@ -4,6 +4,7 @@ Owns the keyed permutation and the mixture of sources. Imports no torch and read
 
     order = PhaseOrder([1000, 500], [0.7, 0.3], key=phase_key(seed, "main", plan_fingerprints))
     source, sequence, epoch = order.locate(123_456)
+    sources, sequences, epochs = order.locate_many(1024 * 7, 1024)
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 _WEIGHT_ONE = 1 << 32
 _BLOCK = 1024  # sequences over which a mixture is exact
@@ -37,6 +40,25 @@ def permute(index: int, size: int, key: int) -> int:
         value = left << half_bits | right
         if value < size:  # the domain is at most 4 times as large, so the walk is short
             return value
+
+
+def permute_many(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """permute() of many indices at once, each under its own key. int64 [n] in [0, size), uint64 [n] -> int64 [n]."""
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    half_mask = np.uint64((1 << int(half_bits)) - 1)
+    values = indices.astype(np.uint64)
+    walking = np.arange(len(values))  # those that are not inside yet
+    with np.errstate(over="ignore"):
+        while len(walking):
+            left, right = values[walking] >> half_bits, values[walking] & half_mask
+            for round_number in range(_ROUNDS):
+                x = right + keys[walking] + np.uint64((round_number + 1) * 0x9E3779B97F4A7C15 & _MASK64)
+                x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+                x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+                left, right = right, left ^ ((x ^ (x >> np.uint64(31))) & half_mask)
+            values[walking] = left << half_bits | right
+            walking = walking[values[walking] >= size]
+    return values.astype(np.int64)
 
 
 def _mix(value: int, key: int, round_number: int) -> int:
@@ -111,6 +133,36 @@ class PhaseOrder:
                 return source, permute(at, self.num_sequences[source], key), epoch
             place -= here
         raise AssertionError("the quotas of a block do not add up to its size")
+
+    def locate_many(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """locate() of `count` consecutive indices: (sources, sequences, epochs), each int64 [count]."""
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        while count > 0:
+            block, place = divmod(first, self.block_size)
+            here = min(count, self.block_size - place)
+            found.append(self._in_block(block, np.arange(place, place + here)))
+            first, count = first + here, count - here
+        sources, sequences, epochs = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return sources, sequences, epochs
+
+    def _in_block(self, block: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if len(self.weights) > 1:
+            key = np.full(len(places), derive_key(self.key, "block", block), np.uint64)
+            places = permute_many(places, self.block_size, key)
+        before = [self.quota(source, block * self.block_size) for source in range(len(self.weights))]
+        after = [self.quota(source, (block + 1) * self.block_size) for source in range(len(self.weights))]
+        ends = np.cumsum([b - a for a, b in zip(before, after, strict=True)])
+        sources = np.searchsorted(ends, places, side="right")
+        sequences, epochs = np.empty_like(places), np.empty_like(places)
+        for source in np.unique(sources).tolist():
+            own = sources == source
+            drawn = places[own] - (ends[source] - (after[source] - before[source])) + before[source]
+            size = self.num_sequences[source]
+            epochs[own], at = drawn // size, drawn % size
+            of_epoch, nth = np.unique(epochs[own], return_inverse=True)
+            keys = np.array([derive_key(self.key, "source", source, epoch) for epoch in of_epoch.tolist()], np.uint64)
+            sequences[own] = permute_many(at, size, keys[nth])
+        return sources, sequences, epochs
 
 
 def _rounded(scaled: int) -> int:

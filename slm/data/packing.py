@@ -124,6 +124,19 @@ def load_plan(path: Path, key: str) -> PackingPlan | None:
         return None
 
 
+def pieces_of(
+    doc_offsets: np.ndarray, seq_len: int, kept: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(start, length, is_last) of every piece of a shard's documents (of those kept), int64, int64 and bool, in order."""
+    starts, lengths = np.asarray(doc_offsets[:-1], np.int64), np.diff(doc_offsets).astype(np.int64)
+    chosen = lengths > 0 if kept is None else (lengths > 0) & kept
+    starts, lengths = starts[chosen], lengths[chosen]
+    pieces = -(-lengths // seq_len)
+    doc = np.repeat(np.arange(len(lengths)), pieces)
+    nth = np.arange(len(doc)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return starts[doc] + nth * seq_len, np.minimum(seq_len, lengths[doc] - nth * seq_len), nth == pieces[doc] - 1
+
+
 def _cut(
     doc_offsets_by_shard: Sequence[np.ndarray], seq_len: int, selection: Selection | None
 ) -> tuple[tuple[np.ndarray, ...], int]:
@@ -131,19 +144,12 @@ def _cut(
     columns: list[tuple[np.ndarray, ...]] = []
     num_dropped = 0
     for shard, offsets in enumerate(doc_offsets_by_shard):
-        starts, lengths = np.asarray(offsets[:-1], np.int64), np.diff(offsets).astype(np.int64)
-        kept = lengths > 0 if selection is None else (lengths > 0) & selection[shard]
-        starts, lengths = starts[kept], lengths[kept]
-        pieces = -(-lengths // seq_len)
-        doc = np.repeat(np.arange(len(lengths)), pieces)
-        nth = np.arange(len(doc)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        piece_length = np.minimum(seq_len, lengths[doc] - nth * seq_len)
-        is_last = nth == pieces[doc] - 1
+        kept = None if selection is None else selection[shard]
+        piece_start, piece_length, is_last = pieces_of(offsets, seq_len, kept)
         # One token alone at a document's end predicts nothing and is predicted by the piece before.
         useful = ~(is_last & (piece_length == 1))
         num_dropped += int((~useful).sum())
-        piece_start = starts[doc] + nth * seq_len
-        table = (np.full(len(doc), shard, np.int32), piece_start, piece_length.astype(np.int32), is_last)
+        table = (np.full(len(piece_start), shard, np.int32), piece_start, piece_length.astype(np.int32), is_last)
         columns.append(tuple(column[useful] for column in table))
     if not columns:
         columns = [(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, bool))]

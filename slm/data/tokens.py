@@ -32,12 +32,12 @@ MANIFEST = "manifest.json"
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 _DTYPE_CODES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
-_UINT16_VOCABULARY = 65500  # the Megatron family's own threshold
+_UINT16_VOCABULARY = 65500  # Megatron's DType.optimal_dtype: uint16 below it
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """uint16 where ids fit, else int32 (the format has no uint32)."""
-    return _DTYPE_CODES[8] if vocab_size <= _UINT16_VOCABULARY else _DTYPE_CODES[4]
+    return _DTYPE_CODES[8] if vocab_size < _UINT16_VOCABULARY else _DTYPE_CODES[4]
 
 
 # --- index files ---------------------------------------------------------------------------------------------

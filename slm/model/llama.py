@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from slm.losses import linear_cross_entropy, token_losses
+from slm.losses import Distillation, chunk_tokens, linear_cross_entropy, linear_distillation, token_losses
 from slm.model.attention import cached_attention, packed_attention
 from slm.model.config import ModelConfig
 from slm.model.lean import rms_norm, rotate, swiglu_down
@@ -54,6 +54,9 @@ LayerCache = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
 
 # (tokens_BT, positions_BT, piece_bounds, labels_BT, logits_BTV) -> loss (sum float32 scalar, count of targets).
 Objective = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+# (number of the first token, logits [C, V] of it and those after it): how a teacher's logits are looked at in chunks.
+Visit = Callable[[int, torch.Tensor], None]
 
 
 class RMSNorm(nn.Module):
@@ -150,13 +153,27 @@ class Head(nn.Linear):
     """The output matrix [V, E]; also the home of the loss, so that ZeRO-3 gathers the weight for it."""
 
     def forward(
-        self, hidden_BTE: torch.Tensor, labels_BT: torch.Tensor | None = None, z_loss: float = 0.0, each: bool = False
+        self,
+        hidden_BTE: torch.Tensor,
+        labels_BT: torch.Tensor | None = None,
+        z_loss: float = 0.0,
+        each: bool = False,
+        distillation: Distillation | None = None,
+        visit: Visit | None = None,
     ) -> Any:
+        hidden_NE = hidden_BTE.flatten(0, 1)
+        if visit is not None:
+            chunk = chunk_tokens(self.weight.shape[0], hidden_NE.device.type)
+            for start in range(0, len(hidden_NE), chunk):
+                visit(start, F.linear(hidden_NE[start : start + chunk], self.weight))
+            return None
         if labels_BT is None:
             return F.linear(hidden_BTE, self.weight)
-        hidden_NE, labels_N = hidden_BTE.flatten(0, 1), labels_BT.flatten()
+        labels_N = labels_BT.flatten()
         if each:
             return token_losses(hidden_NE, self.weight, labels_N).view(labels_BT.shape)
+        if distillation is not None:
+            return linear_distillation(hidden_NE, self.weight, labels_N, distillation, z_loss=z_loss)
         return linear_cross_entropy(hidden_NE, self.weight, labels_N, z_loss=z_loss)
 
 
@@ -197,15 +214,33 @@ class SLMForCausalLM(nn.Module):
         *,
         z_loss: float = 0.0,
         each: bool = False,
+        distillation: Distillation | None = None,
+        visit: Visit | None = None,
         cache: KVCache | None = None,
     ) -> Any:
         """Logits [B, T, V]; with labels the loss (sum float32 scalar, count), or with `each` -log p [B, T].
+
+        distillation: then the loss is linear_distillation's (sum, parts).
+        visit: called with (first token, its logits [C, V]) chunk by chunk, for a teacher; nothing is returned.
 
         tokens_BT, labels_BT: int64; a label is the next token, -100 where there is none.
         positions_BT: int64, restarting in each packed piece; counted from 0 (or from the cache's length) if absent.
         piece_bounds: int32 starts of the pieces in the flattened [B*T] (packed_attention); one piece a row if absent.
         cache: filled and advanced by T; attention then sees the cache too.
         """
+        x_BTE = self.hidden_states(tokens_BT, positions_BT, piece_bounds, cache)
+        if self.objective is not None and labels_BT is not None and not each:
+            return self.objective(tokens_BT, positions_BT, piece_bounds, labels_BT, self.lm_head(x_BTE))
+        return self.lm_head(x_BTE, labels_BT, z_loss, each, distillation, visit)
+
+    def hidden_states(
+        self,
+        tokens_BT: torch.Tensor,
+        positions_BT: torch.Tensor | None = None,
+        piece_bounds: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """What the head is applied to, [B, T, E], after the last norm; arguments as of `forward`."""
         B, T = tokens_BT.shape
         device = tokens_BT.device
         if positions_BT is None:
@@ -230,9 +265,7 @@ class SLMForCausalLM(nn.Module):
         x_BTE = self.model.norm(x_BTE)
         if cache is not None:
             cache.length_B += T
-        if self.objective is not None and labels_BT is not None and not each:
-            return self.objective(tokens_BT, positions_BT, piece_bounds, labels_BT, self.lm_head(x_BTE))
-        return self.lm_head(x_BTE, labels_BT, z_loss, each)
+        return x_BTE
 
     def init_weights(self, seed: int) -> SLMForCausalLM:
         """Fills every parameter with `initial_value`; in place."""

@@ -213,9 +213,7 @@ def test_bfloat16_trains_like_float32_and_resumes_bit_exact(runs):
     folder, recipe = runs
     half = ["precision=bfloat16"]
     names = ("two-zero1", "two-zero2-accumulate2", "two-zero3-recompute")
-    jobs = [
-        (recipe, [*overrides_of(name, folder / f"{name}-bf16"), *half]) for name in names
-    ]
+    jobs = [(recipe, [*overrides_of(name, folder / f"{name}-bf16"), *half]) for name in names]
     train_many(jobs, 2)
     reference = metrics(folder / "one-zero0")
     for name in names:

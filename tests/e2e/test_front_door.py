@@ -251,6 +251,7 @@ def test_mistakes_in_the_notebook_are_explained():
         TextDataset("one string", tokenizer)
     with pytest.raises(UserError, match="stride is 0"):
         TextDataset(["a"], tokenizer, max_length=4, stride=0)
+
     class TooShort(Letters):
         def __len__(self):
             return 5
@@ -262,7 +263,13 @@ def test_mistakes_in_the_notebook_are_explained():
     for epochs in (0, "x", None, True):
         with pytest.raises(UserError, match=f"num_epochs is {epochs}"):
             trainer.train(num_epochs=epochs)
-    for name, value in (("config", {}), ("model", "x"), ("train_dataset", [1]), ("tokenizer", None), ("output_dir", None)):
+    for name, value in (
+        ("config", {}),
+        ("model", "x"),
+        ("train_dataset", [1]),
+        ("tokenizer", None),
+        ("output_dir", None),
+    ):
         with pytest.raises(UserError, match=f"{name} is a {type(value).__name__}"):
             SLMTrainer(**{**good, name: value})
     for arguments in ((None, 4), (tokenizer, "32"), (tokenizer, 0)):

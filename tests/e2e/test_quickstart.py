@@ -44,6 +44,8 @@ def test_quickstart_and_again(clone):
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
         assert "perplexity" in result.stdout
         assert "def __init__(self" in result.stdout
+        assert "mass of the exact heads" in result.stdout
         assert "Traceback" not in result.stderr
-    assert len(list((clone / "runs").glob("quickstart-slm-*/best/manifest.json"))) == 1
-    assert second.stdout.count("complete already, nothing to do") == 2
+    assert len(list((clone / "runs").glob("quickstart-slm-*[0-9]/best/manifest.json"))) == 1
+    assert len(list((clone / "runs").glob("quickstart-slm-*-distilled/best/manifest.json"))) == 1
+    assert second.stdout.count("complete already, nothing to do") == 3

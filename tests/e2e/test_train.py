@@ -240,7 +240,8 @@ def test_a_compiled_run_is_the_eager_run_and_compiles_once_per_phase(recipe, tmp
     import slm.train
 
     phases = [
-        {"name": n, "tokens": 6 * 256, "seq_len": s, "batch_tokens": 256, "micro_batch": 4} for n, s in (("a", 64), ("b", 32))
+        {"name": n, "tokens": 6 * 256, "seq_len": s, "batch_tokens": 256, "micro_batch": 4}
+        for n, s in (("a", 64), ("b", 32))
     ]
     path = recipe(phases=phases, eval={"every_steps": 2})
     assert train(load_recipe(path, [f"output={tmp_path}/eager"])) == 0

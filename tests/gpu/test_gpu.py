@@ -75,7 +75,9 @@ def train(recipe, run_dir, device, *overrides):
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-4000:]
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {x["step"]: x["loss"] for x in lines if "loss" in x}, [x["eval/all/loss"] for x in lines if "eval/all/loss" in x]
+    return {x["step"]: x["loss"] for x in lines if "loss" in x}, [
+        x["eval/all/loss"] for x in lines if "eval/all/loss" in x
+    ]
 
 
 @pytest.fixture(scope="module")

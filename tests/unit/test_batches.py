@@ -151,8 +151,10 @@ def step_rows(data, step, world, micro_batch):
     for rank in range(world):
         mine = data.step_batches(step, global_batch=8, micro_batch=micro_batch, data_rank=rank, data_world=world)
         assert [len(b.tokens_BT) for b in mine] == [micro_batch] * (8 // world // micro_batch)
-        batches += mine
-    return {name: torch.cat([getattr(b, name) for b in batches]) for name in FIELDS}
+        batches += [
+            {name: getattr(b, name).clone() for name in FIELDS} for b in mine
+        ]  # the next call takes their memory
+    return {name: torch.cat([b[name] for b in batches]) for name in FIELDS}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -160,7 +162,7 @@ def step_rows(data, step, world, micro_batch):
 def test_one_token_stream_for_every_world_and_micro_batch(phase, world, micro_batch):
     for step in (0, 1, 2, 7):
         rows = step_rows(phase, step, world, micro_batch)
-        whole = phase.sequences(range(step * 8, step * 8 + 8))
+        (whole,) = phase.step_batches(step, global_batch=8, micro_batch=8, data_rank=0, data_world=1)
         for name in FIELDS:
             assert torch.equal(rows[name], getattr(whole, name))
 
@@ -186,7 +188,9 @@ def test_the_stream_of_every_step_has_one_hash(two_sources, world, micro_batch, 
                 share = dict(global_batch=8, micro_batch=micro_batch, data_rank=rank, data_world=data_world)
                 batches = mine.step_batches(step, **share) if ahead else data._make(step, *share.values())
                 for batch in batches:
-                    digest.update(torch.stack([batch.tokens_BT, batch.labels_BT, batch.positions_BT], 1).numpy().tobytes())
+                    digest.update(
+                        torch.stack([batch.tokens_BT, batch.labels_BT, batch.positions_BT], 1).numpy().tobytes()
+                    )
             found.append(digest.hexdigest())
         return found
 
@@ -196,6 +200,21 @@ def test_the_stream_of_every_step_has_one_hash(two_sources, world, micro_batch, 
         assert len(set(reference)) == len(reference)
         middle = epoch // 2
         assert hashes(seq_len, name, range(middle, epoch + 2), data_world, micro_batch, ahead) == reference[middle:]
+
+
+def test_preparing_the_next_step_leaves_this_ones_memory_alone(two_sources):
+    """Two sets of buffers in turn; a step asked for out of turn waits for the thread that may be writing."""
+    mine, fresh = (PhaseData(two_sources, None, seq_len=64, seed=0, phase_name="a") for _ in range(2))
+    share = dict(global_batch=8, micro_batch=2, data_rank=0, data_world=1)
+    addresses = set()
+    for step in (0, 1, 2, 3, 9, 10, 4, 6):
+        batches = mine.step_batches(step, **share)
+        mine._ahead[1].result()  # the next step is in memory
+        addresses |= {b.tokens_BT.data_ptr() for b in batches}
+        for got, wanted in zip(batches, fresh._make(step, *share.values()), strict=True):
+            for name in FIELDS:
+                assert torch.equal(getattr(got, name), getattr(wanted, name))
+    assert len(addresses) == 2 * 4
 
 
 def test_batches_of_a_phase_are_well_formed(phase):
@@ -222,10 +241,11 @@ def test_without_weights_a_source_is_drawn_as_often_as_its_filters_leave_sequenc
 def test_an_epoch_shows_every_label_once(tmp_path):
     dataset = unique_dataset(tmp_path, [5, 17, 40, 3, 2, 33])
     data = PhaseData({"u": dataset}, {"u": 1.0}, seq_len=8, seed=1, phase_name="a")
-    labels = data.sequences(range(data.num_sequences)).labels_BT
+    epoch = dict(global_batch=data.num_sequences, micro_batch=data.num_sequences, data_rank=0, data_world=1)
+    labels = data.step_batches(0, **epoch)[0].labels_BT.clone()
     expected = sorted(token for ids in documents(dataset) for token in ids[1:])
     assert sorted(labels[labels != IGNORE].tolist()) == expected
-    again = data.sequences(range(data.num_sequences, 2 * data.num_sequences)).labels_BT
+    again = data.step_batches(1, **epoch)[0].labels_BT
     assert sorted(again[again != IGNORE].tolist()) == expected
     assert not torch.equal(labels, again)
 
@@ -249,7 +269,8 @@ def test_golden_order_of_a_phase(tmp_path):
     data = PhaseData({"a": a, "b": b}, {"a": 3, "b": 1}, seq_len=32, seed=42, phase_name="main")
     assert data.fingerprint == "64cf72b3d030226d-3.0/1.0"
     assert data.sample_ids(5, 6) == [("a", 84, 5), ("a", 14, 2), ("b", 1, 1), ("a", 42, 4), ("b", 0, 24), ("a", 110, 0)]
-    assert data.sequences([100, 101]).tokens_BT[:, :3].tolist() == [[171, 172, 173], [1970, 1971, 1972]]
+    (batch,) = data.step_batches(50, global_batch=2, micro_batch=2, data_rank=0, data_world=1)
+    assert batch.tokens_BT[:, :3].tolist() == [[171, 172, 173], [1970, 1971, 1972]]
 
 
 def test_filters_and_report(two_sources):

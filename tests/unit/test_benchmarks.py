@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from slm.data.tokens import encode_index
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -70,3 +75,75 @@ def test_gpu_benchmark_says_that_it_needs_a_gpu():
     assert done.returncode == 3
     assert "needs a CUDA device" in done.stdout
     assert not done.stderr
+
+
+# --- data_prep.py --------------------------------------------------------------------------------------------
+
+
+def run_of(megabytes, seconds):
+    return {"bytes": megabytes * 1e6, "seconds": seconds}
+
+
+@pytest.mark.parametrize(
+    ("runs", "rate"),
+    [
+        ([run_of(100, 4.0), run_of(100, 6.0), run_of(100, 5.0)], 20.0),
+        ([run_of(10, 6.0), run_of(40, 21.0)], 2.0),  # one second of start-up a run is not counted
+        ([run_of(10, 2.0), run_of(40, 16.0)], 2.5),  # the larger's own rate, where that is better for the peer
+        ([run_of(10, 5.0), run_of(40, 5.0)], 8.0),  # noise
+    ],
+)
+def test_rate_of_a_peer_that_reads_two_sizes(data_prep_benchmark, runs, rate):
+    """The better for it of gross and net of start-up."""
+    assert data_prep_benchmark.rate(runs) == pytest.approx(rate)
+
+
+@pytest.fixture
+def data_prep_benchmark():
+    """By its path: data_prep is the package's name."""
+    spec = importlib.util.spec_from_file_location("data_prep_benchmark", BENCHMARKS / "data_prep.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def written(tmp_path):
+    """What we wrote of three texts, the texts, and their tokenizer: (Written, corpus, tokenizer's folder, rows of ids)."""
+    from data_prep_peers import Written
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<|end_of_text|>": 0, **{letter: i for i, letter in enumerate("abcdef", 1)}}
+    reference = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    reference.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "tokenizer").mkdir()
+    reference.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("abc", "de", "f")))
+    rows = [[1, 2, 3, 0], [4, 5, 0], [6, 0]]
+    ids = np.array([i for row in rows for i in row], np.uint16)
+    return Written(ids, np.array([0, 4, 7, 9])), corpus, tmp_path / "tokenizer", rows
+
+
+def compare(written, folder, rows, num_docs):
+    """Of a peer that wrote `rows`."""
+    ours, corpus, tokenizer, _ = written
+    folder.mkdir()
+    np.array([i for row in rows for i in row], np.uint16).tofile(folder / "x.bin")
+    (folder / "x.idx").write_bytes(encode_index(np.array([len(row) for row in rows]), np.dtype("<u2")))
+    return ours.compare("peer", folder, num_docs, corpus, tokenizer)
+
+
+def test_what_a_peer_wrote_is_compared(written, tmp_path):
+    """Our first documents, byte for byte; one that departs from the reference is counted; lost ones are told."""
+    rows = written[3]
+    assert "equal ours byte for byte" in compare(written, tmp_path / "all", rows, 3)
+    assert "equal ours byte for byte" in compare(written, tmp_path / "first", rows[:2], 2)
+    assert "2 documents equal ours; in 1 it departs" in compare(written, tmp_path / "wrong", [*rows[:2], [5, 0]], 3)
+    with pytest.raises(SystemExit, match="wrote 2 documents of 3"):
+        compare(written, tmp_path / "lost", rows[:2], 3)
+    written[0].ids[0] = 2
+    with pytest.raises(SystemExit, match="document 0 differs from peer's and from the reference"):
+        compare(written, tmp_path / "ours-wrong", rows, 3)

@@ -108,7 +108,9 @@ def test_compressed_text_and_folders_of_tables(tmp_path, slm_data, trained):
     (tmp_path / "in" / "a.txt.gz").write_bytes(gzip.compress(wanted[0].encode()))
     write_jsonl(tmp_path / "in" / "b.jsonl", wanted[1:20])
     pq.write_table(pa.table({"text": wanted[20:30]}), tmp_path / "in" / "c.parquet")
-    (tmp_path / "in" / "d.jsonl.zst").write_bytes(zstd("".join(json.dumps({"text": t}) + "\n" for t in wanted[30:]).encode()))
+    (tmp_path / "in" / "d.jsonl.zst").write_bytes(
+        zstd("".join(json.dumps({"text": t}) + "\n" for t in wanted[30:]).encode())
+    )
     (tmp_path / "in" / "e.tar.gz").write_bytes(gzip.compress(b"not text"))
     options = ("--tokenizer", trained, "--output", tmp_path / "out", "--validation-fraction", 0, "--processes", 1)
     assert slm_data("shards", tmp_path / "in", *options)[0] == 0
@@ -131,7 +133,9 @@ def test_tables_with_bad_rows(tmp_path, slm_data, trained):
     found = manifest(tmp_path / "out")
     assert found["rejected"]["bad"] == {"empty document": 1, "field is not a string": 1, "not UTF-8": 1}
     assert found["documents"] == {"read": 203, "kept": 200, "rejected": 3, "filtered": 0, "duplicates": 0}
-    code, _, error = slm_data("shards", tmp_path / "a.parquet", *options, "--text-key", "body", "--output", tmp_path / "o2")
+    code, _, error = slm_data(
+        "shards", tmp_path / "a.parquet", *options, "--text-key", "body", "--output", tmp_path / "o2"
+    )
     assert code == 2
     assert "no column 'body'; its columns are text" in error
 
@@ -245,7 +249,18 @@ def test_policies(tmp_path, slm_data, trained):
     lines[10:10] = [b'{"text": "caf\xe9"}', b'{"text": "a\\ud800b"}', b'{"text": NaN}', b'{"text": "x", "n": NaN}']
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(lines))
-    base = ("shards", path, "--tokenizer", trained, "--validation-fraction", 0, "--processes", 1, "--max-bad-fraction", 0.1)
+    base = (
+        "shards",
+        path,
+        "--tokenizer",
+        trained,
+        "--validation-fraction",
+        0,
+        "--processes",
+        1,
+        "--max-bad-fraction",
+        0.1,
+    )
     assert slm_data(*base, "--output", tmp_path / "skip")[0] == 0
     found = manifest(tmp_path / "skip")
     assert found["rejected"]["bad"] == {"field is not a string": 1, "lone surrogate": 1, "not UTF-8": 1}
@@ -305,7 +320,9 @@ def test_exact_duplicates_keep_the_first(tmp_path, slm_data, trained, processes)
 def test_duplicates_in_buckets_are_those_of_a_set(tmp_path):
     """The same documents are dropped however few hashes may be held at once."""
     rng = random.Random(0)
-    digests = [[hashlib.sha256(bytes([rng.randrange(80)])).digest()[:HASH_BYTES] for _ in range(n)] for n in (50, 0, 1, 70)]
+    digests = [
+        [hashlib.sha256(bytes([rng.randrange(80)])).digest()[:HASH_BYTES] for _ in range(n)] for n in (50, 0, 1, 70)
+    ]
     seen, wanted = set(), []
     for unit in digests:
         wanted.append([i for i, d in enumerate(unit) if d in seen or seen.add(d)])
@@ -323,7 +340,9 @@ def test_length_filters_are_counted(tmp_path, slm_data, trained):
     options = ("--tokenizer", trained, "--output", tmp_path / "out", "--validation-fraction", 0, "--processes", 1)
     code, out, _ = slm_data("shards", path, *options, "--min-tokens", 20, "--max-tokens", 60)
     assert code == 0
-    assert documents(tmp_path / "out" / "train", trained) == [t for t, n in zip(texts, lengths, strict=True) if 20 <= n <= 60]
+    assert documents(tmp_path / "out" / "train", trained) == [
+        t for t, n in zip(texts, lengths, strict=True) if 20 <= n <= 60
+    ]
     short, long = sum(n < 20 for n in lengths), sum(n > 60 for n in lengths)
     assert manifest(tmp_path / "out")["filtered"] == {"fewer than 20 tokens": short, "more than 60 tokens": long}
     assert "filtered out: " in out

@@ -29,7 +29,16 @@ def test_slm_never_imports_data_prep_and_deepspeed_has_two_homes(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["slm/recipe.py", "slm/plan.py", "slm/strategy.py", "slm/data/order.py", "slm/model/config.py"]
+    "name",
+    [
+        "slm/recipe.py",
+        "slm/plan.py",
+        "slm/strategy.py",
+        "slm/fields.py",
+        "slm/distill/settings.py",
+        "slm/data/order.py",
+        "slm/model/config.py",
+    ],
 )
 def test_pure_modules_import_no_torch(name):
     """They answer on a machine without torch."""

@@ -114,6 +114,22 @@ def test_any_place_of_a_run_can_be_asked_for(monkeypatch):
         assert 0 <= sequence < order.num_sequences[source]
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.sampled_from([1.0, 0.3, 0.01, 1e-4, 0.0])), min_size=1, max_size=4),
+    st.integers(0, 10**15) | st.integers(0, 3000),
+    st.integers(1, 1500),
+    keys,
+)
+@settings(max_examples=60, deadline=None)
+def test_many_places_at_once_are_the_places_one_by_one(sources, first, count, key):
+    """Vectorised 64-bit arithmetic against Python's integers."""
+    counts, weights = zip(*sources, strict=True)
+    assume(sum(weights) > 0)
+    order = PhaseOrder(list(counts), list(weights), key)
+    many = zip(*(column.tolist() for column in order.locate_many(first, count)), strict=True)
+    assert list(many) == [order.locate(k) for k in range(first, first + count)]
+
+
 def test_index_types_do_not_matter():
     order = PhaseOrder([100, 30], [0.5, 0.5], key=3)
     assert order.locate(np.int64(123_456)) == order.locate(123_456)

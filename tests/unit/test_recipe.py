@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from slm.errors import UserError
+from slm.fields import parse_count
 from slm.model.config import ModelConfig
 from slm.optim import learning_rate, parameter_groups
 from slm.plan import describe, flops_per_token, plan_phase
-from slm.recipe import Optim, Schedule, dump_recipe, gradient_accumulation, json_schema, load_recipe, parse_count
+from slm.recipe import Optim, Schedule, dump_recipe, gradient_accumulation, json_schema, load_recipe
 from slm.strategy import deepspeed_problems
 
 ROOT = Path(__file__).parents[2]

@@ -76,8 +76,8 @@ def test_small_vocabularies_take_two_bytes(tmp_path):
     assert idx[17] == 8
     assert np.frombuffer(idx, "<i8", 2, 34 + 8).tolist() == [0, 6]  # in bytes, not tokens
     assert dataset.shards[0].tokens.dtype == np.uint16
-    assert token_dtype(65500) == np.uint16
-    assert token_dtype(65501) == np.int32
+    assert token_dtype(65499) == np.uint16
+    assert token_dtype(65500) == np.int32
 
 
 @given(st.lists(st.lists(st.integers(0, 511), min_size=1, max_size=9), max_size=8))

@@ -1,0 +1,253 @@
+"""What a student learns from at each step: the cached rows of its batch, or a teacher that runs beside it.
+
+Owns opening a phase's caches with all their refusals, the guard on every batch, and the way from a batch to the loss's
+Distillation. The bytes are cache.py's, the loss slm/losses.py's.
+
+    caches = open_caches(recipe, phase, datasets)             # PhaseData puts their rows into its batches
+    targets = Targets(recipe, phase, device)
+    engine.forward(batch, targets.of(batch, fraction))
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slm.data.batches import Batch
+from slm.data.tokens import TokenDataset
+from slm.distill.cache import Cache, new_planes
+from slm.distill.codec import RawTargets, token_tags
+from slm.distill.models import TeacherModel, load_teacher
+from slm.distill.targets import top_k
+from slm.distill.wanted import cache_path, cached_teachers
+from slm.errors import CorruptArtefact, UserError
+from slm.losses import IGNORE, DenseTarget, Distillation, SparseTarget
+from slm.recipe import Phase, Recipe
+
+log = logging.getLogger("slm")
+
+# How far the teacher's mean loss on a batch may be from its mean over the shard, in nats. Text varies by 1 or 2 nats; rows
+# that belong to other tokens cost as much as guessing, 10 at a vocabulary of 128,256.
+_NLL_BAND = 4.0
+_SAMPLED_ROWS = 4096  # looked at when a cache is opened
+
+# A piece in a batch: (its first place in the flattened batch, source, shard, first token in the shard, tokens).
+PieceAddress = tuple[int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """One teacher's caches over the sources of a phase."""
+
+    name: str
+    caches: list[list[Cache]]  # by source, by shard
+    datasets: list[TokenDataset]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.caches[0][0].spec.fingerprint
+
+    def rows(self, pieces: list[PieceAddress], batch: Batch) -> tuple[RawTargets, torch.Tensor | None, float]:
+        """(The rows of a batch's tokens, bool [B*T] of those that are known or None for all, the teacher's own loss summed).
+
+        Raises CorruptArtefact if they are not the rows of these tokens.
+        """
+        spec = self.caches[0][0].spec
+        planes = new_planes(spec, batch.labels_BT.numel())
+        address = np.full(batch.labels_BT.numel(), -1, dtype=np.int64)
+        for at, source, shard, start, length in pieces:
+            cache = self.caches[source][shard]
+            if not (cache.missing.any() and cache.missing_at(np.array([start]))[0]):
+                cache.copy_into(planes, at, start, length)
+                address[at : at + length] = np.arange(start, start + length)
+        known = address >= 0
+        nll = self._guard(planes, address, batch, {(source, shard) for _, source, shard, _, _ in pieces})
+        placed = sum(length for *_, length in pieces)
+        present = torch.from_numpy(known) if int(known.sum()) < placed else None
+        return RawTargets.of(spec.kind, spec.temperatures, planes), present, nll
+
+    def _guard(
+        self, planes: dict[str, np.ndarray], address: np.ndarray, batch: Batch, shards: set[tuple[int, int]]
+    ) -> float:
+        """The rows are those of these very tokens, and the teacher's loss on them is what it was."""
+        labels = batch.labels_BT.flatten().numpy()
+        known = np.flatnonzero(address >= 0)
+        following = np.where(labels[known] == IGNORE, -1, labels[known])
+        tags = token_tags(batch.tokens_BT.flatten().numpy()[known], following, address[known])
+        where = ", ".join(str(self.caches[source][shard].path) for source, shard in sorted(shards))
+        if not np.array_equal(tags, planes["tag"][known]):
+            wrong = int((tags != planes["tag"][known]).sum())
+            raise CorruptArtefact(
+                f"{where}: {wrong} of {len(known)} rows of a batch belong to other tokens than it holds",
+                fix="slm teacher verify names what is damaged; remove it and run slm teacher again",
+            )
+        targets = known[labels[known] != IGNORE]
+        if not len(targets):
+            return 0.0
+        nll = -float(planes["label"][targets].astype(np.float64).sum())
+        mean = nll / len(targets)
+        totals = [self.caches[source][shard].totals() for source, shard in shards]
+        usual = sum(t.nll for t in totals) / max(1, sum(t.num_targets for t in totals))
+        if not np.isfinite(planes["label"][targets]).all() or np.isnan(planes["log_tail"][targets]).any():
+            raise CorruptArtefact(
+                f"{where}: holds a value that is not a number", fix="remove it and run slm teacher again"
+            )
+        if len(targets) >= 256 and abs(mean - usual) > _NLL_BAND:
+            raise CorruptArtefact(
+                f"{where}: on a batch the teacher's loss is {mean:.2f} nats, and {usual:.2f} on the whole: its rows are not "
+                "those of these tokens",
+                fix="slm teacher verify names what is damaged; remove it and run slm teacher again",
+            )
+        return nll
+
+
+def open_caches(recipe: Recipe, phase: Phase, datasets: dict[str, TokenDataset]) -> list[CachedTeacher]:
+    """The caches of a phase's teachers, in the order of Loss.mixing, checked. Raises UserError, CorruptArtefact."""
+    teachers = []
+    for name in cached_teachers(recipe, phase):
+        by_source = []
+        for source, dataset in datasets.items():
+            paths = [cache_path(recipe, name, source, shard.name, phase.seq_len) for shard in dataset.shards]
+            # A source that is never drawn needs no cache.
+            drawn = phase.mixture.get(source, 1.0) > 0
+            by_source.append([_open(recipe, phase, name, path, dataset, i) for i, path in enumerate(paths) if drawn])
+        caches = [cache for of_source in by_source for cache in of_source]
+        _report_missing(name, phase, caches)
+        teachers.append(CachedTeacher(name, by_source, list(datasets.values())))
+    return teachers
+
+
+def _open(recipe: Recipe, phase: Phase, teacher: str, path: Path, dataset: TokenDataset, shard: int) -> Cache:
+    settings = recipe.teacher[teacher].cache
+    assert settings is not None
+    cache = Cache(path, doc_offsets=dataset.shards[shard].doc_offsets, allow_partial=phase.loss.allow_partial)
+    spec, entry = cache.spec, dataset.manifest["shards"][shard]
+    again = "make the cache of these shards with slm teacher, or name the right ones"
+    for what, found, wanted, why in (
+        ("kind", spec.kind, settings.kind, "its rows mean something else"),
+        ("piece length", spec.piece_length, phase.seq_len, "the teacher saw other contexts than the student will"),
+        ("tokenizer", spec.tokenizer, dataset.tokenizer_fingerprint, "the same ids mean other text"),
+        ("vocabulary", spec.vocab_size, dataset.vocab_size, "the same ids mean other text"),
+        ("token shard", spec.shard["sha256"], entry["sha256_bin"], "its rows belong to other tokens"),
+        ("documents", spec.shard["index_sha256"], entry["sha256_idx"], "the teacher saw other contexts"),
+        ("number of tokens", spec.num_tokens, dataset.shards[shard].num_tokens, "its rows belong to other tokens"),
+    ):
+        if found != wanted:
+            raise UserError(f"{path}: its {what} is {found}, and the recipe's is {wanted}: {why}", fix=again)
+    wanted_k = phase.loss.k or settings.k
+    if wanted_k > spec.k or (spec.kind == "sampled" and wanted_k != spec.k):
+        raise UserError(
+            f"{path}: holds {spec.k} entries a token, and {wanted_k} are asked for", fix="lower loss.k, or cache anew"
+        )
+    if missing := sorted({t for t in settings.temperatures if t not in spec.temperatures}):
+        raise UserError(
+            f"{path}: was made for temperatures {spec.temperatures}, not for {missing}, which cannot be worked out from it",
+            fix="cache anew with the temperatures of the recipe",
+        )
+    _check_rows(cache, dataset, shard)
+    return cache
+
+
+def _check_rows(cache: Cache, dataset: TokenDataset, shard: int) -> None:
+    """A sample of rows carry the tags of these tokens: not shifted, not of another shard, not blank."""
+    tokens = dataset.shards[shard].tokens
+    ends = np.zeros(len(tokens), dtype=bool)
+    ends[dataset.shards[shard].doc_offsets[1:] - 1] = True
+    every = max(1, len(tokens) // _SAMPLED_ROWS)
+    places = np.arange(0, len(tokens) - 1, every)
+    places = places[~cache.missing_at(places) & ~ends[places]]  # a token alone at a document's end has no row
+    tags = token_tags(tokens[places], tokens[places + 1].astype(np.int64), places)
+    wrong = tags != cache.plane("tag")[places]
+    if wrong.any():
+        raise CorruptArtefact(
+            f"{cache.path}: {int(wrong.sum())} of {len(places)} rows looked at belong to other tokens (shifted, or of another "
+            "shard)",
+            fix="remove it and run slm teacher again",
+        )
+    if np.isnan(cache.plane("log_tail")[places]).any() or not np.isfinite(cache.plane("label")[places]).all():
+        raise CorruptArtefact(
+            f"{cache.path}: holds a value that is not a number", fix="remove it and run slm teacher again"
+        )
+
+
+def _report_missing(teacher: str, phase: Phase, caches: list[Cache]) -> None:
+    num_tokens = sum(cache.spec.num_tokens for cache in caches)
+    missing = sum(cache.num_missing_tokens for cache in caches)
+    if missing:
+        log.warning(
+            "phases.%s: the cache of teacher %s lacks %.2f%% of the tokens, which are learned from their labels alone",
+            phase.name, teacher, 100 * missing / num_tokens,
+        )  # fmt: skip
+
+
+class Targets:
+    """Of one phase, on one device: batch -> Distillation."""
+
+    def __init__(self, recipe: Recipe, phase: Phase, device: torch.device, tokenizer: str, vocab_size: int) -> None:
+        loss = self.loss = phase.loss
+        self.weights = loss.mixing(recipe.teacher)
+        self.form = loss.form(recipe.teacher)
+        self.vocab_size = vocab_size
+        self.online: list[TeacherModel] = []
+        for name in self.weights:
+            settings = recipe.teacher[name]
+            if settings.cache is None:
+                model = load_teacher(settings.model, device, vocab_size=vocab_size, tokenizer=tokenizer)
+                _check_online(model, name, phase, self.form)
+                self.online.append(model)
+
+    def named(self, parts: list[float]) -> dict[str, float]:
+        """Of a step: means over its targets, as they stand in the log."""
+        ce, kl, *nll = parts
+        cached = list(self.weights)[: len(nll)]
+        return {"loss/ce": ce, "loss/kl": kl} | {f"teacher/{n}/loss": v for n, v in zip(cached, nll, strict=True)}
+
+    def of(self, batch: Batch, fraction: float) -> Distillation:
+        """What the loss of this batch is computed from, at a fraction of the phase."""
+        temperature = self.loss.temperature_at(fraction)
+        weights = list(self.weights.values())
+        targets: list[SparseTarget | DenseTarget] = []
+        if self.form == "full":
+            targets = [m.dense(batch, self.vocab_size, w) for m, w in zip(self.online, weights, strict=True)]
+        elif self.online:
+            targets = [self._sparse(m, batch, temperature, w) for m, w in zip(self.online, weights, strict=True)]
+        else:
+            decoded = (rows.decode(temperature, self.loss.k) for rows in batch.teachers)
+            targets = [SparseTarget(*of_rows, w) for of_rows, w in zip(decoded, weights, strict=True)]
+        form = "bucket" if self.form == "full" else self.form
+        return Distillation(
+            tuple(targets), self.loss.alpha_at(fraction), temperature, form, self.loss.divergence, batch.present_N
+        )
+
+    def _sparse(self, model: TeacherModel, batch: Batch, temperature: float, weight: float) -> SparseTarget:
+        """The likeliest k of a teacher that runs beside, as a cache would hold them."""
+        found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        labels_N = batch.labels_BT.flatten()
+
+        def visit(first: int, logits_CV: torch.Tensor) -> None:
+            labels_C = labels_N[first : first + len(logits_CV)]
+            entries = top_k(logits_CV[:, : self.vocab_size] / temperature, labels_C, self.loss.k or 64, (1.0,))
+            found.append((entries.index_CPK[:, 0], entries.log_p_CPK[:, 0], entries.log_tail_CT[:, 0]))
+
+        model.visit(batch, visit)
+        index_NK, log_p_NK, log_tail_N = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return SparseTarget(index_NK, log_p_NK, log_tail_N, weight)
+
+
+def _check_online(model: TeacherModel, name: str, phase: Phase, form: str) -> None:
+    if phase.seq_len > model.context:
+        raise UserError(
+            f"phases.{phase.name}.seq_len is {phase.seq_len}, beyond teacher {name}'s context of {model.context}: its "
+            "distribution there would mean nothing",
+            fix="use a teacher of a longer context, or distil in a phase of shorter seq_len",
+        )
+    if form == "full" and model.llama is None:
+        raise UserError(
+            f"phases.{phase.name}.loss.targets is full, and teacher {name} is a {model.identity['model_type']!r} model, whose "
+            "last hidden states are not at hand",
+            fix="use targets: bucket, or a cache",
+        )

@@ -1,0 +1,572 @@
+"""`slm teacher` and distillation as a user meets them: caches from any kind of teacher and any number of processes, every
+refusal, and training that learns from them."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from slm import SLMForCausalLM
+from slm.data.packing import pieces_of
+from slm.data.tokens import TokenDataset
+from slm.distill import examine
+from slm.distill.build import build, open_cache
+from slm.distill.codec import RawTargets
+from slm.distill.models import load_teacher
+from slm.distill.student import Targets
+from slm.distill.wanted import wanted_caches
+from slm.errors import CorruptArtefact, UserError
+from slm.inputs import open_phase_data
+from slm.losses import IGNORE
+from slm.model.config import ModelConfig
+from slm.recipe import load_recipe
+from slm.train import train
+from tests.shards import make_dataset
+
+ROOT = Path(__file__).parents[2]
+TOP = {"kind": "top_k", "k": 16, "block_tokens": 900}
+DRAWN = {"kind": "sampled", "k": 8, "block_tokens": 900}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Token shards, and a teacher that knows something: random weights large enough for uneven distributions."""
+    folder = tmp_path_factory.mktemp("distill")
+    make_dataset(folder / "a", lengths=[90, 40, 130, 64, 65, 7, 2, 200, 33, 71, 150, 28] * 3)
+    make_dataset(folder / "val", lengths=[90, 40, 130, 64, 65], seed=5)
+    config = ModelConfig.preset("cpu-tiny", initializer_range=0.15, tie_word_embeddings=False)
+    SLMForCausalLM(config, seed=7).save_pretrained(folder / "teacher")
+    return folder
+
+
+@pytest.fixture
+def recipe(world, tmp_path, monkeypatch, one_rank):
+    """A function: the teachers, and changes of the tree -> the recipe's path. Caches go to tmp_path/cache."""
+    monkeypatch.chdir(ROOT)
+
+    def write(teacher=None, loss=None, name="r", **changes):
+        cache = {**TOP, "folder": str(tmp_path / "cache")}
+        tree = {
+            "name": name,
+            "output": str(tmp_path / name),
+            "model": "cpu-tiny",
+            "data": {"sources": {"a": str(world / "a")}, "validation": {"val": str(world / "val")}},
+            "teacher": teacher or {"model": str(world / "teacher"), "cache": cache, "batch_tokens": 512},
+            "optim": {"lr": 3e-3},
+            "phases": [
+                {
+                    "name": "main", "tokens": 12 * 256, "seq_len": 64, "batch_tokens": 256, "micro_batch": 4,
+                    "loss": {"type": "distill", "alpha": 0.1, **(loss or {})},
+                }
+            ],
+            "checkpoint": {"every_steps": 5},
+            **changes,
+        }  # fmt: skip
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+def cached(world, tmp_path, **cache):
+    return {"model": str(world / "teacher"), "cache": {"folder": str(tmp_path / "cache"), **cache}, "batch_tokens": 512}
+
+
+def files(path):
+    return {w.path.name: w.path.read_bytes() for w in wanted_caches(load_recipe(path))}
+
+
+def environment(**more):
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {**{k: v for k, v in os.environ.items() if k not in ranks}, "OMP_NUM_THREADS": "1", **more}
+
+
+def slm(*words):
+    command = [sys.executable, "-m", "slm", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+# --- the cache -----------------------------------------------------------------------------------------------
+
+
+def test_a_cache_holds_what_the_teacher_says_of_each_piece(recipe, world):
+    """Every row, decoded, against the teacher run on that piece alone, through an independent implementation
+    (transformers), at T = 1 and 2; and the commands verify, stats and diff."""
+    transformers = pytest.importorskip("transformers")
+    path = recipe({"model": str(world / "teacher"), "cache": {**TOP, "temperatures": [1.0, 2.0]}, "batch_tokens": 512})
+    tree = yaml.safe_load(path.read_text())
+    tree["teacher"]["cache"]["folder"] = str(path.parent / "cache")
+    path.write_text(yaml.safe_dump(tree))
+    assert build(load_recipe(path)) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(world / "teacher", dtype=torch.float32).eval()
+    for w in wanted_caches(load_recipe(path)):
+        cache, shard = open_cache(w), w.dataset.shards[w.shard]
+        starts, lengths, _ = pieces_of(shard.doc_offsets, 64)
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            ids = torch.from_numpy(shard.tokens[start : start + length].astype(np.int64))
+            with torch.no_grad():
+                log_p = theirs(ids[None]).logits[0].log_softmax(1)
+            rows = RawTargets.of("top_k", (1.0, 2.0), cache.rows(slice(start, start + length)))
+            for T in (1.0, 2.0):
+                index, head, tail = rows.decode(T)
+                exact = (log_p / T).log_softmax(1)
+                assert torch.equal(index.sort(1).values, exact.topk(16).indices.sort(1).values)
+                torch.testing.assert_close(head, exact.gather(1, index), rtol=0, atol=0.12)
+                exact_tail = exact.scatter(1, index, -torch.inf).logsumexp(1)
+                torch.testing.assert_close(tail, exact_tail, rtol=1e-4, atol=1e-4)
+    assert examine.verify(load_recipe(path)) == []
+    done = slm("teacher", "verify", path)
+    assert (done.returncode, done.stdout) == (0, "every cache is whole and of its tokens\n"), done.stderr
+    picture = path.parent / "head.png"
+    done = slm("teacher", "stats", path, "--plot", picture)
+    assert done.returncode == 0, done.stderr
+    assert "mass of the likeliest k" in done.stdout
+    assert "less than half" in done.stdout  # random weights: 16 of 512 tokens hold little
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    done = slm("teacher", "diff", path, "--tokens", 600, "--json")
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(done.stdout):
+        assert abs(row["codec T=1"]) < 1e-3
+        assert row["truncation T=1"] > 0.01
+        assert abs(row["control"]) < 1e-5
+        assert row["label"] < 0.01
+
+
+def test_the_bytes_do_not_depend_on_who_made_them(recipe, world, tmp_path):
+    """A killed process that goes on, two at once, and one alone leave the same files, top_k and sampled."""
+    rng = random.Random(3)
+    for kind in (TOP, DRAWN):
+        path = recipe(cached(world, tmp_path, **kind))
+        assert build(load_recipe(path)) == 0
+        alone = files(path)
+        shutil.rmtree(tmp_path / "cache")
+        command = [sys.executable, "-m", "slm", "teacher", str(path)]
+        for _ in range(3):
+            process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+            time.sleep(5 + 2.5 * rng.random())
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        two = [
+            subprocess.Popen(command, cwd=ROOT, env=environment(SLURM_ARRAY_TASK_ID=str(i), SLURM_ARRAY_TASK_COUNT="2"))
+            for i in (0, 1)
+        ]
+        assert [p.wait(180) for p in two] == [0, 0]
+        assert files(path) == alone
+        shutil.rmtree(tmp_path / "cache")
+
+
+def test_sigterm_keeps_the_complete_blocks(recipe, monkeypatch):
+    """Exit code 75 between two blocks; the same command ends the work."""
+    from slm.distill.build import BlockMaker
+
+    path = recipe()
+    make = BlockMaker.make
+
+    def stopping(self, block):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make(self, block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockMaker, "make", stopping)
+        assert build(load_recipe(path)) == 75
+    first = next(wanted_caches(load_recipe(path)))
+    assert open_cache(first, allow_partial=True).missing.sum() == len(open_cache(first, allow_partial=True).missing) - 1
+    assert build(load_recipe(path)) == 0
+    assert examine.verify(load_recipe(path)) == []
+
+
+def test_rows_of_equal_pieces_are_not_computed_again(recipe, world, tmp_path, monkeypatch):
+    """At another piece length only the pieces that differ go through the teacher; the others' rows are the same bytes."""
+    from slm.distill.build import BlockMaker
+
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    longer = recipe(cached(world, tmp_path, **TOP))
+    tree = yaml.safe_load(longer.read_text())
+    tree["phases"][0] |= {"seq_len": 128, "micro_batch": 2}
+    longer.write_text(yaml.safe_dump(tree))
+    asked = []
+    batches = BlockMaker._batches
+    monkeypatch.setattr(BlockMaker, "_batches", lambda self, pieces: asked.extend(pieces) or batches(self, pieces))
+    assert build(load_recipe(longer)) == 0
+    assert examine.verify(load_recipe(longer)) == []
+    dataset = TokenDataset(world / "a")
+    num_different = sum(int((np.diff(s.doc_offsets) > 64).sum()) for s in dataset.shards)
+    at_128 = [pieces_of(s.doc_offsets, 128)[1] for s in dataset.shards]
+    assert num_different <= len(asked) < sum(map(len, at_128))
+    for old, new in zip(wanted_caches(load_recipe(path)), wanted_caches(load_recipe(longer)), strict=True):
+        offsets = old.dataset.shards[old.shard].doc_offsets
+        for a, b in zip(offsets, offsets[1:], strict=False):
+            if b - a <= 64:
+                assert np.array_equal(open_cache(old).plane("val")[a:b], open_cache(new).plane("val")[a:b])
+
+
+def test_other_families_run_through_transformers(recipe, world, tmp_path):
+    """A GPT-2 of random weights, against its own logits; beyond its context it is refused."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2, initializer_range=0.3
+    )
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path / "gpt2")
+    teacher = {**cached(world, tmp_path, **TOP), "model": str(tmp_path / "gpt2")}
+    path = recipe(teacher)
+    assert build(load_recipe(path)) == 0
+    w = next(wanted_caches(load_recipe(path)))
+    cache, shard = open_cache(w), w.dataset.shards[w.shard]
+    start, end = (int(x) for x in shard.doc_offsets[:2])
+    ids = torch.from_numpy(shard.tokens[start : min(end, start + 64)].astype(np.int64))
+    with torch.no_grad():
+        log_p = theirs(ids[None]).logits[0].log_softmax(1)
+    index, head, _ = RawTargets.of("top_k", (1.0,), cache.rows(slice(start, start + len(ids)))).decode(1.0)
+    torch.testing.assert_close(head, log_p.gather(1, index), rtol=0, atol=0.12)
+    tree = yaml.safe_load(path.read_text())
+    tree["phases"][0] |= {"seq_len": 128, "micro_batch": 2}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match="pieces of 128 tokens at seq_len 128, beyond the teacher's context of 64"):
+        build(load_recipe(path))
+
+
+# --- training from it ----------------------------------------------------------------------------------------
+
+
+def rows_of(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", [TOP, DRAWN])
+def test_a_student_learns_from_a_cache_and_goes_on_where_it_was(recipe, world, tmp_path, kind):
+    """The loss falls, its parts and the teacher's own are in the log; stopped at step 5 and resumed, every loss is the same
+    to the last bit."""
+    path = recipe(cached(world, tmp_path, **kind))
+    assert build(load_recipe(path)) == 0
+    assert train(load_recipe(path)) == 0
+    whole = [r for r in rows_of(tmp_path / "r") if "loss" in r]
+    assert {"loss/ce", "loss/kl", "teacher/teacher/loss"} <= whole[0].keys()
+    assert whole[-1]["loss"] < whole[0]["loss"] - 0.03
+    assert abs(whole[0]["loss"] - 0.1 * whole[0]["loss/ce"] - 0.9 * whole[0]["loss/kl"]) < 1e-4
+    half = recipe(cached(world, tmp_path, **kind), name="half")
+    run_dir = tmp_path / "half"
+
+    import slm.train
+
+    steps, step_itself = [], slm.train.train_step
+
+    def counted(*args, **kwargs):
+        steps.append(1)
+        return step_itself(*args, **{**kwargs, "stop_requested": len(steps) == 5})
+
+    slm.train.train_step = counted
+    try:
+        assert train(load_recipe(half)) == 75
+        assert train(load_recipe(half)) == 0
+    finally:
+        slm.train.train_step = step_itself
+    assert [r["loss"] for r in rows_of(run_dir) if "loss" in r] == [r["loss"] for r in whole]
+
+
+def test_cached_and_live_teachers_give_the_same_gradient(recipe, world, tmp_path):
+    """Of one batch: 8-bit values cost at most 1 % of the gradient's norm; the control, a live teacher in another batch
+    shape, nothing."""
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    loaded = load_recipe(path)
+    phase = loaded.phases[0]
+    data = open_phase_data(loaded, phase)
+    (batch,) = data.step_batches(0, global_batch=4, micro_batch=4, data_rank=0, data_world=1)
+    live = load_recipe(recipe({"model": str(world / "teacher")}, loss={"targets": "bucket", "k": 16}, name="live"))
+
+    def gradient(recipe_, batches):
+        model = SLMForCausalLM(loaded.model, seed=1)
+        targets = Targets(recipe_, recipe_.phases[0], torch.device("cpu"), "test", 512)
+        for b in batches:
+            loss, _ = model(b.tokens_BT, b.positions_BT, b.piece_bounds, b.labels_BT, distillation=targets.of(b, 0.0))
+            loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    fine = PhaseDataCopies(data, 1)
+    from_cache, online = gradient(loaded, [batch]), gradient(live, [batch])
+    control = gradient(live, fine)
+    assert (control - online).norm() / online.norm() < 1e-5
+    assert 1e-7 < (from_cache - online).norm() / online.norm() < 1e-2
+
+
+class PhaseDataCopies(list):
+    """The batches of a step in smaller micro-batches, with memory of their own."""
+
+    def __init__(self, data, micro_batch):
+        from dataclasses import replace
+
+        found = data._make(0, 4, micro_batch, 0, 1)
+        names = ("tokens_BT", "labels_BT", "positions_BT", "piece_bounds")
+        super().__init__(replace(b, **{n: getattr(b, n).clone() for n in names}) for b in found)
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (1, 4), (2, 2), (4, 1)])
+def test_the_targets_of_a_token_are_the_same_in_every_layout(recipe, world, tmp_path, world_size, micro_batch):
+    """Over ranks, micro-batches and epochs: the rows of each place of the order, byte for byte."""
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    loaded = load_recipe(path)
+
+    def stream(size, micro, step):
+        found = []
+        for rank in range(size):
+            data = open_phase_data(loaded, loaded.phases[0])
+            for b in data.step_batches(step, global_batch=4, micro_batch=micro, data_rank=rank, data_world=size):
+                raw = b.teachers[0]
+                found.append(
+                    [x.numpy().copy() for x in (raw.idx_lo_NPK, raw.val_NPK, raw.log_tail_NT, b.labels_BT.flatten())]
+                )
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+    epoch = open_phase_data(loaded, loaded.phases[0]).num_sequences // 4
+    for step in (0, epoch + 1):
+        for a, b in zip(stream(world_size, micro_batch, step), stream(1, 2, step), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_online_teachers_and_mixtures_train(recipe, world, tmp_path):
+    """Full and bucket online, two caches with weights, a schedule of alpha and temperature: each runs to its end."""
+    two = {
+        "big": cached(world, tmp_path / "1", **TOP, temperatures=[1.0, 2.0]),
+        "small": cached(world, tmp_path / "2", kind="top_k", k=4, temperatures=[1.0, 2.0]),
+    }
+    path = recipe(
+        two, loss={"teachers": {"big": 3, "small": 1}, "alpha": {0: 0.5, 1: 0.0}, "temperature": {0: 2.0, 0.5: 1.0}}
+    )
+    assert build(load_recipe(path)) == 0
+    assert train(load_recipe(path)) == 0
+    assert {"teacher/big/loss", "teacher/small/loss"} <= rows_of(tmp_path / "r")[0].keys()
+    for i, loss in enumerate(({}, {"targets": "bucket", "k": 8, "divergence": "jsd"}, {"temperature": 2.0})):
+        path = recipe({"model": str(world / "teacher")}, loss=loss, name=f"online{i}")
+        assert train(load_recipe(path)) == 0
+        assert rows_of(tmp_path / f"online{i}")[-1]
+
+
+# --- refusals ------------------------------------------------------------------------------------------------
+
+
+def refusal(path):
+    loaded = load_recipe(path)
+    with pytest.raises((UserError, CorruptArtefact)) as caught:
+        open_phase_data(loaded, loaded.phases[0])
+    return str(caught.value)
+
+
+def test_what_is_not_there_or_not_whole_is_refused_before_the_first_step(recipe, world, tmp_path, caplog):
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert "does not exist" in refusal(path)
+    assert train(load_recipe(path)) == 2
+    assert "slm teacher RECIPE" in caplog.text
+    assert build(load_recipe(path)) == 0
+    file = next(wanted_caches(load_recipe(path))).path
+    whole = file.read_bytes()
+    for damage, told in (
+        (whole[: len(whole) - 100], "bytes, and should have"),
+        (whole[:100], "header is damaged"),
+        (b"x" + whole[1:], "does not begin as"),
+        (shifted(whole, file, load_recipe(path)), "belong to other tokens (shifted"),
+        (with_nan(whole, load_recipe(path)), "not a number"),
+    ):
+        file.write_bytes(damage)
+        assert told in refusal(path)
+        if len(damage) == len(whole) and damage[0] == whole[0]:
+            assert examine.verify(load_recipe(path))
+            assert slm("teacher", "verify", path).returncode == 4
+    file.write_bytes(whole)
+    assert examine.verify(load_recipe(path)) == []
+
+
+def shifted(data, file, loaded):
+    """Every plane's rows moved on by one token."""
+    cache = open_cache(next(wanted_caches(loaded)))
+    out = bytearray(data)
+    for name, (dtype, shape) in cache.spec.planes().items():
+        at, size = cache._layout.offsets[name], dtype.itemsize * int(np.prod(shape))
+        out[at + size : at + cache.spec.num_tokens * size] = data[at : at + (cache.spec.num_tokens - 1) * size]
+    return bytes(out)
+
+
+def with_nan(data, loaded):
+    cache = open_cache(next(wanted_caches(loaded)))
+    at = cache._layout.offsets["log_tail"]
+    return data[:at] + np.full(cache.spec.num_tokens, np.nan, "<f4").tobytes() + data[at + 4 * cache.spec.num_tokens :]
+
+
+def test_a_cache_of_something_else_is_refused(recipe, world, tmp_path):
+    """Another shard, tokenizer, vocabulary, piece length, kind, size or temperature than it was made for."""
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    other = tmp_path / "other"
+
+    def with_data(**how):
+        shutil.rmtree(other, ignore_errors=True)
+        make_dataset(other, lengths=[90, 40, 130, 64, 65, 7, 2, 200, 33, 71, 150, 28] * 3, **how)
+        tree = yaml.safe_load(path.read_text())
+        tree["data"]["sources"]["a"] = str(other)
+        changed = tmp_path / "changed.yaml"
+        changed.write_text(yaml.safe_dump(tree))
+        return refusal(changed)
+
+    assert "its token shard is" in with_data(seed=4)
+    assert "its tokenizer is" in with_data(fingerprint="another")
+    assert "its vocabulary is 512, and the recipe's is 500" in with_data(vocab_size=500)
+    assert "asks for 2, and" in told(
+        lambda: load_recipe(recipe(cached(world, tmp_path, **TOP), loss={"temperature": 2.0}))
+    )
+    assert "cannot be worked out from it" in refusal(
+        recipe(cached(world, tmp_path, **TOP, temperatures=[1.0, 2.0]), loss={"temperature": 2.0})
+    )
+    assert "its kind is top_k" in refusal(recipe(cached(world, tmp_path, **DRAWN)))
+    assert "holds 16 entries a token, and 32" in refusal(recipe(cached(world, tmp_path, **{**TOP, "k": 32})))
+    with pytest.raises(UserError, match="a cache is not changed once it is made"):
+        build(load_recipe(recipe(cached(world, tmp_path, **{**TOP, "k": 32}))))
+    sixty_four = tmp_path / "cache" / "a" / "64"
+    shutil.copytree(sixty_four, tmp_path / "cache" / "a" / "128")
+    tree = yaml.safe_load(path.read_text())
+    tree["phases"][0] |= {"seq_len": 128, "micro_batch": 2}
+    longer = tmp_path / "longer.yaml"
+    longer.write_text(yaml.safe_dump(tree))
+    assert "its piece length is 64, and the recipe's is 128" in refusal(longer)
+
+
+def told(function):
+    with pytest.raises(UserError) as caught:
+        function()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"targets": "both_renormalised"}, "worse than without a teacher"),
+        ({"targets": "sampled"}, "which a top_k cache does not hold"),
+        ({"targets": "full"}, "which a top_k cache does not hold"),
+        ({"divergence": "reverse", "targets": "raw"}, "not linear in the teacher"),
+        ({"alpha": 1.5}, "give 0 to 1"),
+        ({"alpha": {0: 0.1, 7: 0.2}}, "fractions of the phase"),
+        ({"temperature": 0}, "give more than 0"),
+        ({"k": 64}, "use at most that"),
+        ({"teachers": {"nobody": 1}}, "not among teacher"),
+        ({"teachers": {"teacher": 0}}, "their sum must be > 0"),
+        ({"type": "ce", "k": 5}, "would have no effect"),
+    ],
+)
+def test_losses_that_contradict_themselves_are_refused(recipe, loss, message):
+    assert message in told(lambda: load_recipe(recipe(loss=loss)))
+
+
+def test_distilling_without_a_teacher_is_refused(recipe):
+    path = recipe()
+    tree = yaml.safe_load(path.read_text())
+    del tree["teacher"]
+    path.write_text(yaml.safe_dump(tree))
+    assert "the recipe has no teacher" in told(lambda: load_recipe(path))
+    tree["phases"][0]["loss"] = {"type": "ce"}
+    path.write_text(yaml.safe_dump(tree))
+    assert "nothing for slm teacher to do" in told(lambda: build(load_recipe(path)))
+    done = slm("teacher", path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_teacher_that_does_not_fit_is_refused(recipe, world, tmp_path):
+    for model, message in (
+        (tmp_path / "none", "does not exist"),
+        (small_vocabulary(tmp_path), "a vocabulary of 300, the token shards' tokenizer one of 512"),
+    ):
+        teacher = {**cached(world, tmp_path, **TOP), "model": str(model)}
+        assert message in told(lambda teacher=teacher: build(load_recipe(recipe(teacher))))
+    short = SLMForCausalLM(ModelConfig.preset("cpu-tiny", max_position_embeddings=32))
+    short.save_pretrained(tmp_path / "short")
+    loaded = load_recipe(recipe({"model": str(tmp_path / "short")}, name="short"))
+    with pytest.raises(UserError, match="beyond teacher teacher's context of 32"):
+        Targets(loaded, loaded.phases[0], torch.device("cpu"), "test", 512)
+
+
+def small_vocabulary(tmp_path):
+    SLMForCausalLM(ModelConfig.preset("cpu-tiny", vocab_size=300)).save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_missing_blocks_are_learned_from_labels_if_allowed(recipe, world, tmp_path, caplog):
+    """Half of the blocks: refused; with allow_partial the loss of the others is CE, the share is said, and it trains."""
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    for w in wanted_caches(load_recipe(path)):
+        cache = open_cache(w)
+        data = bytearray(w.path.read_bytes())
+        for block in range(0, len(cache.bounds) - 1, 2):
+            at = cache._layout.table + block * 40
+            data[at : at + 4] = b"\0\0\0\0"
+        w.path.unlink()
+        w.path.with_name(w.path.name + ".partial").write_bytes(data)
+    assert "is not complete" in refusal(path)
+    partial = recipe(cached(world, tmp_path, **TOP), loss={"allow_partial": True})
+    assert train(load_recipe(partial)) == 0
+    assert "lacks" in caplog.text
+    assert "learned from their labels alone" in caplog.text
+    loaded = load_recipe(partial)
+    data = open_phase_data(loaded, loaded.phases[0])
+    (batch,) = data.step_batches(0, global_batch=4, micro_batch=4, data_rank=0, data_world=1)
+    assert 0 < int(batch.present_N.sum()) < int((batch.labels_BT != IGNORE).sum())
+
+
+def test_rows_of_other_tokens_stop_the_run_at_run_time(recipe, world, tmp_path):
+    """A row that changed under a run: its tag no longer fits, and the batch is refused."""
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    loaded = load_recipe(path)
+    data = open_phase_data(loaded, loaded.phases[0])
+    w = next(wanted_caches(loaded))
+    cache = open_cache(w)
+    with open(w.path, "r+b") as file:
+        file.seek(cache._layout.offsets["tag"])
+        file.write(bytes(2 * cache.spec.num_tokens))
+
+    def some_steps():
+        for step in range(4):
+            data.step_batches(step, global_batch=4, micro_batch=4, data_rank=0, data_world=1)
+
+    with pytest.raises(CorruptArtefact, match="rows of a batch belong to other tokens"):
+        some_steps()
+
+
+def test_a_teacher_of_our_own_runs_is_one(recipe, world, tmp_path):
+    """A run of `slm train`, by its best checkpoint; its tokenizer's fingerprint is compared with the shards'."""
+    tree = yaml.safe_load(recipe(name="own").read_text())
+    tree["phases"][0]["loss"] = {"type": "ce"}
+    del tree["teacher"]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
+    assert train(load_recipe(tmp_path / "own.yaml")) == 0
+    model = load_teacher(str(tmp_path / "own"), torch.device("cpu"), vocab_size=512, tokenizer="test")
+    assert model.identity["tokenizer"] == "test"
+    with pytest.raises(UserError, match="has another tokenizer"):
+        load_teacher(str(tmp_path / "own"), torch.device("cpu"), vocab_size=512, tokenizer="other")
+
+
+def test_engine_steps_with_accumulation_are_those_of_one_batch(recipe, world, tmp_path):
+    """Micro-batches of 1, 2 and 4: the same loss and gradient norm, also under ZeRO-3 and recomputation."""
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    found = []
+    for more in ([], ["phases.main.micro_batch=1"], ["phases.main.micro_batch=2", "phases.main.deepspeed=ds_configs/zero3.json"],
+                 ["phases.main.activation_checkpointing=full"]):  # fmt: skip
+        name = f"n{len(found)}"
+        assert train(load_recipe(recipe(cached(world, tmp_path, **TOP), name=name), more)) == 0
+        found.append([(r["loss"], r["grad_norm"]) for r in rows_of(tmp_path / name) if "loss" in r])
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=2e-5)
