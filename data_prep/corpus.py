@@ -26,8 +26,6 @@ from urllib.parse import parse_qsl, urlencode
 
 from slm.errors import UserError
 
-log = logging.getLogger("slm")
-
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
 # Files that are no text whatever their first bytes look like; others are found out by a NUL byte.
 _BINARY_SUFFIXES = set(

@@ -110,7 +110,9 @@ def _payloads(given: Path, fmt: Format) -> list[Path]:
     if given.is_dir():
         found = sorted(path for path in given.glob(f"*{suffix}") if path.is_file())
     else:
-        candidates = (given, given.with_name(given.name + suffix))  # a prefix may have a dot of its own
+        # The other file of a pair may be named; a dot inside a prefix (corpus.v2) begins no suffix.
+        known = given.suffix in (".bin", ".idx", ".ds", ".npy", ".index", ".metadata", ".gz")
+        candidates = (given, given.with_name(given.name + suffix), given.with_suffix(suffix) if known else given)
         found = [path for path in candidates if path.is_file() and path.suffix == suffix][:1]
     if not found:
         raise UserError(
@@ -158,7 +160,8 @@ def _documents(path: Path, fmt: Format, info: dict[str, Any], width: Width | Non
 
 
 def _width_by_ids(path: Path, vocab_size: int) -> np.dtype[Any]:
-    """The only width that can hold the tokenizer's ids and gives only such. Raises UserError if there are two, or none."""
+    """The width that can hold the tokenizer's ids and gives only such. Of two it is the larger: as uint16, every second id
+    would be 0, which no text of 16-bit ids is. Raises UserError if there is none."""
     raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
 
     def fits(kind: np.dtype[Any]) -> bool:
@@ -168,14 +171,12 @@ def _width_by_ids(path: Path, vocab_size: int) -> np.dtype[Any]:
         return all(ids[at : at + (1 << 24)].max() < vocab_size for at in range(0, len(ids), 1 << 24))
 
     possible = [kind for kind in _WIDTHS.values() if fits(kind)]
-    if len(raw) and len(possible) != 1:
-        what = "uint16 and uint32 alike" if possible else "neither uint16 nor uint32"
+    if not possible:
         raise UserError(
-            f"{path} has no table of documents beside it that tells the width of an id, and its ids are the tokenizer's "
-            f"({vocab_size}) as {what}",
-            fix="say it by --dtype" if possible else "give the tokenizer that the tokens were made with",
+            f"{path} has ids that are not the tokenizer's, which has {vocab_size}, as uint16 and as uint32",
+            fix="give the tokenizer that the tokens were made with",
         )
-    return possible[0]
+    return possible[-1]
 
 
 def _olmo_offsets(table: Path) -> np.ndarray:
@@ -221,11 +222,6 @@ def _copy(source: Path, target: Path, dtype: np.dtype[Any], advance: Any) -> tup
             writing.flush()
             os.fsync(writing.fileno())
         temporary.replace(target)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{target} cannot be written: {error.strerror or error}",
-            fix="make room, or give another folder; what is written so far can be removed",
-        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return largest, digest.hexdigest()

@@ -93,7 +93,9 @@ def os_errors_told(output: Path, fix: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentProblem(f"the disk of {output} is full", fix=f"make room; {fix}") from None
+            raise EnvironmentProblem(
+                f"the disk of {output} is full ({error.strerror})", fix=f"make room; {fix}"
+            ) from None
         raise UserError(f"{error.filename or output}: {error.strerror or error}", fix=fix) from None
 
 

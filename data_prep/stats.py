@@ -65,7 +65,6 @@ def stats(folder: Path) -> dict[str, Any]:
 def draw(found: dict[str, Any]) -> None:
     """On the terminal."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 

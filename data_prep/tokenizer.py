@@ -93,10 +93,7 @@ def _documents(
                     break
                 room -= size
                 num_docs += 1
-                room -= len(record.text.encode())
                 yield record.text
-                if room <= 0:
-                    break
             elif record.problem not in HARMLESS and piece.file.kind != "tree":  # shards.py will weigh those
                 num_bad += 1
                 first = first or f"{piece.file.path}: {record.problem}"

@@ -50,15 +50,24 @@ class FastEncoder:
 
         self.version = f"gigatoken {version('gigatoken')}"
         self.differ, self._reference = differ, reference
-        self._pattern = re.compile(f"[{re.escape(differ)}]") if differ else None
+        self._differs = np.zeros(sys.maxunicode + 1, dtype=bool)
+        self._differs[np.array([*map(ord, differ)], dtype=np.int64)] = True
         self._tokenizer = gigatoken.Tokenizer.from_json(tokenizer_json)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # A loop: its own batch goes through another array type and is slower on one core.
         return [self._encode(text) for text in texts]
 
+    def _must_avoid(self, text: str) -> bool:
+        # A table: Python's re tries a class of so many characters one after the other, which takes longer than encoding.
+        if not self.differ or text.isascii():
+            return False
+        parts = (text[at : at + (1 << 20)] for at in range(0, len(text), 1 << 20))
+        codes = (np.frombuffer(part.encode("utf-32-le", "surrogatepass"), "<u4") for part in parts)
+        return any(self._differs[part].any() for part in codes)
+
     def _encode(self, text: str) -> np.ndarray:
-        if self._pattern is not None and not text.isascii() and self._pattern.search(text):
+        if self._must_avoid(text):
             assert self._reference is not None
             return self._reference([text])[0]
         return np.asarray(self._tokenizer.encode(text)).astype(np.int32)

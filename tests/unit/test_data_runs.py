@@ -34,7 +34,9 @@ def command(corpus, trained, output, *more):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return write_jsonl(tmp_path_factory.mktemp("corpus") / "a.jsonl", [*texts_of(1500, words=300), *texts_of(200, words=300)])
+    return write_jsonl(
+        tmp_path_factory.mktemp("corpus") / "a.jsonl", [*texts_of(1500, words=300), *texts_of(200, words=300)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,18 @@ def test_each_shard_names_the_engine_that_made_it(tmp_path, slm_data, trained):
     """A run that goes on with another engine: the manifest does not say that the last one made it all."""
     path = write_jsonl(tmp_path / "a.jsonl", [*texts_of(100), *["bad"] * 5])
     path.write_text(path.read_text() + "{\n" * 30)
-    base = ("shards", path, "--tokenizer", trained, "--processes", 1, "--validation-fraction", 0, "--output", tmp_path / "out")
+    base = (
+        "shards",
+        path,
+        "--tokenizer",
+        trained,
+        "--processes",
+        1,
+        "--validation-fraction",
+        0,
+        "--output",
+        tmp_path / "out",
+    )
     base = (*base, "--shard-bytes", "2k", "--engine")
     assert slm_data(*base, "gigatoken")[0] == 2  # too much is bad; all units are there
     done = sorted((tmp_path / "out" / UNITS).glob("*.json"))
