@@ -71,15 +71,16 @@ def find_share() -> Share:
     return Share(task, num_tasks)
 
 
-def take(path: Path, *, wait: bool = False) -> IO[bytes] | None:
-    """The lock file, held until it is closed; None if another process holds it (wait: until it no longer does).
+def take(path: Path, *, wait: bool = False, shared: bool = False) -> IO[bytes] | None:
+    """The lock file, held until it is closed; None if another process holds it (wait: until it no longer does). Several
+    may hold it that take it shared.
 
     Raises FileNotFoundError if its folder is gone: the job is finished. Raises EnvironmentProblem where the file system
     has no locks.
     """
-    file = open(path, "ab")
+    file = open(path, "a+b")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.close()
         return None

@@ -53,6 +53,11 @@ class Encoder(Enum):
     gigatoken = "gigatoken"
 
 
+class Width(Enum):
+    uint16 = "uint16"
+    uint32 = "uint32"
+
+
 class Layout(Enum):
     megatron = "megatron"
     datatrove = "datatrove"
@@ -202,11 +207,12 @@ def import_(
     layout: Annotated[Layout, typer.Option("--format", help="whose files these are")],
     tokenizer: Annotated[str, typer.Option(help="what the tokens were made with")],
     output: Annotated[Path, typer.Option(help="folder of the new dataset")],
+    dtype: Annotated[Width | None, typer.Option(help="of the ids; default: what the files show")] = None,
 ) -> None:
     """Make a dataset of tokens that Megatron, datatrove or OLMo wrote; the tokens are copied as they are."""
     from data_prep.exchange import import_dataset
 
-    manifest = import_dataset(inputs, layout.value, tokenizer, output)
+    manifest = import_dataset(inputs, layout.value, tokenizer, output, dtype.value if dtype else None)
     typer.echo(f"{output}: {manifest['num_docs']:,} documents, {manifest['num_tokens']:,} tokens")
 
 

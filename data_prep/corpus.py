@@ -16,15 +16,15 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from slm.errors import UserError
-
-log = logging.getLogger("slm")
 
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
 # Files that are no text whatever their first bytes look like; others are found out by a NUL byte.
@@ -37,6 +37,8 @@ _UNSUPPORTED_SUFFIXES = {".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
 HUB = "hf://"
+_LOOK_BYTES = 4 << 20  # of text, to see how well a file is compressed
+_PARTS_OF_A_SAMPLE = 64  # more of them would be spread better, and less of each file's bytes be used
 _BOM = b"\xef\xbb\xbf"
 
 # Why something that was found is not looked into: ordinary in healthy corpora.
@@ -46,7 +48,8 @@ LINKED_FOLDER = "linked folder"
 
 class InputFile(NamedTuple):
     """kind: "jsonl", "parquet", "arrow", "hub", "text" (named by the user) or "tree" (found in a folder, where odd files
-    are ordinary). size in bytes; of a dataset on the hub, its shards, and mtime_ns stands for its revision."""
+    are ordinary). size in bytes; of a dataset on the hub, its shards. mtime_ns: when it changed; of a dataset on the hub a
+    number that is another when its files are others."""
 
     path: str
     kind: str
@@ -81,7 +84,7 @@ def find_files(
     for given in inputs:
         path = Path(given)
         if str(given).startswith(HUB):
-            found = [_on_the_hub(str(given))]
+            found = [open_hub(str(given))[1]]
         elif path.is_dir():
             found = list(_walk(os.path.abspath(path), exclude, skipped))
             if not found:
@@ -197,8 +200,8 @@ def _first_bytes(path: Path) -> bytes:
 # --- tables and the hub --------------------------------------------------------------------------------------
 
 
-def open_hub(spec: str) -> Any:
-    """The streaming dataset of hf://NAME?split=train&config=…&revision=…; NAME may be a local folder. Raises UserError."""
+def _hub_builder(spec: str) -> tuple[Any, str, dict[str, str]]:
+    """(datasets' builder, NAME, options) of hf://NAME?split=train&config=…&revision=…"""
     import datasets
 
     name, _, query = spec.removeprefix(HUB).partition("?")
@@ -208,42 +211,50 @@ def open_hub(spec: str) -> Any:
             f"the input {spec} has the option {min(unknown)!r}, which is not known",
             fix="give split, config and revision, as in hf://NAME?split=train",
         )
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # broken data are counted, and told once
+    builder = datasets.load_dataset_builder(name, options.get("config"), revision=options.get("revision"))
+    return builder, name, options
+
+
+def open_hub(spec: str) -> tuple[Any, InputFile]:
+    """The streaming dataset of hf://NAME?split=train&config=…&revision=…, and what it is as an input: its path names the
+    commit, so that whoever opens that reads the same. NAME may be a local folder. Raises UserError."""
     try:
-        return datasets.load_dataset(
-            name,
-            options.get("config"),
-            split=options.get("split", "train"),
-            revision=options.get("revision"),
-            streaming=True,
-        )
+        builder, name, options = _hub_builder(spec)
+        dataset = builder.as_streaming_dataset(options.get("split", "train"))
+        data_files = builder.config.data_files or {}
+        state: list[Any] = [[path, _size_if_local(path)] for files in data_files.values() for path in files]
+        state += [files.origin_metadata for files in data_files.values()]  # commits, or times of change
+        number = int.from_bytes(hashlib.sha256(json.dumps([state, builder.hash]).encode()).digest()[:7], "big")
+        if not os.path.isdir(name) and re.fullmatch("[0-9a-f]{40}", builder.hash or ""):  # a commit
+            spec = f"{HUB}{name}?{urlencode({**options, 'revision': builder.hash})}"
+        return dataset, InputFile(spec, "hub", dataset.num_shards, number)
+    except UserError:
+        raise
     except Exception as error:  # of many kinds: no such dataset, no network, no such split
+        first = (str(error).strip() or "no reason given").splitlines()[0]
         raise UserError(
-            f"the input {spec} cannot be opened: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            f"the input {spec} cannot be opened: {type(error).__name__}: {first}",
             fix="check the name, the split and the network; a local folder of Parquet or JSON lines works too",
         ) from None
 
 
-def _on_the_hub(spec: str) -> InputFile:
-    return InputFile(spec, "hub", open_hub(spec).num_shards, _hub_state(spec))
+@lru_cache
+def _hub_bytes(spec: str) -> int:
+    """About the bytes of the files of a split, by some of them; 0 if that is not known."""
+    from fsspec.core import url_to_fs
+
+    try:
+        builder, _, options = _hub_builder(spec)
+        files = builder.config.data_files[options.get("split", "train")]
+        sizes = [fs.size(path) for fs, path in map(url_to_fs, files[:: max(1, len(files) // 8)])]
+        return sum(sizes) * len(files) // len(sizes)
+    except Exception:  # of many kinds; it is a guess in any case
+        return 0
 
 
-def _hub_state(spec: str) -> int:
-    """A number that is another one when the dataset has changed: of a local folder, from its files; else the revision's."""
-    name, _, query = spec.removeprefix(HUB).partition("?")
-    if os.path.isdir(name):
-        paths = sorted(os.path.join(at, file) for at, _, files in os.walk(name) for file in files)
-        state = "\n".join(f"{p} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for p in paths)
-    else:
-        from huggingface_hub import HfApi
-
-        try:
-            state = str(HfApi().dataset_info(name, revision=dict(parse_qsl(query)).get("revision"), timeout=30).sha)
-        except Exception as error:  # offline, or a mirror without the API: what is cached is what there is
-            log.warning(
-                "%s: its revision is not known (%s); that it stays the same is not checked", spec, type(error).__name__
-            )
-            return 0
-    return int.from_bytes(hashlib.sha256(state.encode()).digest()[:6], "big")
+def _size_if_local(path: str) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
 def _check_column(file: InputFile, text_key: str) -> None:
@@ -320,18 +331,39 @@ def group(pieces: Iterable[Piece], unit_bytes: int) -> list[list[Piece]]:
     return units
 
 
-def sample(pieces: Sequence[Piece], max_bytes: int) -> list[Piece]:
-    """About max_bytes of the pieces, evenly spread over the whole corpus; the same ones each time."""
-    total = sum(piece.size for piece in pieces)
-    if total <= max_bytes:
-        return list(pieces)
+def text_bytes(piece: Piece) -> int:
+    """About the bytes of its text: of compressed files by their beginning, of the hub by the size of the files."""
+    file = piece.file
+    if file.kind == "hub":
+        return _hub_bytes(file.path) // file.size or piece.size
+    return _unpacked_bytes(file) if file.compression else piece.size
+
+
+def _unpacked_bytes(file: InputFile) -> int:
+    import pyarrow
+
+    try:
+        with pyarrow.OSFile(file.path) as packed, pyarrow.CompressedInputStream(packed, file.compression) as stream:
+            num_bytes = len(stream.read(_LOOK_BYTES))
+            return num_bytes if num_bytes < _LOOK_BYTES else file.size * num_bytes // packed.tell()
+    except OSError:  # broken: whoever reads it will count that
+        return file.size
+
+
+def sample(pieces: Sequence[Piece], max_bytes: int) -> list[tuple[Piece, int]]:
+    """(piece, bytes to read of it at most) for max_bytes in all, evenly spread over the whole corpus; the same ones each
+    time. A large piece is read from its beginning only, so that no input is left out because of its size."""
+    share = max_bytes / max(1, sum(piece.size for piece in pieces))
+    if share >= 1:  # sizes are guesses in part: what is left over goes to all in proportion
+        return [(piece, int(piece.size * share)) for piece in pieces]
     chosen, budget = [], 0.0
     for piece in pieces:
-        budget += piece.size * max_bytes / total
-        if budget >= piece.size:
-            chosen.append(piece)
-            budget -= piece.size
-    return chosen or [min(pieces, key=lambda piece: piece.size)]
+        budget += piece.size * share
+        if budget >= min(piece.size, max_bytes // _PARTS_OF_A_SAMPLE):
+            limit = min(piece.size, int(budget))
+            chosen.append((piece, limit))
+            budget -= limit
+    return chosen or [(min(pieces, key=lambda piece: piece.size), max_bytes)]
 
 
 # --- showing -------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ written anew. Verified against Megatron's description of its index and datatrove
     export_dataset(Path("data/mine/train"), "datatrove", Path("out"))
 
 megatron: PREFIX.bin, PREFIX.idx. datatrove: NAME.ds, NAME.ds.index (uint64 ends of documents), NAME.ds.metadata.
-olmo: NAME.npy (raw, whatever its name says) and, if it is there, NAME.csv.gz (start, end, …), else EOS ends a document.
+olmo: NAME.npy (raw, whatever its name says) and, if it is there, NAME.csv.gz (start, end, …), else EOS ends a document and
+the ids show their width.
 """
 
 from __future__ import annotations
@@ -17,48 +18,66 @@ import gzip
 import hashlib
 import io
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from data_prep.job import os_errors_told
 from data_prep.progress import byte_progress
-from slm.data.tokens import TokenDataset, decode_index, encode_index, token_dtype, write_manifest
-from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
+from slm.data.tokens import TokenDataset, decode_index, encode_index, write_manifest
+from slm.errors import CorruptArtefact, UserError
 from slm.runtime import atomic_write
 
 Format = Literal["megatron", "datatrove", "olmo"]
+Width = Literal["uint16", "uint32"]
+_WIDTHS: dict[str, np.dtype[Any]] = {
+    "uint16": np.dtype("<u2"),
+    "uint32": np.dtype("<i4"),
+}  # the shard format's dtypes; no id needs the 32nd bit
 _PAYLOAD = {"megatron": ".bin", "datatrove": ".ds", "olmo": ".npy"}
 
 
 # --- in ------------------------------------------------------------------------------------------------------
 
 
-def import_dataset(inputs: Sequence[Path], fmt: Format, tokenizer: str, output: Path) -> dict[str, Any]:
+def import_dataset(
+    inputs: Sequence[Path], fmt: Format, tokenizer: str, output: Path, width: Width | None = None
+) -> dict[str, Any]:
     """Copies each input's tokens as one shard of a dataset in `output`; returns its manifest. Raises UserError.
 
-    inputs: files, prefixes, or folders of them. The tokenizer is what the tokens were made with: it says BOS, EOS and the
-    width of an id (uint16 below 65,500 tokens).
+    inputs: files, prefixes, or folders of them. The tokenizer is what the tokens were made with: it says BOS and EOS.
+    width: of an id; None finds it out from the table of documents beside the tokens, or from the ids.
     """
     from slm.tokenizer import load_tokenizer
 
+    if fmt == "megatron" and width:
+        raise UserError(f"--dtype {width}: the index of a Megatron file says its own", fix="leave it out")
     loaded = load_tokenizer(tokenizer)
     info = {**loaded.info(), "spec": str(tokenizer)}
+    with os_errors_told(output, "if the folder was begun, remove it and give the command again"):
+        return _import(inputs, fmt, info, output, width)
+
+
+def _import(
+    inputs: Sequence[Path], fmt: Format, info: dict[str, Any], output: Path, width: Width | None
+) -> dict[str, Any]:
     payloads = [path for given in inputs for path in _payloads(given, fmt)]
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; nothing was written", fix="give a new folder")
-    plans = [(path, *_documents(path, fmt, info)) for path in payloads]  # all checks before the first byte
+    plans = [(path, *_documents(path, fmt, info, width)) for path in payloads]  # all checks before the first byte
     _make(output)
     shards = []
     with byte_progress("copying", sum(path.stat().st_size for path in payloads)) as advance:
         for number, (path, doc_offsets, dtype) in enumerate(plans):
             name = f"shard-{number:05d}"
             largest, sha256 = _copy(path, output / f"{name}.bin", dtype, advance)
-            if largest >= len(loaded):
+            if largest >= info["vocab_size"]:
                 raise UserError(
-                    f"{path} holds the token {largest}, but the tokenizer {tokenizer} has {len(loaded)}: it is not the one "
-                    "that the tokens were made with",
+                    f"{path} holds the token {largest}, but the tokenizer {info['spec']} has {info['vocab_size']}: it is not "
+                    "the one that the tokens were made with",
                     fix="give the right tokenizer; the folder written so far can be removed",
                 )
             index = encode_index(np.diff(doc_offsets), dtype)
@@ -89,7 +108,7 @@ def _make(output: Path) -> None:
 def _payloads(given: Path, fmt: Format) -> list[Path]:
     suffix = _PAYLOAD[fmt]
     if given.is_dir():
-        found = sorted(given.glob(f"*{suffix}"))
+        found = sorted(path for path in given.glob(f"*{suffix}") if path.is_file())
     else:
         # The other file of a pair may be named; a dot inside a prefix (corpus.v2) begins no suffix.
         known = given.suffix in (".bin", ".idx", ".ds", ".npy", ".index", ".metadata", ".gz")
@@ -102,55 +121,86 @@ def _payloads(given: Path, fmt: Format) -> list[Path]:
     return found
 
 
-def _documents(path: Path, fmt: Format, info: dict[str, Any]) -> tuple[np.ndarray, np.dtype[Any]]:
+def _documents(path: Path, fmt: Format, info: dict[str, Any], width: Width | None) -> tuple[np.ndarray, np.dtype[Any]]:
     """(document starts and the end, in tokens; dtype). Raises CorruptArtefact if they do not fit the file."""
-    dtype = token_dtype(info["vocab_size"])
+    size = path.stat().st_size
+    offsets = None
     if fmt == "megatron":
         index = path.with_suffix(".idx")
         if not index.is_file():
             raise UserError(f"{path}: its index {index.name} is missing", fix="copy it too")
         offsets, dtype = decode_index(index.read_bytes(), index)
-    elif fmt == "datatrove":
-        index = path.with_name(path.name + ".index")
-        if not index.is_file():
-            raise UserError(
-                f"{path}: its index {index.name} is missing", fix="write it with save_index=True, or copy it"
-            )
-        offsets = np.concatenate([[0], np.fromfile(index, "<u8").astype(np.int64)])
     else:
-        dtype = _olmo_dtype(path, dtype)
-        offsets = _olmo_offsets(path, dtype, info["eos_id"])
-    num_tokens, rest = divmod(path.stat().st_size, dtype.itemsize)
+        if fmt == "datatrove":
+            index = path.with_name(path.name + ".index")
+            if not index.is_file():
+                raise UserError(
+                    f"{path}: its index {index.name} is missing", fix="write it with save_index=True, or copy it"
+                )
+            offsets = np.concatenate([[0], np.fromfile(index, "<u8").astype(np.int64)])
+        elif (table := path.with_name(path.stem + ".csv.gz")).is_file():
+            offsets = _olmo_offsets(table)
+        if width:
+            dtype = _WIDTHS[width]
+        elif offsets is None:
+            dtype = _width_by_ids(path, info["vocab_size"])
+        else:  # bytes and tokens say it
+            wide = offsets[-1] > 0 and size >= 4 * offsets[-1]
+            dtype = _WIDTHS["uint32" if wide else "uint16"]
+        if offsets is None:
+            offsets = _offsets_by_eos(path, dtype, info["eos_id"])
+    num_tokens, rest = divmod(size, dtype.itemsize)
     if rest or offsets[-1] != num_tokens or np.any(np.diff(offsets) < 0):
         raise CorruptArtefact(
-            f"{path} has {path.stat().st_size} bytes ({num_tokens} tokens of {dtype.itemsize} bytes), but its documents end "
+            f"{path} has {size} bytes ({num_tokens} tokens of {dtype.itemsize} bytes), but its documents end "
             f"at token {int(offsets[-1])}",
-            fix="copy both files again; or the tokenizer is not the one, and ids have another width",
+            fix="copy both files again" + ("; or --dtype is not the one" if width else ""),
         )
     return offsets, dtype
 
 
-def _olmo_dtype(path: Path, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """OLMo's files do not say how wide an id is, and a small vocabulary may be stored in 32 bits: then every second 16 bits
-    are 0, which no text of 16-bit ids is."""
-    words = np.fromfile(path, "<u2", 1 << 20)
-    wide = dtype.itemsize == 2 and len(words) > 1 and path.stat().st_size % 4 == 0 and not words[1::2].any()
-    return np.dtype("<i4") if wide else dtype
+def _width_by_ids(path: Path, vocab_size: int) -> np.dtype[Any]:
+    """The width that can hold the tokenizer's ids and gives only such. Of two it is the larger: as uint16, every second id
+    would be 0, which no text of 16-bit ids is. Raises UserError if there is none."""
+    raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+
+    def fits(kind: np.dtype[Any]) -> bool:
+        if len(raw) % kind.itemsize or vocab_size > 1 << 8 * kind.itemsize:
+            return False
+        ids = raw.view(f"<u{kind.itemsize}")
+        return all(ids[at : at + (1 << 24)].max() < vocab_size for at in range(0, len(ids), 1 << 24))
+
+    possible = [kind for kind in _WIDTHS.values() if fits(kind)]
+    if not possible:
+        raise UserError(
+            f"{path} has ids that are not the tokenizer's, which has {vocab_size}, as uint16 and as uint32",
+            fix="give the tokenizer that the tokens were made with",
+        )
+    return possible[-1]
 
 
-def _olmo_offsets(path: Path, dtype: np.dtype[Any], eos_id: int | None) -> np.ndarray:
-    metadata = path.with_name(path.stem + ".csv.gz")
-    if metadata.is_file():
-        try:
-            with gzip.open(metadata, "rt", newline="") as file:
-                spans = [(int(row[0]), int(row[1])) for row in csv.reader(file) if row]
-        except (OSError, EOFError, ValueError, IndexError) as error:
-            raise CorruptArtefact(f"{metadata} is not readable ({error})", fix="copy it again") from None
-        if any(end != start for (_, end), (start, _) in zip([(0, 0), *spans], spans, strict=False)):
-            raise CorruptArtefact(f"{metadata}: its documents do not stand back to back")
-        return np.array([0, *(end for _, end in spans)], dtype=np.int64)
+def _olmo_offsets(table: Path) -> np.ndarray:
+    try:
+        with gzip.open(table, "rt", newline="") as file:
+            spans = np.array([(int(row[0]), int(row[1])) for row in csv.reader(file) if row], np.int64).reshape(-1, 2)
+    except (OSError, EOFError, ValueError, OverflowError, IndexError, csv.Error, zlib.error) as error:
+        raise CorruptArtefact(f"{table} is not readable ({error})", fix="copy it again") from None
+    offsets = np.concatenate([[0], spans[:, 1]])
+    for number in np.flatnonzero(spans[:, 0] != offsets[:-1])[:1].tolist():
+        raise CorruptArtefact(
+            f"{table}: its documents do not stand back to back from token 0 on: number {number} begins at token "
+            f"{spans[number, 0]}, and what is before it ends at {offsets[number]}",
+            fix="write the tokens anew without those of no document, or remove the table: EOS then ends a document",
+        )
+    return offsets
+
+
+def _offsets_by_eos(path: Path, dtype: np.dtype[Any], eos_id: int | None) -> np.ndarray:
     if eos_id is None:
-        raise UserError(f"{path}: without {metadata.name} documents end at EOS, which the tokenizer lacks")
+        raise UserError(
+            f"{path}: without a table of documents they end at EOS, which the tokenizer lacks",
+            fix="copy NAME.csv.gz too",
+        )
     tokens = np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
     ends = [np.flatnonzero(tokens[at : at + (1 << 24)] == eos_id) + at + 1 for at in range(0, len(tokens), 1 << 24)]
     offsets = np.concatenate([[0], *ends]).astype(np.int64)
@@ -172,11 +222,6 @@ def _copy(source: Path, target: Path, dtype: np.dtype[Any], advance: Any) -> tup
             writing.flush()
             os.fsync(writing.fileno())
         temporary.replace(target)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{target} cannot be written: {error.strerror or error}",
-            fix="make room, or give another folder; what is written so far can be removed",
-        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return largest, digest.hexdigest()
@@ -190,6 +235,12 @@ def export_dataset(folder: Path, fmt: Format, output: Path) -> list[Path]:
     dataset = TokenDataset(folder)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; nothing was written", fix="give a new folder")
+    with os_errors_told(output, "remove the folder and give the command again"):
+        return _export(dataset, fmt, output)
+
+
+def _export(dataset: TokenDataset, fmt: Format, output: Path) -> list[Path]:
+    folder = dataset.path
     _make(output)
     written = []
     with byte_progress("copying", sum(entry["bin_bytes"] for entry in dataset.manifest["shards"])) as advance:

@@ -9,13 +9,15 @@ Owns job.json: the inputs (path, size, time of change) and every option that dec
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_prep.corpus import InputFile, shown
-from slm.errors import CorruptArtefact, UserError
+from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
 from slm.runtime import atomic_write
 
 JOB = "job.json"
@@ -82,6 +84,19 @@ def write_job(folder: Path, job: dict[str, Any]) -> None:
 
 def remove_job(folder: Path) -> None:
     (folder / JOB).unlink(missing_ok=True)
+
+
+@contextmanager
+def os_errors_told(output: Path, fix: str) -> Iterator[None]:
+    """What the system refuses while `output` is written, as a message: EnvironmentProblem if the disk is full, else UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentProblem(
+                f"the disk of {output} is full ({error.strerror})", fix=f"make room; {fix}"
+            ) from None
+        raise UserError(f"{error.filename or output}: {error.strerror or error}", fix=fix) from None
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -22,8 +23,7 @@ import orjson
 from data_prep.corpus import BINARY_FILE, EMPTY_FILE, Piece, arrow_reader, open_hub, parquet_file
 from slm.errors import UserError
 
-log = logging.getLogger("slm")
-
+_HUB_ROWS = 64  # read at once; what is buffered when the data break is lost
 _LONG_TEXT = 1 << 14  # bytes of the documents that a named text file is cut into
 _BOM = b"\xef\xbb\xbf"
 DEFAULT_MAX_DOC_BYTES = 64 << 20
@@ -36,6 +36,7 @@ NO_OBJECT, NO_FIELD, NOT_TEXT = "not a JSON object", "no such field", "field is 
 EMPTY, TOO_LONG, UNREADABLE = "empty document", "document too long", "cannot be read"
 TRUNCATED = "compressed data broken or cut off: the rest of the file is lost"
 CORRUPT_ROW = "row in a corrupt part of a table"
+BROKEN_SHARD = "broken data: the rest of the shard is lost"
 
 OnBad = Literal["skip", "replace", "fail"]
 
@@ -98,10 +99,48 @@ def read_piece(piece: Piece, reading: Reading) -> Iterator[Record]:
 def _check_unchanged(piece: Piece) -> None:
     stat = os.stat(piece.file.path)
     if (stat.st_size, stat.st_mtime_ns) != (piece.file.size, piece.file.mtime_ns):
-        raise UserError(
-            f"the input {piece.file.path} changed while it was being read: its shards would be a mixture",
-            fix="start again with a new output folder, when the file is at rest",
-        )
+        raise _changed(piece.file.path)
+
+
+def _changed(path: str) -> UserError:
+    return UserError(
+        f"the input {path} changed while it was being read: its shards would be a mixture",
+        fix="start again with a new output folder, when the file is at rest",
+    )
+
+
+# --- where a record is ---------------------------------------------------------------------------------------
+
+
+def place(path: str, kind: str, compression: str, start: int, at: int, *, as_it_was: bool = True) -> str:
+    """Where in its file a record begins: "line 5", "row 5", "shard 0, row 5"; "" for a file that is one document.
+
+    start: of its piece. as_it_was: whether the file is still the one that was read; its lines can be counted then, else it
+    is "byte 99" of what is plain. Lines and rows from 1, bytes and shards from 0.
+    """
+    if kind == "tree":
+        return ""
+    if kind in ("parquet", "arrow", "hub"):
+        return f"shard {start}, row {at + 1}" if kind == "hub" else f"row {at + 1}"
+    if kind == "jsonl" and compression:
+        return f"line {at + 1}"
+    line = _line_at(path, compression, at) if as_it_was else 0
+    return f"line {line}" if line else f"byte {at}"
+
+
+def _line_at(path: str, compression: str, byte: int) -> int:
+    """The line, from 1, that this byte of the text is in; 0 if the file cannot be read."""
+    import pyarrow
+
+    lines = 1
+    try:
+        with pyarrow.CompressedInputStream(path, compression) if compression else open(path, "rb") as file:
+            while byte > 0 and (data := file.read(min(byte, 1 << 22))):
+                lines += data.count(b"\n")
+                byte -= len(data)
+    except OSError:
+        return 0
+    return lines
 
 
 # --- text ----------------------------------------------------------------------------------------------------
@@ -304,8 +343,12 @@ def _row_records(column: Any, reading: Reading, line: int, row: int) -> Iterator
         column = column.dictionary_decode()
     is_text = types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type)
     values = column.cast(pyarrow.large_binary()) if is_text else column  # as bytes: they need not be UTF-8
+    is_json = str(column.type) == "extension<arrow.json>"  # what datasets makes of a column of several types
     for i in range(len(values)):
         value, problem = values[i].as_py(), ""
+        if is_json and value is not None:
+            with suppress(ValueError):  # it leaves the first value of a file as it is
+                value = json.loads(value)
         if is_text and value is not None:
             if len(value) > reading.max_doc_bytes:
                 yield Record(None, TOO_LONG, line + i + 1, row + i)
@@ -321,45 +364,31 @@ def _row_records(column: Any, reading: Reading, line: int, row: int) -> Iterator
 
 
 def _hub_records(piece: Piece, reading: Reading) -> Iterator[Record]:
-    shard = open_hub(piece.file.path).shard(num_shards=piece.file.size, index=piece.start)
+    import pyarrow
+
+    dataset, now = open_hub(piece.file.path)
+    if now != piece.file:
+        raise _changed(piece.file.path)
+    shard = dataset.shard(num_shards=piece.file.size, index=piece.start)
     line = 0
     try:
-        for row in shard:
-            line += 1
-            value = row.get(reading.text_key)
-            if reading.text_key not in row:
-                yield Record(None, NO_FIELD, line, line - 1)
-            elif isinstance(value, str) and len(value.encode(errors="surrogatepass")) > reading.max_doc_bytes:
-                yield Record(None, TOO_LONG, line, line - 1)
-            else:
-                yield _text_record(value, reading, line, line - 1)
-    except GeneratorExit:
-        raise
-    except Exception as error:  # whatever the builder, a decoder or the network makes of a broken row
-        log.warning("%s, shard %d: nothing after row %d can be read (%s)", piece.file.path, piece.start, line, error)
-        yield Record(None, TRUNCATED, line + 1, line)
-
-
-def line_at(path: str, byte: int) -> int:
-    """The line, from 1, that begins at this byte; 0 if the file is not there."""
-    try:
-        with open(path, "rb") as file:
-            lines = 1
-            while byte > 0 and (data := file.read(min(byte, 1 << 22))):
-                lines += data.count(b"\n")
-                byte -= len(data)
-            return lines
-    except OSError:
-        return 0
-
-
-def place(kind: str, compression: str, path: str, record_at: int, shard: int) -> str:
-    """Where a record begins, for a person: a line, a row; "" for a whole file. record_at: as in Record.at."""
-    if kind in ("jsonl", "text") and not compression:
-        line = line_at(path, record_at)
-        return f", line {line}" if line else f", byte {record_at} (the file is no longer there)"
-    if kind == "hub":
-        return f", shard {shard}, row {record_at + 1}"
-    return {"jsonl": f", line {record_at + 1}", "text": f", byte {record_at}", "tree": ""}.get(
-        kind, f", row {record_at + 1}"
-    )
+        for table in shard.with_format("arrow").iter(_HUB_ROWS):  # Arrow: a row that is no text does not end the shard
+            if reading.text_key not in table.column_names:
+                for _ in range(len(table)):
+                    line += 1
+                    yield Record(None, NO_FIELD, line, line - 1)
+                continue
+            for column in table.column(reading.text_key).chunks:
+                yield from _row_records(column, reading, line, line)
+                line += len(column)
+    except Exception as error:
+        # What the parsers say of broken data. All else is the network's, and no reason to lose a document.
+        is_arrows = type(error) is OSError and error.errno is None
+        if is_arrows or isinstance(error, (pyarrow.ArrowException, ValueError, EOFError, zlib.error)):
+            yield Record(None, BROKEN_SHARD, line + 1, line)
+            return
+        first = (str(error).strip() or "no reason given").splitlines()[0]
+        raise UserError(
+            f"the input {piece.file.path} cannot be read: {type(error).__name__}: {first}",
+            fix="check the network; the same command goes on",
+        ) from None

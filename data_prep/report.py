@@ -145,6 +145,8 @@ def write_manifests(
             "(their hashes decide): there would be nothing to evaluate on",
             fix=f"give more documents, a larger fraction such as {min(0.5, 4 / num_kept):.2g}, or 0 for no held-out part",
         )
+    engines = {part["shard"].get("engine", tokenizer["engine"]) for split in SPLITS for part in parts[split]}
+    tokenizer = {**tokenizer, "engine": ", ".join(sorted(engines))}
     shared = {
         "inputs": inputs,
         "documents": {

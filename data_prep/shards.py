@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -42,6 +42,8 @@ __all__ = ["Result", "make_shards", "summarise"]
 # ones cost more to start than to encode, and at most a few thousand files of a terabyte are pleasant to hold.
 _SMALLEST_UNIT_BYTES, _LARGEST_UNIT_BYTES = 1 << 21, 1 << 28
 _SECONDS_BETWEEN_LOOKS = 0.2  # at units that other processes hold
+_SECONDS_FOR_OTHERS = 5.0  # to discard what is of no use
+LOCK = ".lock"  # held shared by all who are at work here, alone by who discards their work
 
 
 def make_shards(
@@ -90,18 +92,22 @@ def make_shards(
             "other ids",
             fix="pip install gigatoken, or --engine auto, which falls back to the reference",
         )
-    if _is_complete(output):  # another process was faster
-        return _finished(output)
-    settings.units.mkdir(exist_ok=True)
     described = [{"path": shown(str(p) if str(p).startswith(HUB) else os.path.abspath(p))} for p in inputs]
+    lock = take(output / LOCK, wait=True, shared=True)  # nobody discards what processes are at work on
+    assert lock is not None
     try:
+        if not is_same_job(output, job):  # asked again, now that it can no longer change
+            write_job(output, job)
+        if _is_complete(output):  # another process was faster
+            return _finished(output)
+        settings.units.mkdir(exist_ok=True)
         with Pool(settings, loaded, min(_processes(processes, share), len(units))) as pool:
             reports = _all_stages(pool, settings, units, share, max_bad_fraction)
         with claim(settings.units / "manifest.lock"):
             if _is_complete(output):
                 return _finished(output)
             result = write_manifests(settings, reports, info, described, skipped, max_bad_fraction)
-            shutil.rmtree(settings.units, ignore_errors=True)
+            _clear_up(output)
         return result
     except NothingToKeep:
         _discard(output)  # the corrected command may then write into the same folder
@@ -128,25 +134,41 @@ def make_shards(
             "a worker process died, most likely for want of memory; what is finished is kept",
             fix="give fewer --processes; the same command goes on",
         ) from None
+    finally:
+        lock.close()
 
 
 def _is_begun(output: Path, job: dict[str, Any]) -> bool:
     """Whether this very job has begun here. Unfinished work on files that have changed since is of no use, and removed: who
     mends the input, as an error said, gives the same command again."""
+    give_up = time.monotonic() + _SECONDS_FOR_OTHERS
+    while (begun := _begun_or_useless(output, job)) is None:
+        lock = take(output / LOCK)
+        if lock is None and time.monotonic() > give_up:
+            raise UserError(
+                f"the input has changed since {output} was begun, and other processes are still at work on it as it was",
+                fix="end them, and give the same command again",
+            )
+        if lock is None:  # or one has just begun anew
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            continue
+        with lock:
+            if _begun_or_useless(output, job) is None:  # asked again: it may have been done meanwhile
+                log.warning("the input has changed since %s was begun and not finished: it is begun anew", output)
+                _discard(output)
+                write_job(output, job)
+    return begun
+
+
+def _begun_or_useless(output: Path, job: dict[str, Any]) -> bool | None:
+    """is_same_job, but None where there is unfinished work on files that have changed since."""
     complete = _is_complete(output)
     try:
         return is_same_job(output, job, complete=complete)
     except OtherJob as error:
         if complete or not error.inputs_changed:
             raise
-        with claim(output / ".begin.lock"):  # of several that see it, one begins anew
-            try:
-                return is_same_job(output, job, complete=complete)
-            except OtherJob:
-                log.warning("the input has changed since %s was begun and not finished: it is begun anew", output)
-                _discard(output)
-                write_job(output, job)
-                return True
+        return None
 
 
 def _describe(settings: Settings, files: list[InputFile], info: dict[str, Any], unit_bytes: int) -> dict[str, Any]:
@@ -209,19 +231,19 @@ def _load(spec: str) -> tuple[SLMTokenizer, dict[str, Any]]:
     return tokenizer, info
 
 
-def _first_texts(units: list[list[Piece]], reading: Reading) -> list[str]:
-    """The first documents of the corpus, up to 200 or 1 MB: engines must agree on them before a run."""
-    texts: list[str] = []
-    room, num_records = 1 << 20, 0
+def _first_texts(units: list[list[Piece]], reading: Reading) -> Iterator[str]:
+    """The first documents of the corpus, up to 200 or 1 MB: engines must agree on them before a run. Nothing is read before
+    they are asked for."""
+    room, num_texts, num_records = 1 << 20, 0, 0
     for piece in (piece for unit in units for piece in unit):
         for record in read_piece(piece, reading):
             if record.text is not None:
-                texts.append(record.text)
+                yield record.text
+                num_texts += 1
                 room -= len(record.text)
             num_records += 1
-            if num_records == 1000 or len(texts) == 200 or room < 0:
-                return texts
-    return texts
+            if num_records == 1000 or num_texts == 200 or room < 0:
+                return
 
 
 # --- all units -----------------------------------------------------------------------------------------------
@@ -307,8 +329,14 @@ def _is_complete(output: Path) -> bool:
 def _finished(output: Path) -> Result:
     """What is there already. Opening checks the sizes of all files, so that "complete" is true."""
     present = [split for split in SPLITS if (output / split / MANIFEST).is_file()]
-    shutil.rmtree(output / UNITS, ignore_errors=True)
+    _clear_up(output)
     return Result(output, {split: TokenDataset(output / split).manifest for split in present}, already=True)
+
+
+def _clear_up(output: Path) -> None:
+    """What a complete job needs no longer."""
+    shutil.rmtree(output / UNITS, ignore_errors=True)
+    (output / LOCK).unlink(missing_ok=True)
 
 
 def _discard(output: Path) -> None:

@@ -7,14 +7,13 @@ Owns the way back from a token to a line: shard -> NAME.src -> file and place in
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.job import JOB
+from data_prep.corpus import HUB, open_hub
 from data_prep.reading import place
 from slm.data.tokens import TokenDataset, TokenShard
 from slm.errors import CorruptArtefact, UserError
@@ -65,20 +64,23 @@ def _origin(dataset: TokenDataset, shard: TokenShard, entry: dict[str, Any], num
         )
     piece, at = origins.reshape(-1, 2)[number].tolist()
     source = entry["sources"][piece]
+    path, since = source["path"], _since(source)
+    where = place(path, source["kind"], source.get("compression", ""), source["start"], at, as_it_was=not since)
+    if since:
+        return f"{path}, which {since}; it was {where or 'the file'} then, and may be another document or none now"
+    return f"{path}, {where}" if where else path
+
+
+def _since(source: dict[str, Any]) -> str:
+    """What has become of a source since it was read, in words; "" if it is as it was, as a commit of the hub always is."""
     path = source["path"]
-    where = place(source["kind"], source.get("compression", ""), path, at, source["start"])
-    return f"{path}{where}{_changed(dataset, path)}"
-
-
-def _changed(dataset: TokenDataset, path: str) -> str:
-    """A remark if the file is not what it was when the dataset was made."""
     try:
-        was = json.loads((dataset.path.parent / JOB).read_text())["files"][path]
+        if source["kind"] == "hub":
+            on_this_machine = os.path.isdir(path.removeprefix(HUB).partition("?")[0])
+            now = open_hub(path)[1].mtime_ns if on_this_machine else source.get("mtime_ns")
+            return "" if now == source.get("mtime_ns") else "has changed since"
         stat = os.stat(path)
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    return (
-        ""
-        if was == [stat.st_size, stat.st_mtime_ns]
-        else " (the file has changed since: another text may stand there now)"
-    )
+    except (OSError, UserError):
+        return "is not there now"
+    there = source.get("size"), source.get("mtime_ns")
+    return "" if there in ((None, None), (stat.st_size, stat.st_mtime_ns)) else "has changed since"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.corpus import HUB, human_bytes
 from slm.data.tokens import TokenDataset
 
 _SOURCES_SHOWN = 12
@@ -64,20 +65,17 @@ def stats(folder: Path) -> dict[str, Any]:
 def draw(found: dict[str, Any]) -> None:
     """On the terminal."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
-
-    from data_prep.corpus import human_bytes
+    from rich.text import Text
 
     console = Console()
     per_token = f"{found['bytes_per_token']:.2f} bytes per token" if found["bytes_per_token"] else "no record of bytes"
-    console.print(
-        f"[bold]{escape(str(found['path']))}[/bold]: "
-        f"{found['docs']:,} documents, {found['tokens']:,} tokens in {found['shards']} shards; "
+    rest = (
+        f": {found['docs']:,} documents, {found['tokens']:,} tokens in {found['shards']} shards; "
         f"{human_bytes(found['text_bytes'])} of text, {per_token}; median document {found['median_doc_tokens']:,.0f} tokens, "
-        f"longest {found['longest_doc_tokens']:,}",
-        highlight=False,
+        f"longest {found['longest_doc_tokens']:,}"
     )
+    console.print(Text.assemble((found["path"], "bold"), rest))  # Text: square brackets in a path are no markup
     if found["documents"]:
         counts = found["documents"]
         rest = ", ".join(f"{counts[k]:,} {k}" for k in ("rejected", "filtered", "duplicates"))
@@ -98,7 +96,7 @@ def draw(found: dict[str, Any]) -> None:
     if len(sources) > 1:
         table = Table("source", "documents", "tokens", "share", title="sources", title_justify="left")
         for name, (docs, tokens) in sources:
-            table.add_row(escape(name), f"{docs:,}", f"{tokens:,}", f"{tokens / max(1, found['tokens']):.1%}")
+            table.add_row(Text(name), f"{docs:,}", f"{tokens:,}", f"{tokens / max(1, found['tokens']):.1%}")
         console.print(table)
 
 
@@ -106,12 +104,15 @@ def _grouped(by_source: dict[str, list[int]]) -> list[tuple[str, tuple[int, int]
     """Files as they are if they are few, else by folder below their common one; the smallest ones together."""
     rows = {path: (docs, tokens) for path, (docs, tokens) in by_source.items()}
     if len(rows) > _SOURCES_SHOWN:
-        local = [path for path in rows if os.path.isabs(path)]  # others are on a hub
+        local = [path for path in rows if not path.startswith(HUB)]
         common = os.path.commonpath(local) if local else ""
         folders: dict[str, tuple[int, int]] = {}
         for path, (docs, tokens) in rows.items():
-            first = os.path.relpath(path, common).split(os.sep) if path in local else []
-            name = os.path.join(common, first[0], "") if len(first) > 1 else f"{common} (files)" if first else path
+            if path.startswith(HUB):
+                folders[path] = (docs, tokens)
+                continue
+            first = os.path.relpath(path, common).split(os.sep)
+            name = os.path.join(common, first[0], "") if len(first) > 1 else f"{common} (files)"
             before = folders.get(name, (0, 0))
             folders[name] = (before[0] + docs, before[1] + tokens)
         rows = folders

@@ -1,6 +1,6 @@
 """Learning a tokenizer from a corpus: which part of it is read, and where the result goes.
 
-Owns the choice of text and the output folder; the learning is slm/tokenizer.py's. Of a corpus larger than max_bytes,
+Owns the choice of text and the output folder; the learning is slm/tokenizer.py's. Of a corpus with more text than max_bytes,
 evenly spread pieces are read, so that every input is heard in its proportion.
 
     make_tokenizer(["corpus.jsonl"], Path("tokenizer"), vocab_size=8192)
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.corpus import Piece, cut, find_files, sample
-from data_prep.job import describe_job, is_same_job, write_job
+from data_prep.corpus import Piece, cut, find_files, sample, text_bytes
+from data_prep.job import describe_job, is_same_job, os_errors_told, write_job
 from data_prep.progress import byte_progress
 from data_prep.reading import HARMLESS, Reading, read_piece
 from slm.errors import UserError
@@ -36,7 +36,7 @@ def make_tokenizer(
     text_key: str = "text",
     max_bad_fraction: float = 0.01,
 ) -> tuple[SLMTokenizer, int]:
-    """Writes the tokenizer into output; (it, bytes read: 0 if it was there already). Raises UserError."""
+    """Writes the tokenizer into output; (it, bytes of text read: 0 if it was there already). Raises UserError."""
     from slm.tokenizer import SLMTokenizer
 
     if max_bytes < 1:
@@ -51,42 +51,53 @@ def make_tokenizer(
             f"{output} holds hidden files, and a tokenizer's folder is put in place as a whole",
             fix="choose another --output folder, or remove this one",
         )
-    pieces = sample(cut(files, _PIECE_BYTES), max_bytes)
-    num_bytes = sum(piece.size for piece in pieces)
+    pieces = sample([piece._replace(size=text_bytes(piece)) for piece in cut(files, _PIECE_BYTES)], max_bytes)
+    num_bytes = 0
+
+    def texts(advance: Callable[[int], None]) -> Iterator[str]:
+        nonlocal num_bytes
+        for text in _documents(pieces, text_key, max_bad_fraction, advance):
+            num_bytes += _utf8_bytes(text)
+            yield text
+
     # Made beside the output and renamed: it is there whole or not at all.
     staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         write_job(staging, job)  # before the long part, so that a folder that cannot be written is told now
-        with byte_progress("reading", num_bytes) as advance:
-            texts = _documents(pieces, max_bytes, text_key, max_bad_fraction, advance)
-            tokenizer = SLMTokenizer().train(texts, vocab_size=vocab_size, kind=kind)
-        tokenizer.save_pretrained(staging)
-        os.replace(staging, output)
+        with byte_progress("reading", sum(min(piece.size, limit) for piece, limit in pieces)) as advance:
+            tokenizer = SLMTokenizer().train(texts(advance), vocab_size=vocab_size, kind=kind)
+        with os_errors_told(output, "the same command begins anew"):
+            tokenizer.save_pretrained(staging)
+            os.replace(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return tokenizer, num_bytes
 
 
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def _documents(
-    pieces: Sequence[Piece], max_bytes: int, text_key: str, max_bad_fraction: float, advance: Callable[[int], None]
+    pieces: Sequence[tuple[Piece, int]], text_key: str, max_bad_fraction: float, advance: Callable[[int], None]
 ) -> Iterator[str]:
-    """At most its share of max_bytes from each piece: the size of what is compressed says little of its text."""
-    total = sum(piece.size for piece in pieces)
-    num_docs = num_bad = 0
+    """Of each piece as much text as its share, and what earlier ones left of theirs; one document in any case."""
+    num_docs = num_bad = room = 0
     first = ""
-    for piece in pieces:
-        room = max(1, max_bytes * piece.size // max(1, total))
+    for piece, limit in pieces:
+        room += limit
         for record in read_piece(piece, Reading(text_key)):
             if record.text is not None:
-                num_docs += 1
-                room -= len(record.text.encode())
-                yield record.text
-                if room <= 0:
+                size = _utf8_bytes(record.text)
+                if size > room and num_docs:
                     break
+                room -= size
+                num_docs += 1
+                yield record.text
             elif record.problem not in HARMLESS and piece.file.kind != "tree":  # shards.py will weigh those
                 num_bad += 1
                 first = first or f"{piece.file.path}: {record.problem}"
-        advance(piece.size)
+        advance(min(piece.size, limit))
     if num_bad > max_bad_fraction * (num_bad + num_docs):
         raise UserError(
             f"{num_bad:,} of {num_bad + num_docs:,} documents cannot be used, the first in {first}",

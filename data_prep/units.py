@@ -82,7 +82,7 @@ class Split:
         self.tokens[bucket] += len(ids)
         self._origins.extend(origin)
 
-    def report(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    def report(self, pieces: Sequence[Piece], engine: str) -> dict[str, Any] | None:
         """Writes NAME.src, int64 [num_docs, 2], so that a document can be traced to its line; the shard's entry."""
         if self.writer is None:
             return None
@@ -93,6 +93,8 @@ class Split:
                 "path": shown(p.file.path),
                 "kind": p.file.kind,
                 "compression": p.file.compression,
+                "size": p.file.size,
+                "mtime_ns": p.file.mtime_ns,
                 "start": p.start,
                 "end": p.end,
             }
@@ -102,6 +104,7 @@ class Split:
             **self.writer.entry,
             "src_bytes": len(origins),
             "sha256_src": hashlib.sha256(origins).hexdigest(),
+            "engine": engine,  # a run that goes on may have another
             "sources": sources,
         }
         lengths = {str(b): [self.docs[b], self.tokens[b]] for b in sorted(self.docs)}
@@ -138,8 +141,11 @@ class _Reader:
             return
         if self._settings.reading.on_bad == "fail":
             file = piece.file
-            where = place(file.kind, file.compression, file.path, record.at, piece.start)
-            raise UserError(f"{shown(file.path)}{where}: {record.problem}", fix="mend the input, or give --on-bad skip")
+            where = place(file.path, file.kind, file.compression, piece.start, record.at)
+            raise UserError(
+                f"{', '.join(filter(None, [shown(file.path), where]))}: {record.problem}",
+                fix="mend the input, or give --on-bad skip",
+            )
         if len(self.examples) < _EXAMPLES_PER_UNIT:
             self.examples.append([len(self.lines), record.line, record.problem])
         if piece.file.kind == "tree" and record.text is None:
@@ -173,7 +179,7 @@ def encode_unit(tokenizer: SLMTokenizer, settings: Settings, index: int, pieces:
                     splits[SPLITS[held_out]].add(ids, len(data), origin)
     # Examples name their place in `lines`: how many lines of the file came before is known when all units are.
     report: dict[str, Any] = {
-        "splits": {s: splits[s].report(pieces) for s in SPLITS},
+        "splits": {s: splits[s].report(pieces, tokenizer.info()["engine"]) for s in SPLITS},
         "read": reader.num_read,
         "rejected": dict(sorted(reader.rejected.items())),
         "replaced": dict(sorted(reader.replaced.items())),

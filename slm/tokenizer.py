@@ -186,16 +186,13 @@ class SLMTokenizer:
             return (self._fast or self._engine).encode_batch(texts)
         return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
-    def use_fast_engine(self, texts: Sequence[str] = (), differ: str | None = None) -> bool:
+    def use_fast_engine(self, texts: Iterable[str] = (), differ: str | None = None) -> bool:
         """Lets `encode_batch` run on gigatoken if it is installed and encodes HARD_TEXTS and `texts` exactly as the engine
-        so far; whether it does. Only byte-level BPE has a faster engine.
+        so far; whether it does. Only byte-level BPE has a faster engine; without one `texts` are not looked at.
 
         differ: what `fast_differences` gave where it was asked before; None finds it out.
         """
         if not isinstance(self._engine, RanksEngine) or self._added_pattern is not None:
-            return False
-        fast = fast_encoder(str(self._engine.files({}, {}, None, Path())["tokenizer.json"]))
-        if fast is None:
             return False
         if differ is None:
             probe = RanksEngine(probe_ranks(), self._engine.pattern)
@@ -203,7 +200,10 @@ class SLMTokenizer:
             if prober is None:
                 return False
             differ = characters_that_differ(prober.encode_batch, probe.encode_batch)
-        fast.avoid(differ, self._engine.encode_batch)
+        own = str(self._engine.files({}, {}, None, Path())["tokenizer.json"])
+        fast = fast_encoder(own, differ, self._engine.encode_batch)
+        if fast is None:
+            return False
         different = first_difference(fast.encode_batch, self._engine.encode_batch, [*HARD_TEXTS, *texts])
         if different is not None:
             log.warning(

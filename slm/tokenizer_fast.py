@@ -43,25 +43,20 @@ class FastEncoder:
     """encode_batch as RanksEngine's, several times faster. `version` names the library; texts with one of the characters in
     `differ` go to `reference`."""
 
-    differ = ""
-    reference: EncodeBatch | None = None
-
-    def __init__(self, tokenizer_json: str) -> None:
+    def __init__(self, tokenizer_json: str, differ: str = "", reference: EncodeBatch | None = None) -> None:
         from importlib.metadata import version
 
         import gigatoken
 
         self.version = f"gigatoken {version('gigatoken')}"
+        self.differ, self._reference = differ, reference
+        self._differs = np.zeros(sys.maxunicode + 1, dtype=bool)
+        self._differs[np.array([*map(ord, differ)], dtype=np.int64)] = True
         self._tokenizer = gigatoken.Tokenizer.from_json(tokenizer_json)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # A loop: its own batch goes through another array type and is slower on one core.
         return [self._encode(text) for text in texts]
-
-    def avoid(self, characters: str, reference: EncodeBatch) -> None:
-        self.differ, self.reference = characters, reference
-        self._differs = np.zeros(sys.maxunicode + 1, dtype=bool)
-        self._differs[np.array([*map(ord, characters)], dtype=np.int64)] = True
 
     def _must_avoid(self, text: str) -> bool:
         # A table: Python's re tries a class of so many characters one after the other, which takes longer than encoding.
@@ -72,15 +67,16 @@ class FastEncoder:
         return any(self._differs[part].any() for part in codes)
 
     def _encode(self, text: str) -> np.ndarray:
-        if self.reference is not None and self._must_avoid(text):
-            return self.reference([text])[0]
+        if self._must_avoid(text):
+            assert self._reference is not None
+            return self._reference([text])[0]
         return np.asarray(self._tokenizer.encode(text)).astype(np.int32)
 
 
-def fast_encoder(tokenizer_json: str) -> FastEncoder | None:
+def fast_encoder(tokenizer_json: str, differ: str = "", reference: EncodeBatch | None = None) -> FastEncoder | None:
     """tokenizer_json: without added tokens, which gigatoken would find inside ordinary text."""
     try:
-        return FastEncoder(tokenizer_json)
+        return FastEncoder(tokenizer_json, differ, reference)
     except Exception:  # not installed; or of any class, for a pattern that it does not know
         return None
 

@@ -23,7 +23,8 @@ def tiny_config() -> ModelConfig:
 @pytest.fixture
 def hf_twin(tiny_config, tmp_path):
     """Our model and transformers' LlamaForCausalLM with the same weights, through a saved folder."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     from slm import SLMForCausalLM
 
     ours = SLMForCausalLM(tiny_config).init_weights(seed=3)

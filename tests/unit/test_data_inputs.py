@@ -1,26 +1,24 @@
-"""slm-data over every kind of input, policy and filter; duplicates; many processes; the way back to a line; other tools."""
+"""slm-data over every kind of input, policy and filter; duplicates."""
 
 import bz2
 import gzip
 import hashlib
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.corpus import cut, find_files
 from data_prep.duplicates import HASH_BYTES, dropped_path, hashes_path, write_duplicates
+from data_prep.reading import Reading, read_piece
 from data_prep.shards import make_shards
-from data_prep.units import UNITS
-from slm.data.tokens import TokenDataset, decode_index
+from data_prep.tokenizer import make_tokenizer
+from slm.data.tokens import TokenDataset
 from slm.errors import UserError
 from slm.tokenizer import SLMTokenizer, load_tokenizer
 from tests.unit.test_data_prep import REPOSITORY, contents, documents, slm_data, texts_of, trained, write_jsonl
@@ -92,6 +90,17 @@ def test_every_kind_gives_the_tokens_of_plain_json_lines(tmp_path, slm_data, tra
     assert out.splitlines()[1].endswith(f"{unit} {row}")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "zst", "bz2", "parquet", "hub"])
+def test_a_tokenizer_is_learned_from_so_much_text_of_any_kind(tmp_path, kind):
+    """--max-bytes is of text, not of compressed files or shards."""
+    texts = [f"{i} " + "the same words again " * 100 for i in range(300)]
+    source = write_as(kind, tmp_path, texts)
+    _, num_bytes = make_tokenizer([source], tmp_path / "t", vocab_size=300, max_bytes=100_000)
+    assert 85_000 < num_bytes <= 100_000
+    _, num_bytes = make_tokenizer([source], tmp_path / "all", vocab_size=300, max_bytes=10_000_000)
+    assert num_bytes == sum(map(len, texts))
+
+
 def test_compressed_text_and_folders_of_tables(tmp_path, slm_data, trained):
     """A folder holds what it holds: text, JSON lines and tables, compressed or not; archives of other things are passed over."""
     (tmp_path / "in").mkdir()
@@ -129,6 +138,46 @@ def test_tables_with_bad_rows(tmp_path, slm_data, trained):
     )
     assert code == 2
     assert "no column 'body'; its columns are text" in error
+
+
+def test_a_streamed_dataset_has_bad_rows_too(tmp_path, slm_data, trained):
+    """Counted by reason as a table's: no text, no UTF-8, too long; data that break end their shard and are counted as that."""
+    good = [f"text {t}" for t in texts_of(200)]
+    raw = [t.encode() for t in good]
+    raw[5:5] = [None, b"", b"caf\xe9", b"x" * 20_000]
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.table({"text": pa.array(raw, pa.binary()).view(pa.string())}), tmp_path / "hub" / "train.parquet")
+    source = f"hf://{tmp_path / 'hub'}"
+    options = ("--tokenizer", trained, "--validation-fraction", 0, "--processes", 1, "--max-bad-fraction", 0.1)
+    options = (*options, "--max-doc-bytes", 10_000)
+    assert slm_data("shards", source, *options, "--output", tmp_path / "out")[0] == 0
+    reasons = ("document too long", "empty document", "field is not a string", "not UTF-8")
+    assert manifest(tmp_path / "out")["rejected"]["bad"] == dict.fromkeys(reasons, 1)
+    assert documents(tmp_path / "out" / "train", trained) == good
+    (tmp_path / "json").mkdir()
+    lines = [json.dumps({"text": t}) for t in good]
+    (tmp_path / "json" / "train-0.jsonl").write_text("\n".join([*lines[:100], '{"text": "abc']))
+    (tmp_path / "json" / "train-1.jsonl").write_text("\n".join(lines[100:150] + ['{"text": 5}'] + lines[150:]))
+    code, out, _ = slm_data("shards", f"hf://{tmp_path / 'json'}", *options, "--output", tmp_path / "broken")
+    assert code == 0
+    reasons = ("broken data: the rest of the shard is lost", "field is not a string")
+    assert manifest(tmp_path / "broken")["rejected"]["bad"] == dict.fromkeys(reasons, 1)
+    assert documents(tmp_path / "broken" / "train", trained) == good[100:]
+
+
+def test_a_streamed_dataset_that_changed_is_not_mixed(tmp_path, slm_data, trained):
+    """Its files are part of the job: complete shards are refused, unfinished ones begun anew; what changes meanwhile is told."""
+    source = write_as("hub", tmp_path, texts_of(200))
+    base = ("shards", source, "--tokenizer", trained, "--validation-fraction", 0, "--processes", 1, "--output")
+    assert slm_data(*base, tmp_path / "out")[0] == 0
+    assert "complete already" in slm_data(*base, tmp_path / "out")[1]
+    (piece, *_) = cut(find_files([source])[0], 1 << 20)
+    pq.write_table(pa.table({"text": texts_of(80, seed=1)}), tmp_path / "saved" / "train-00001-of-00002.parquet")
+    code, _, error = slm_data(*base, tmp_path / "out")
+    assert code == 2
+    assert f"an earlier state of {source}, which has changed since" in error
+    with pytest.raises(UserError, match="changed while it was being read"):
+        list(read_piece(piece, Reading()))
 
 
 def test_a_corrupt_page_costs_its_rows_and_no_more(tmp_path, slm_data, trained):
@@ -223,8 +272,9 @@ def test_policies(tmp_path, slm_data, trained):
     assert "characters replaced in: 1 lone surrogate, 1 not UTF-8" in out
     code, _, error = slm_data(*base, "--on-bad", "fail", "--output", tmp_path / "fail")
     assert code == 2
-    assert str(path) in error
-    assert "not UTF-8" in error
+    assert f"{path}, line 11: not UTF-8" in error
+    code, _, error = slm_data(*base, "--on-bad", "fail", "--shard-bytes", 200, "--output", tmp_path / "fail2")
+    assert f"{path}, line 11: not UTF-8" in error  # of the file, not of the part
     assert not (tmp_path / "fail" / "train" / "manifest.json").exists()
 
 
@@ -304,269 +354,3 @@ def test_length_filters_are_counted(tmp_path, slm_data, trained):
         code, _, error = slm_data("shards", path, "--tokenizer", trained, "--output", tmp_path / "no", *arguments)
         assert code == 2
         assert message in error
-
-
-# --- many processes ------------------------------------------------------------------------------------------
-
-
-def command(corpus, trained, output, *more):
-    arguments = ["shards", corpus, "--tokenizer", trained, "--output", output, "--shard-bytes", "30k", *more]
-    return [sys.executable, "-m", "data_prep.cli", *map(str, arguments)]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_jsonl(
-        tmp_path_factory.mktemp("corpus") / "a.jsonl", [*texts_of(1500, words=300), *texts_of(200, words=300)]
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(corpus, trained, tmp_path_factory):
-    """What one process writes."""
-    output = tmp_path_factory.mktemp("whole") / "out"
-    subprocess.run(command(corpus, trained, output, "--processes", 1, "--deduplicate"), cwd=REPOSITORY, check=True,
-                   stdout=subprocess.DEVNULL)  # fmt: skip
-    return contents(output)
-
-
-def test_mpirun_gives_the_same_bytes(corpus, trained, whole, tmp_path):
-    """Three real MPI ranks; only the first speaks; a mistake is said once and the code is not 0."""
-    mpirun = [Path(sys.executable).with_name("mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "3"]
-    result = subprocess.run([*map(str, mpirun), *command(corpus, trained, tmp_path / "out", "--deduplicate")],
-                            cwd=REPOSITORY, capture_output=True, text=True, timeout=120)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("next: name these folders") == 1
-    assert contents(tmp_path / "out") == whole
-    result = subprocess.run([*map(str, mpirun), *command("absent.jsonl", trained, tmp_path / "no")],
-                            cwd=REPOSITORY, capture_output=True, text=True, timeout=120)  # fmt: skip
-    assert result.returncode != 0
-    assert result.stderr.count("absent.jsonl does not exist") == 1
-    assert "Traceback" not in result.stderr
-
-
-def test_processes_that_know_nothing_of_each_other_share_the_work(corpus, trained, whole, tmp_path):
-    """The members of a SLURM array, started together; one is killed: the others finish its unit too."""
-    output = tmp_path / "out"
-    environment = {**os.environ, "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}
-    tasks = [
-        subprocess.Popen(command(corpus, trained, output, "--processes", 1, "--deduplicate"), cwd=REPOSITORY,
-                         env={**environment, "SLURM_ARRAY_TASK_ID": str(i)}, stdout=subprocess.DEVNULL)
-        for i in (1, 2, 3)
-    ]  # fmt: skip
-    while tasks[0].poll() is None and not list(output.glob(f"{UNITS}/*.json")):
-        time.sleep(0.005)
-    tasks[2].send_signal(signal.SIGKILL)
-    assert [task.wait(timeout=120) for task in tasks] == [0, 0, -signal.SIGKILL]
-    assert contents(output) == whole
-
-
-@pytest.mark.slow
-def test_fifty_kills_at_random_moments(corpus, trained, whole, tmp_path):
-    """SIGKILL to the main process, fifty times, in both passes: in the end the bytes of an uninterrupted run."""
-    rng = random.Random()
-    output = tmp_path / "out"
-    num_killed = 0
-    while num_killed < 50:
-        process = subprocess.Popen(command(corpus, trained, output, "--processes", 2, "--deduplicate"), cwd=REPOSITORY,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        time.sleep(rng.random() * 2.5)
-        if process.poll() is None:
-            process.kill()
-            num_killed += 1
-        elif process.returncode == 0:  # it finished: begin again, so that all kills hit something
-            assert contents(output) == whole
-            subprocess.run(["rm", "-r", str(output)], check=True)
-        process.wait()
-    assert subprocess.run(command(corpus, trained, output, "--deduplicate"), cwd=REPOSITORY,
-                          stdout=subprocess.DEVNULL).returncode == 0  # fmt: skip
-    assert contents(output) == whole
-
-
-# --- engines -------------------------------------------------------------------------------------------------
-
-
-def test_the_fast_engine_gives_the_same_bytes_and_is_named(tmp_path, slm_data, trained):
-    """gigatoken and the reference: the same shards, the manifest says which; text like a special token stays text."""
-    path = write_jsonl(tmp_path / "a.jsonl", [*texts_of(200), "x <|end_of_text|> y", "<|begin_of_text|>"])
-    for engine in ("gigatoken", "reference"):
-        options = ("--tokenizer", trained, "--processes", 2, "--engine", engine, "--validation-fraction", 0)
-        assert slm_data("shards", path, *options, "--output", tmp_path / engine)[0] == 0
-        assert manifest(tmp_path / engine)["tokenizer"]["engine"].split()[0] == engine.replace("reference", "tiktoken")
-    shards = [contents(tmp_path / engine / "train") for engine in ("gigatoken", "reference")]
-    for found in shards:
-        del found["manifest.json"]
-    assert shards[0] == shards[1]
-
-
-def test_characters_of_another_unicode_version_go_to_the_reference(trained):
-    """gigatoken's letters are not all tiktoken's. Which differ is found out for every character; their texts are encoded alike
-    all the same, in neighbourhoods where it shows."""
-    from slm.tokenizer_engines import RanksEngine
-    from slm.tokenizer_fast import characters_that_differ, probe_ranks
-
-    engine = RanksEngine(probe_ranks())
-    assert characters_that_differ(engine.encode_batch, engine.encode_batch) == ""
-
-    def letters_unknown(texts):  # as an older Unicode would see two letters
-        return engine.encode_batch([text.replace("é", "\ue000").replace("漢", "\ue000") for text in texts])
-
-    assert characters_that_differ(letters_unknown, engine.encode_batch) == "é漢"
-    tokenizer = load_tokenizer(trained)
-    assert tokenizer.use_fast_engine()
-    for character in (*tokenizer.fast_differences[:40], "é", "漢"):
-        text = f'x = [None, "{character}", 1{character}2, {character}{character} \'{character}s\n]'
-        assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)
-
-
-def test_an_engine_that_disagrees_is_not_used(trained, monkeypatch, caplog):
-    """Parity is checked on hard strings and on the corpus's first texts before a run."""
-    from slm import tokenizer_fast
-
-    encode = tokenizer_fast.FastEncoder.encode_batch
-
-    def wrong(self, texts):
-        return [ids[:-1] if "needle" in text else ids for ids, text in zip(encode(self, texts), texts, strict=True)]
-
-    monkeypatch.setattr(tokenizer_fast.FastEncoder, "encode_batch", wrong)
-    tokenizer = load_tokenizer(trained)
-    assert not tokenizer.use_fast_engine(["hay", "a needle"])
-    assert "encodes 'a needle' otherwise" in caplog.text
-    assert tokenizer.use_fast_engine(["hay"])
-
-
-# --- looking at it -------------------------------------------------------------------------------------------
-
-
-def test_stats_and_show(tmp_path, slm_data, trained):
-    """Totals agree with the manifest; sources and lengths add up; a document is traced to its very line."""
-    texts = texts_of(400)
-    inputs = [write_jsonl(tmp_path / "a.jsonl", texts[:300]), write_jsonl(tmp_path / "b.jsonl", texts[300:])]
-    options = ("--tokenizer", trained, "--output", tmp_path / "out", "--shard-bytes", "3k", "--processes", 1)
-    assert slm_data("shards", *inputs, *options, "--validation-fraction", 0.2)[0] == 0
-    code, out, _ = slm_data("stats", tmp_path / "out", "--json")
-    assert code == 0
-    for found in json.loads(out):
-        dataset = TokenDataset(found["path"])
-        assert (found["docs"], found["tokens"]) == (dataset.num_docs, dataset.num_tokens)
-        assert sum(docs for docs, _ in found["by_source"].values()) == dataset.num_docs
-        assert sum(tokens for _, tokens in found["by_source"].values()) == dataset.num_tokens
-        assert found["histogram"] == dataset.manifest["length_histogram"]
-    code, out, _ = slm_data("stats", tmp_path / "out")
-    assert code == 0
-    assert "█" in out
-    assert "400 kept" in out
-    train = documents(tmp_path / "out" / "train", trained)
-    for doc in (0, len(train) // 2, len(train) - 1):
-        code, out, _ = slm_data("show", tmp_path / "out" / "train", "--doc", doc)
-        assert code == 0
-        index = texts.index(train[doc])
-        path, line = (inputs[0], index + 1) if index < 300 else (inputs[1], index - 299)
-        assert f"from {path}, line {line}\n" in out
-        assert train[doc] in out
-    code, _, error = slm_data("show", tmp_path / "out" / "train", "--doc", len(train))
-    assert code == 2
-    assert f"give 0 to {len(train) - 1}" in error
-
-
-def test_verify_covers_where_documents_came_from(tmp_path, slm_data, trained):
-    path = write_jsonl(tmp_path / "a.jsonl", texts_of(50))
-    options = ("--tokenizer", trained, "--output", tmp_path / "out", "--validation-fraction", 0, "--processes", 1)
-    assert slm_data("shards", path, *options)[0] == 0
-    (source,) = (tmp_path / "out" / "train").glob("*.src")
-    data = bytearray(source.read_bytes())
-    data[9] ^= 1
-    source.write_bytes(data)
-    code, out, _ = slm_data("verify", tmp_path / "out")
-    assert code == 4
-    assert f"{source.name}: SHA-256" in out
-
-
-# --- other tools ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ["megatron", "datatrove", "olmo"])
-@pytest.mark.parametrize("with_metadata", [True, False])
-def test_export_and_import_leave_the_tokens_alone(tmp_path, slm_data, trained, layout, with_metadata):
-    """There and back: the same .bin and .idx bytes. OLMo's files also without the table of documents, by EOS."""
-    path = write_jsonl(tmp_path / "a.jsonl", texts_of(200))
-    options = ("--tokenizer", trained, "--output", tmp_path / "out", "--validation-fraction", 0, "--shard-bytes", "4k")
-    assert slm_data("shards", path, *options)[0] == 0
-    train = tmp_path / "out" / "train"
-    assert slm_data("export", train, "--format", layout, "--output", tmp_path / "theirs")[0] == 0
-    if layout == "olmo" and not with_metadata:
-        for table in (tmp_path / "theirs").glob("*.csv.gz"):
-            table.unlink()
-    arguments = (
-        "import",
-        tmp_path / "theirs",
-        "--format",
-        layout,
-        "--tokenizer",
-        trained,
-        "--output",
-        tmp_path / "back",
-    )
-    code, _, error = slm_data(*arguments)
-    assert code == 0, error
-    assert slm_data("verify", tmp_path / "back")[0] == 0
-    suffixes = (".bin", ".idx")
-    before, after = (
-        [p.read_bytes() for p in sorted(f.iterdir()) if p.suffix in suffixes] for f in (train, tmp_path / "back")
-    )
-    assert before == after
-    code, _, error = slm_data(*arguments)
-    assert code == 2
-    assert "is not empty" in error
-
-
-def test_datatrove_reads_ours_and_ours_reads_datatroves(tmp_path, slm_data, trained):
-    """Against datatrove's own writer and reader."""
-    from datatrove.pipeline.tokens.tokenizer import TokenizedFile
-    from datatrove.utils.dataset import DatatroveFileDataset
-
-    tokenizer = load_tokenizer(trained)
-    texts = texts_of(60)
-    rows = [[tokenizer.bos_token_id, *tokenizer.encode(t), tokenizer.eos_token_id] for t in texts]
-    theirs = TokenizedFile(str(tmp_path / "theirs"), "x.ds", save_final_metadata=True, token_size=2)
-    for row in rows:
-        theirs.write(row, None)
-    theirs.close()
-    arguments = ("--format", "datatrove", "--tokenizer", trained, "--output", tmp_path / "ours")
-    assert slm_data("import", tmp_path / "theirs", *arguments)[0] == 0
-    assert documents(tmp_path / "ours", trained) == texts
-    assert slm_data("export", tmp_path / "ours", "--format", "datatrove", "--output", tmp_path / "again")[0] == 0
-    for suffix in ("", ".index"):
-        again = tmp_path / "again" / f"shard-00000.ds{suffix}"
-        assert again.read_bytes() == (tmp_path / "theirs" / f"x.ds{suffix}").read_bytes()
-    flat = [token for row in rows for token in row]
-    read = DatatroveFileDataset(f"{tmp_path}/again/shard-00000.ds", seq_len=15, token_size=2)
-    assert len(read) == len(flat) // 16
-    for i in range(len(read)):
-        assert read[i]["input_ids"].tolist() == flat[16 * i : 16 * i + 16]
-
-
-def test_import_refusals(tmp_path, slm_data, trained):
-    """A missing index, a wrong tokenizer and a file cut off are told before or instead of a dataset."""
-    path = write_jsonl(tmp_path / "a.jsonl", texts_of(50))
-    options = ("--tokenizer", trained, "--output", tmp_path / "out", "--validation-fraction", 0, "--processes", 1)
-    assert slm_data("shards", path, *options)[0] == 0
-    slm_data("export", tmp_path / "out" / "train", "--format", "megatron", "--output", tmp_path / "m")
-    SLMTokenizer().save_pretrained(tmp_path / "bytes")
-    base = ("import", tmp_path / "m", "--format", "megatron", "--output", tmp_path / "x", "--tokenizer")
-    code, _, error = slm_data(*base, tmp_path / "bytes")
-    assert code == 2
-    assert "it is not the one that the tokens were made with" in error
-    assert not (tmp_path / "x" / "manifest.json").exists()
-    (binary,) = (tmp_path / "m").glob("*.bin")
-    base = (*base[:5], tmp_path / "y", "--tokenizer", trained)
-    binary.write_bytes(binary.read_bytes()[:-2])
-    code, _, error = slm_data(*base)
-    assert code == 4
-    assert "its documents end at token" in error
-    binary.with_suffix(".idx").unlink()
-    code, _, error = slm_data(*base)
-    assert code == 2
-    assert "its index" in error
-    assert slm_data("import", tmp_path / "nowhere", *base[2:])[0] == 2
-    assert decode_index  # the reader of Megatron's index is tested against its bytes in test_tokens.py

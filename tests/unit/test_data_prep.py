@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from data_prep import cli
@@ -113,10 +114,12 @@ def test_groups_and_samples():
     assert [p for g in groups for p in g] == pieces
     assert all(sum(p.size for p in g) <= 10 or len(g) == 1 for g in groups)
     chosen = sample(pieces, 500)
-    assert 400 <= sum(p.size for p in chosen) <= 500
-    assert pieces.index(chosen[0]) < 60
-    assert pieces.index(chosen[-1]) > 240
-    assert sample(pieces, 10**6) == pieces
+    assert 400 <= sum(limit for _, limit in chosen) <= 500
+    assert pieces.index(chosen[0][0]) < 60
+    assert pieces.index(chosen[-1][0]) > 240
+    assert [piece for piece, limit in sample(pieces, 10**6) if limit >= piece.size] == pieces
+    large = cut([InputFile("a", "tree", 10**9, 0), InputFile("b", "tree", 10**9, 0)], 100)
+    assert [(piece.file.path, limit) for piece, limit in sample(large, 500)] == [("a", 250), ("b", 250)]
 
 
 # --- what is written -----------------------------------------------------------------------------------------
@@ -199,7 +202,6 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path, slm_data, trained):
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_workers_end_with_their_parent(tmp_path, trained, stop, code):
     """No worker is left behind, waiting for ever, when the main process is killed or hears Ctrl-C."""
-    psutil = pytest.importorskip("psutil")
     corpus = write_jsonl(tmp_path / "a.jsonl", texts_of(3000, words=400))
     command = [sys.executable, "-m", "data_prep.cli", "shards", corpus, "--tokenizer", trained, "--shard-bytes", "30k"]
     process = subprocess.Popen(

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece as spm
+import tiktoken
+import tokenizers
+from tiktoken.load import load_tiktoken_bpe
 
 from slm.errors import CorruptArtefact, UserError
 from slm.tokenizer import BOS, EOS, PAD, PATTERN, SLMTokenizer, as_tokenizer, load_tokenizer, special_tokens_of
@@ -159,7 +163,6 @@ def test_training_is_deterministic(texts, bpe, sentencepiece):
 
 def test_same_ids_as_hugging_face(bpe, tmp_path):
     """The saved tokenizer.json gives the same ids in tokenizers and in transformers, over real and random text."""
-    tokenizers = pytest.importorskip("tokenizers")
     bpe.save_pretrained(tmp_path)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     theirs.encode_special_tokens = True
@@ -169,7 +172,8 @@ def test_same_ids_as_hugging_face(bpe, tmp_path):
     for text, ids in zip(samples, bpe.encode_batch(samples), strict=True):
         assert theirs.encode(text, add_special_tokens=False).ids == ids.tolist(), text[:80]
         assert theirs.decode(ids.tolist()) == text
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert auto("x = 1")["input_ids"] == bpe.encode("x = 1", add_bos=True)
     assert (auto.bos_token, auto.eos_token, auto.pad_token) == (BOS, EOS, PAD)
@@ -178,9 +182,6 @@ def test_same_ids_as_hugging_face(bpe, tmp_path):
 
 def test_tiktoken_file_as_tiktoken(bpe, tmp_path):
     """A rank file gives the ids of tiktoken itself with Llama 3's regex; our special tokens follow its ranks."""
-    tiktoken = pytest.importorskip("tiktoken")
-    from tiktoken.load import load_tiktoken_bpe
-
     ranks = {bpe._engine._bytes[i]: i for i in range(len(bpe) - 3)}
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
@@ -235,7 +236,6 @@ def test_other_tokenizer_json(gpt2_like, tmp_path):
 
 def test_foreign_sentencepiece(texts, tmp_path):
     """A model with SentencePiece's usual settings is used as it is: the ids of the library itself."""
-    spm = pytest.importorskip("sentencepiece")
     options = {"model_type": "unigram", "vocab_size": 300, "minloglevel": 2}
     lines = [line for text in texts[:5] for line in text.splitlines()]
     spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(tmp_path / "m"), **options)
