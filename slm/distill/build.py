@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -197,21 +198,22 @@ def _build_cache(
     base = progress.done
     progress.update(base + int(np.diff(bounds)[writer.done].sum()))
     work = _in_step(writer, blocks, ranks) if settings.zero3 else _by_claims(writer, blocks)
-    for block in work:
-        failure: Exception | None = None
-        try:
-            planes, sums = maker.make(block)
-            if block >= 0:
-                writer.write_block(block, planes, sums)
-        except (SLMError, OSError) as error:
-            failure = error
-        # Under ZeRO-3 the others wait for this rank in the next forward: all leave together.
-        failed = parallel.agree(failure is not None) if settings.zero3 else failure is not None
-        if failed:
-            raise failure or EnvironmentProblem("another rank could not write its block; it says why")
-        progress.update(base + int(np.diff(bounds)[writer.done].sum()))
-        if parallel.agree(stop.signal_name is not None) if settings.zero3 else stop.signal_name:
-            raise Stopped
+    with closing(work):  # which frees the lock of a block that fails
+        for block in work:
+            failure: Exception | None = None
+            try:
+                planes, sums = maker.make(block)
+                if block >= 0:
+                    writer.write_block(block, planes, sums)
+            except (SLMError, OSError) as error:
+                failure = error
+            # Under ZeRO-3 the others wait for this rank in the next forward: all leave together.
+            failed = parallel.agree(failure is not None) if settings.zero3 else failure is not None
+            if failed:
+                raise failure or EnvironmentProblem("another rank could not write its block; it says why")
+            progress.update(base + int(np.diff(bounds)[writer.done].sum()))
+            if parallel.agree(stop.signal_name is not None) if settings.zero3 else stop.signal_name:
+                raise Stopped
     writer.finish()
     progress.update(base + int(bounds[-1]))
 
@@ -224,7 +226,7 @@ def _own_blocks_first(num_blocks: int, ranks: Ranks) -> list[int]:
     return [*range(first, num_blocks), *range(first)]
 
 
-def _by_claims(writer: CacheWriter, blocks: list[int]) -> Iterator[int]:
+def _by_claims(writer: CacheWriter, blocks: list[int]) -> Generator[int]:
     """The blocks that nobody has done, one at a time under its lock; ends when all are done, also those of others."""
     while not writer.done.all():
         worked = False
@@ -239,7 +241,7 @@ def _by_claims(writer: CacheWriter, blocks: list[int]) -> Iterator[int]:
             time.sleep(0.5)  # others are at the last ones; if one dies, its block is free again
 
 
-def _in_step(writer: CacheWriter, blocks: list[int], ranks: Ranks) -> Iterator[int]:
+def _in_step(writer: CacheWriter, blocks: list[int], ranks: Ranks) -> Generator[int]:
     """Under ZeRO-3 a forward takes all ranks: in each round every rank has a block, or -1 for a pretended one."""
     missing = parallel.broadcast([b for b in sorted(blocks) if not writer.done[b]])
     for first in range(0, len(missing), ranks.world_size):
@@ -332,7 +334,7 @@ class BlockMaker:
         labelled[self.starts[inside] + self.lengths[inside] - 1 - low] = False
         return labelled
 
-    def _batches(self, pieces: list[int]) -> Iterator[tuple[Batch, np.ndarray]]:
+    def _batches(self, pieces: list[int]) -> Generator[tuple[Batch, np.ndarray]]:
         """Pieces packed into forward passes of about batch_tokens: (batch, address of each place in the shard, -1: none)."""
         if not pieces:
             return

@@ -367,8 +367,8 @@ def test_gradients_that_are_not_finite(recipe, tmp_path, caplog, monkeypatch):
 
     forward, calls = Engine.forward, []
 
-    def poisoned(self, batch):
-        loss, count = forward(self, batch)
+    def poisoned(self, batch, distillation=None):
+        loss, count = forward(self, batch, distillation)
         calls.append(1)
         return (loss * float("nan") if len(calls) in bad else loss), count
 
