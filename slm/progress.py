@@ -73,13 +73,13 @@ class TokenProgress:
         now = time.monotonic()
         if self._began is None:
             self._began = (now, done)
-        self.done = done
+        ended, self.done = done == self._total != self.done, done
         began, first = self._began
         rate = (done - first) / max(1e-9, now - began)
         note = f"{rate:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
-        elif self._enabled and (now - self._last_line > _SECONDS_BETWEEN_LINES or done == self._total):
+        elif self._enabled and (now - self._last_line > _SECONDS_BETWEEN_LINES or ended):
             self._last_line = now
             left = f"  {timedelta(seconds=round((self._total - done) / rate))} left" if rate > 0 else ""
             log.info("%s: %s of %s tokens  %s%s", self._title, f"{done:,}", f"{self._total:,}", note, left)
