@@ -297,6 +297,7 @@ def _stage(
             check(results[index])
 
         while pending:
+            left = len(pending)
             taken = {index for index, _ in running.values()}
             for index in [i for i in pending if i not in taken]:
                 if len(running) > pool.processes:  # one more than can run: no worker waits for its next
@@ -314,7 +315,7 @@ def _stage(
                 future.result()
                 lock.close()
                 finish(index)
-            if pending and not running:
+            if len(pending) == left and not running:  # others hold all that is left
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
     return [results[index] for index in range(len(units))]
 
