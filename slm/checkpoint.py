@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from slm import parallel
 from slm.engine import Fragment
 from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
-from slm.runtime import atomic_write
+from slm.runtime import atomic_write, fsync_folder
 
 log = logging.getLogger("slm")
 
@@ -165,7 +165,7 @@ class Checkpointer:
             final.rename(discarded)
             shutil.rmtree(discarded, ignore_errors=True)
         staging.rename(final)
-        _fsync_folder(self.root)
+        fsync_folder(self.root)
         _point(self.root.parent / "latest", final)
         if best:
             _point(self.root.parent / "best", final)
@@ -211,14 +211,6 @@ def _digest(file: Any) -> Any:
     while chunk := file.read(1 << 20):
         digest.update(chunk)
     return digest
-
-
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _point(link: Path, target: Path) -> None:

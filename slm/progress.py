@@ -20,16 +20,32 @@ log = logging.getLogger("slm")
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class StepProgress:
-    def __init__(self, title: str, total: int, done: int, *, enabled: bool) -> None:
-        self._title, self._total, self._first = title, total, done
-        self._started = self._last_line = time.monotonic()
-        self._enabled = enabled
-        self._bar = None
+class _Progress:
+    """A bar on a terminal; else none, and lines are the subclass's."""
+
+    def __init__(self, title: str, total: int, done: int, enabled: bool) -> None:
+        self._title, self._total, self._enabled = title, total, enabled
+        self._bar: Progress | None = None
         if enabled and sys.stderr.isatty():
-            self._bar = _bar()
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
             self._bar.start()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class StepProgress(_Progress):
+    def __init__(self, title: str, total: int, done: int, *, enabled: bool) -> None:
+        super().__init__(title, total, done, enabled)
+        self._first = done
+        self._started = self._last_line = time.monotonic()
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """`step` steps of the phase are done."""
@@ -49,25 +65,15 @@ class StepProgress:
             self._last_line = time.monotonic()
             log.info("%s evaluating: %d batches done", self._title, num_batches)
 
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
-
-class TokenProgress:
+class TokenProgress(_Progress):
     """Tokens done, by this process and by others that share the work; tokens/s are of all of them since the start."""
 
     def __init__(self, title: str, total: int, *, enabled: bool) -> None:
-        self._title, self._total, self.done = title, total, 0
+        super().__init__(title, total, 0, enabled)
+        self.done = 0
         self._began: tuple[float, int] | None = None  # after what was there already
         self._last_line = 0.0
-        self._enabled = enabled
-        self._bar = None
-        if enabled and sys.stderr.isatty():
-            self._bar = _bar()
-            self._task = self._bar.add_task(title, total=total, note="")
-            self._bar.start()
 
     def update(self, done: int) -> None:
         now = time.monotonic()
@@ -83,16 +89,3 @@ class TokenProgress:
             self._last_line = now
             left = f"  {timedelta(seconds=round((self._total - done) / rate))} left" if rate > 0 else ""
             log.info("%s: %s of %s tokens  %s%s", self._title, f"{done:,}", f"{self._total:,}", note, left)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-def _bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from slm.losses import IGNORE
 if TYPE_CHECKING:
     from slm.distill.codec import RawTargets
     from slm.distill.student import CachedTeacher
+
+
+Record = TypeVar("Record", bound=Any)  # a dataclass
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,16 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         if torch.device(device).type == "cpu":
             return self
-        moved = {
-            f.name: getattr(self, f.name).pin_memory().to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), torch.Tensor)
-        }
-        teachers = tuple(rows.to(device) for rows in self.teachers)
-        return replace(self, **moved, teachers=teachers)
+        return replace(tensors_on(self, device), teachers=tuple(rows.to(device) for rows in self.teachers))
 
 
-_CHUNK = 1024
+def tensors_on(record: Record, device: torch.device | str) -> Record:
+    """A copy of a dataclass with its tensors on another device, sent from pinned memory."""
+    names = [f.name for f in fields(record) if isinstance(getattr(record, f.name), torch.Tensor)]
+    return replace(record, **{name: getattr(record, name).pin_memory().to(device, non_blocking=True) for name in names})
 
+
+_CHUNK = 1024  # places of the order that are located at once
 
 # A piece to place in a row: the tokens it reads and the token after its last (or None at the document's end).
 Piece = tuple[np.ndarray, int | None]

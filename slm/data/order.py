@@ -22,6 +22,7 @@ _WEIGHT_ONE = 1 << 32
 _BLOCK = 1024  # sequences over which a mixture is exact
 _ROUNDS = 8  # of the Feistel network; 4 do for wide halves (Luby and Rackoff, 1988) but not for a few bits
 _MASK64 = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: splitmix64's step
 
 
 def permute(index: int, size: int, key: int) -> int:
@@ -52,18 +53,25 @@ def permute_many(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray
         while len(walking):
             left, right = values[walking] >> half_bits, values[walking] & half_mask
             for round_number in range(_ROUNDS):
-                x = right + keys[walking] + np.uint64((round_number + 1) * 0x9E3779B97F4A7C15 & _MASK64)
-                x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-                x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-                left, right = right, left ^ ((x ^ (x >> np.uint64(31))) & half_mask)
+                mixed = mix_many(right, keys[walking] + np.uint64((round_number + 1) * GOLDEN & _MASK64))
+                left, right = right, left ^ (mixed & half_mask)
             values[walking] = left << half_bits | right
             walking = walking[values[walking] >= size]
     return values.astype(np.int64)
 
 
+def mix_many(values: np.ndarray, added: np.ndarray | np.uint64) -> np.ndarray:
+    """splitmix64's finaliser over values + added, modulo 2^64. uint64 [n]."""
+    with np.errstate(over="ignore"):
+        x = values + added
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
 def _mix(value: int, key: int, round_number: int) -> int:
     """splitmix64's finaliser over value, key and round."""
-    x = (value + key + (round_number + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    x = (value + key + (round_number + 1) * GOLDEN) & _MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
     return x ^ (x >> 31)

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from slm.data.order import GOLDEN, mix_many
+
 Selection = list[np.ndarray]  # bool [num_docs], per shard
 
 
@@ -28,12 +30,9 @@ def by_share(shard: int, num_docs: int, share: float) -> np.ndarray:
     """About `share` of the documents, the same ones in every phase: by splitmix64 of (shard, number of the document)."""
     if share >= 1:
         return np.ones(num_docs, dtype=bool)
-    with np.errstate(over="ignore"):
-        x = np.arange(num_docs, dtype=np.uint64) + np.uint64((shard + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    return x < np.uint64(share * 2.0**64)
+    step = np.uint64((shard + 1) * GOLDEN & 0xFFFFFFFFFFFFFFFF)
+    mixed = mix_many(np.arange(num_docs, dtype=np.uint64), step)
+    return mixed < np.uint64(share * 2.0**64)
 
 
 def selection_digest(selection: Selection | None) -> str:

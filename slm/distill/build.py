@@ -22,7 +22,7 @@ import torch
 
 from slm import parallel
 from slm.data.batches import Batch, Piece, assemble
-from slm.data.order import derive_key
+from slm.data.order import GOLDEN, derive_key, mix_many
 from slm.data.packing import best_fit, pieces_of
 from slm.distill.cache import Cache, CacheSpec, CacheWriter, Sums, block_bounds, new_planes
 from slm.distill.codec import encode_entries, token_tags
@@ -230,9 +230,8 @@ def _by_claims(writer: CacheWriter, blocks: list[int]) -> Generator[int]:
     """The blocks that nobody has done, one at a time under its lock; ends when all are done, also those of others."""
     while not writer.done.all():
         worked = False
-        for block in blocks:
-            if writer.done[block]:
-                continue
+        done = writer.done  # read from the file, and again under the lock
+        for block in (b for b in blocks if not done[b]):
             with writer.claim(block) as mine:
                 if mine and not writer.done[block]:
                     worked = True
@@ -409,12 +408,8 @@ class BlockMaker:
 
 
 def _mixed(values: np.ndarray, key: int) -> np.ndarray:
-    """splitmix64's finaliser of each value under a key. uint64."""
-    with np.errstate(over="ignore"):
-        x = values.astype(np.uint64) + np.uint64(key * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    """Each value scrambled under a key. uint64."""
+    return mix_many(values.astype(np.uint64), np.uint64(key * GOLDEN & 0xFFFFFFFFFFFFFFFF))
 
 
 def _uniform(places: np.ndarray, key: int) -> np.ndarray:

@@ -32,6 +32,7 @@ import numpy as np
 from slm.data.packing import pieces_of
 from slm.distill.codec import index_bits, value_range
 from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
+from slm.runtime import fsync_folder
 
 SCHEMA = "slm-teacher/1"
 _MAGIC = b"SLMKDC1\n"
@@ -198,7 +199,7 @@ class CacheWriter:
                 _reserve(begun, self._layout.size)
                 os.fsync(begun.fileno())
             os.replace(fresh, partial)
-            _fsync_folder(partial.parent)
+            fsync_folder(partial.parent)
         file = open(partial, "r+b")
         if file.read(_HEADER_BYTES) != header or os.fstat(file.fileno()).st_size != self._layout.size:
             file.close()
@@ -281,7 +282,7 @@ class CacheWriter:
             if partial.exists():
                 os.fsync(self._file.fileno())
                 os.replace(partial, self.path)
-                _fsync_folder(self.path.parent)
+                fsync_folder(self.path.parent)
         self.close()
         return self.path
 
@@ -311,14 +312,6 @@ def _write_at(file: IO[bytes], data: bytes, offset: int) -> None:
     while view:
         written = os.pwrite(file.fileno(), view, offset)
         view, offset = view[written:], offset + written
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- reading -------------------------------------------------------------------------------------------------

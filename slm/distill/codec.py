@@ -16,12 +16,13 @@ to or from the tail, which is kept in float32: the head is scaled to what the ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from slm.data.batches import tensors_on
+from slm.data.order import GOLDEN, mix_many
 from slm.distill.targets import Entries
 
 
@@ -87,11 +88,9 @@ def encode_entries(
 def token_tags(tokens: np.ndarray, following: np.ndarray, places: np.ndarray) -> np.ndarray:
     """uint16 [N]: a hash of each token, the next one (-1 for none) and the token's place in its shard."""
     with np.errstate(over="ignore"):
-        x = tokens.astype(np.uint64) + following.astype(np.int64).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = tokens.astype(np.uint64) + following.astype(np.int64).view(np.uint64) * np.uint64(GOLDEN)
         x ^= places.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return (x >> np.uint64(48)).astype(np.uint16)
+    return (mix_many(x, np.uint64(0)) >> np.uint64(48)).astype(np.uint16)
 
 
 @dataclass(frozen=True)
@@ -124,13 +123,7 @@ class RawTargets:
     def to(self, device: torch.device | str) -> RawTargets:
         if torch.device(device).type == "cpu":
             return self
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {
-            name: x.pin_memory().to(device, non_blocking=True)
-            for name, x in tensors.items()
-            if isinstance(x, torch.Tensor)
-        }
-        return replace(self, **moved)
+        return tensors_on(self, device)
 
     def decode(
         self, temperature: float, k: int | None = None

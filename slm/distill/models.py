@@ -33,14 +33,12 @@ log = logging.getLogger("slm")
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A loaded teacher. identity: what its logits depend on, for a cache's header. context: its longest piece, in tokens.
+    """A loaded teacher. identity: what its logits depend on, for a cache's header.
 
     llama: our model, of one device; else `run` is a partitioned or a foreign one.
     """
 
     identity: dict[str, Any]
-    context: int
-    vocab_size: int
     run: Callable[[Batch, Visit], None]
     llama: SLMForCausalLM | None = None
 
@@ -58,7 +56,7 @@ class TeacherModel:
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What is known of a teacher without its weights. config: of a Llama-family one."""
+    """What is known of a teacher without its weights. context: its longest piece, in tokens. config: of a Llama-family one."""
 
     identity: dict[str, Any]
     context: int
@@ -152,7 +150,7 @@ def _llama(path: str, info: TeacherInfo, device: torch.device, dtype: torch.dtyp
         def run(batch: Batch, visit: Visit) -> None:
             partitioned(batch.tokens_BT, batch.positions_BT, batch.piece_bounds, visit=visit)
 
-        return TeacherModel(info.identity, info.context, info.vocab_size, run)
+        return TeacherModel(info.identity, run)
     with torch.device(device):
         model = SLMForCausalLM(config, seed=None).to(dtype)
     with torch.no_grad():
@@ -163,7 +161,7 @@ def _llama(path: str, info: TeacherInfo, device: torch.device, dtype: torch.dtyp
     def run_whole(batch: Batch, visit: Visit) -> None:
         model(batch.tokens_BT, batch.positions_BT, batch.piece_bounds, visit=visit)
 
-    return TeacherModel(info.identity, info.context, info.vocab_size, run_whole, model)
+    return TeacherModel(info.identity, run_whole, model)
 
 
 def _foreign(path: str, info: TeacherInfo, device: torch.device, dtype: torch.dtype) -> TeacherModel:
@@ -191,7 +189,7 @@ def _foreign(path: str, info: TeacherInfo, device: torch.device, dtype: torch.dt
             if end - start == 1 or bool((labels[start:end] != IGNORE).any()):  # else it is padding
                 visit(start, model(flat[None, start:end], use_cache=False).logits[0])
 
-    return TeacherModel(info.identity, info.context, info.vocab_size, run)
+    return TeacherModel(info.identity, run)
 
 
 def _tokenizer_of(path: str) -> str:

@@ -40,18 +40,18 @@ class TeacherCache(Section):
 
 
 class Teacher(Section):
-    @model_validator(mode="after")
-    def _has_a_place(self) -> Teacher:
-        if self.zero3 and self.cache is None:
-            raise ValueError("zero3 is for slm teacher: a teacher that runs beside the student is whole on each device")
-        return self
-
     model: str = Field(min_length=1, description="a Hugging Face folder, a run, or a checkpoint")
     cache: TeacherCache | None = Field(
         None, description="read from files that `slm teacher` writes; null to run it online"
     )
     batch_tokens: Count = Field(8192, gt=0, description="tokens of one forward pass of the teacher")
     zero3: bool = Field(False, description="split its weights over all ranks (ZeRO-3), if one device cannot hold them")
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> Teacher:
+        if self.zero3 and self.cache is None:
+            raise ValueError("zero3 is for slm teacher: a teacher that runs beside the student is whole on each device")
+        return self
 
 
 Form = Literal["auto", "bucket", "sampled", "renormalised", "raw", "full"]

@@ -114,12 +114,17 @@ def open_caches(recipe: Recipe, phase: Phase, datasets: dict[str, TokenDataset])
     """The caches of a phase's teachers, in the order of Loss.mixing, checked. Raises UserError, CorruptArtefact."""
     teachers = []
     for name in cached_teachers(recipe, phase):
+        model = recipe.teacher[name].model
+        # A cache outlives its teacher. Once for all shards: a fingerprint reads a part of every file of weights.
+        now = describe_teacher(model).identity["fingerprint"] if Path(model).exists() else None
         by_source = []
         for source, dataset in datasets.items():
             paths = [cache_path(recipe, name, source, shard.name, phase.seq_len) for shard in dataset.shards]
             # A source that is never drawn needs no cache.
             drawn = phase.mixture.get(source, 1.0) > 0
-            by_source.append([_open(recipe, phase, name, path, dataset, i) for i, path in enumerate(paths) if drawn])
+            by_source.append(
+                [_open(recipe, phase, name, now, path, dataset, i) for i, path in enumerate(paths) if drawn]
+            )
         _check_alike(name, [cache for of_source in by_source for cache in of_source if cache is not None])
         _report_missing(name, phase, by_source, datasets)
         teachers.append(CachedTeacher(name, by_source))
@@ -144,8 +149,10 @@ def _check_alike(teacher: str, caches: list[Cache]) -> None:
             )
 
 
-def _open(recipe: Recipe, phase: Phase, teacher: str, path: Path, dataset: TokenDataset, shard: int) -> Cache | None:
-    """None if nothing is there yet and that is allowed."""
+def _open(
+    recipe: Recipe, phase: Phase, teacher: str, now: str | None, path: Path, dataset: TokenDataset, shard: int
+) -> Cache | None:
+    """None if nothing is there yet and that is allowed. now: the teacher's fingerprint, None if it is no longer there."""
     settings = recipe.teacher[teacher].cache
     assert settings is not None
     if phase.loss.allow_partial and not path.exists() and not partial_path(path).exists():
@@ -164,15 +171,12 @@ def _open(recipe: Recipe, phase: Phase, teacher: str, path: Path, dataset: Token
     ):
         if found != wanted:
             raise UserError(f"{path}: its {what} is {found}, and the recipe's is {wanted}: {why}", fix=again)
-    model = recipe.teacher[teacher].model
-    if Path(model).exists():  # a cache outlives its teacher
-        fingerprint = describe_teacher(model).identity["fingerprint"]
-        if spec.teacher.get("fingerprint") != fingerprint:
-            raise UserError(
-                f"{path}: was made by another teacher (fingerprint {spec.teacher.get('fingerprint', '')[:12]}) than {model} "
-                f"is now ({fingerprint[:12]})",
-                fix="name the teacher that it was made by, or remove the cache and run slm teacher again",
-            )
+    if now is not None and spec.teacher.get("fingerprint") != now:
+        raise UserError(
+            f"{path}: was made by another teacher (fingerprint {spec.teacher.get('fingerprint', '')[:12]}) than "
+            f"{recipe.teacher[teacher].model} is now ({now[:12]})",
+            fix="name the teacher that it was made by, or remove the cache and run slm teacher again",
+        )
     wanted_k = phase.loss.k or settings.k
     if wanted_k > spec.k or (spec.kind == "sampled" and wanted_k != spec.k):
         raise UserError(

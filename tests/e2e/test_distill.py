@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 
 from slm import SLMForCausalLM
@@ -102,7 +103,6 @@ def slm(*words):
 def test_a_cache_holds_what_the_teacher_says_of_each_piece(recipe, world):
     """Every row, decoded, against the teacher run on that piece alone, through an independent implementation
     (transformers), at T = 1 and 2; and the commands verify, stats and diff."""
-    transformers = pytest.importorskip("transformers")
     path = recipe({"model": str(world / "teacher"), "cache": {**TOP, "temperatures": [1.0, 2.0]}, "batch_tokens": 512})
     tree = yaml.safe_load(path.read_text())
     tree["teacher"]["cache"]["folder"] = str(path.parent / "cache")
@@ -230,7 +230,6 @@ def test_rows_of_equal_pieces_are_not_computed_again(recipe, world, tmp_path, mo
 
 def test_other_families_run_through_transformers(recipe, world, tmp_path):
     """A GPT-2 of random weights, against its own logits; beyond its context it is refused."""
-    transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
         vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2, initializer_range=0.3
     )
