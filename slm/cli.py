@@ -109,8 +109,13 @@ def teacher(
         typer.Argument(metavar="[verify|stats|diff] RECIPE [FIELD=VALUE]...", help="what to do, and a recipe"),
     ],
     plot: Annotated[Path | None, typer.Option(help="stats: also a picture, .png, .svg or .pdf")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="diff: about so many are compared, for each cache")] = 8192,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="diff: about so many are compared, for each cache (8192)")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="verify: have slm teacher make the damaged blocks, and only them, again")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="verify, stats, diff: for programs")] = False,
 ) -> None:
     """Run the recipe's teachers over its token shards and keep their caches: slm teacher RECIPE, on any number of processes.
 
@@ -123,6 +128,19 @@ def teacher(
     rest = words if action == "build" else words[1:]
     if not rest:
         raise UserError(f"slm teacher {action} has no recipe", fix=f"slm teacher {action} recipe.yaml")
+    if action == "build" and len(words) > 1 and "=" not in words[1]:
+        raise UserError(
+            f"{words[0]!r} is nothing that slm teacher does, and {words[1]!r} is no FIELD=VALUE",
+            fix="slm teacher [verify|stats|diff] RECIPE [FIELD=VALUE]...",
+        )
+    for option, given, of in (
+        ("--plot", plot is not None, ("stats",)),
+        ("--tokens", tokens is not None, ("diff",)),
+        ("--repair", repair, ("verify",)),
+        ("--json", as_json, ("verify", "stats", "diff")),
+    ):
+        if given and action not in of:
+            raise UserError(f"{option} has no effect here", fix=f"it is for slm teacher {' and '.join(of)}")
     recipe = load_recipe(rest[0], rest[1:])
     if action == "build":
         from slm.distill.build import build
@@ -131,11 +149,16 @@ def teacher(
     from slm.distill import examine
 
     if action == "verify":
-        problems = examine.verify(recipe)
+        problems = examine.verify(recipe, repair=repair)
         typer.echo(json.dumps(problems) if as_json else "\n".join(problems) or "every cache is whole and of its tokens")
+        if problems and not as_json:
+            fix = "slm teacher RECIPE makes what is missing" + (
+                ", the damaged blocks among it" if repair else "; verify --repair has it make damaged blocks again"
+            )
+            typer.echo(f"  Fix: {fix}", err=True)
         sys.exit(4 if problems else 0)
-    found = examine.stats(recipe) if action == "stats" else examine.diff(recipe, tokens)
-    if plot is not None and action == "stats":
+    found = examine.stats(recipe) if action == "stats" else examine.diff(recipe, tokens or 8192)
+    if plot is not None:
         examine.plot(found, plot)
     if as_json:
         typer.echo(json.dumps(found, indent=2))

@@ -34,8 +34,23 @@ def parse_count(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(parse_count)]
 # YAML 1.1 reads 1e-3 (without a dot) as text; a number is what was meant.
 Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v), Field(allow_inf_nan=False)]
+
+
+def _parse_over_phase(value: Any) -> Any:
+    given = value if isinstance(value, dict) else {0: value}
+    try:
+        numbers = {float(at): float(is_then) for at, is_then in given.items()}
+    except (TypeError, ValueError):
+        numbers = {}
+    if not numbers:
+        raise ValueError(
+            f"{value!r} is neither a number nor what it is at fractions of the phase, such as {{0: 0.5, 1: 0.1}}"
+        )
+    return numbers if isinstance(value, dict) else numbers[0.0]
+
+
 # A number, or what it is at some fractions of the phase: {0: 0.5, 1: 0.1}.
-OverPhase = Real | dict[Real, Real]
+OverPhase = Annotated[Real | dict[Real, Real], BeforeValidator(_parse_over_phase)]
 
 
 class Section(BaseModel):

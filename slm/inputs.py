@@ -10,6 +10,7 @@ is in train.py.
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -269,7 +270,7 @@ def restore_state(engine: Engine, reader: checkpoint.Reader) -> None:
 def recipe_changes(reader: checkpoint.Reader, recipe: Recipe) -> list[str]:
     """What the recipe says otherwise than when the checkpoint was made, one change an entry, also written to the log."""
     was, now = (_flat(tree) for tree in (reader.state["recipe"], recipe.model_dump(mode="json")))
-    changes = [f"{key} was {was.get(key)}, is {now.get(key)}" for key in now if was.get(key) != now.get(key)]
+    changes = [f"{key} was {was.get(key)}, is {now.get(key)}" for key in {**was, **now} if was.get(key) != now.get(key)]
     for change in changes:
         log.info("from here on %s", change)
     _warn_of_longer_phases(reader, recipe)
@@ -277,6 +278,8 @@ def recipe_changes(reader: checkpoint.Reader, recipe: Recipe) -> list[str]:
 
 
 def _flat(tree: Any, at: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree and all(re.fullmatch(r"[0-9.e+-]+", str(key)) for key in tree):
+        return {at: tree}  # a value over the phase (OverPhase)
     if isinstance(tree, dict):
         return {k: v for key, value in tree.items() for k, v in _flat(value, f"{at}.{key}" if at else key).items()}
     if isinstance(tree, list) and tree and isinstance(tree[0], dict):  # phases, by their names

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slm.distill.settings import describe_loss
 from slm.model.config import ModelConfig
 from slm.recipe import Phase, Recipe, gradient_accumulation
 
@@ -79,4 +80,6 @@ def describe(recipe: Recipe, world_size: int) -> str:
             f"  learning rate: {phase.schedule.type}, peak {phase.lr or recipe.optim.lr:g}, "
             f"{phase.schedule.warmup_steps:,} warm-up steps; loss {phase.loss.type}; DeepSpeed {phase.deepspeed}",
         ]
+        if phase.loss.type == "distill":
+            lines += [f"  {line}" for line in describe_loss(phase.loss, recipe.teacher)]
     return "\n".join(lines)

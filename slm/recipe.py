@@ -11,6 +11,7 @@ Precedence: defaults < YAML < overrides. Unknown and duplicate keys are errors; 
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from slm.fields import Count, Real, Section
 from slm.model.config import PRESETS, ModelConfig, RopeScaling
 from slm.strategy import deepspeed_problems, resolve_deepspeed
 
+_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.]*$"
 Decay = Annotated[Real, Field(ge=0, lt=1)]
 
 
@@ -64,9 +66,7 @@ class DocFilter(Section):
 class Phase(Section):
     """One stretch of training with its own length, data mixture, batch and schedule."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$", description="letters, digits, _ and . inside; names its checkpoints"
-    )
+    name: str = Field(pattern=_NAME, description="letters, digits, _ and . inside; names its checkpoints")
     tokens: Count = Field(gt=0, description="tokens of the phase, padding included; rounded up to whole steps")
     seq_len: Count = Field(gt=1, description="tokens of one packed sequence")
     batch_tokens: Count = Field(gt=0, description="tokens per optimiser step over all ranks; a multiple of seq_len")
@@ -154,8 +154,11 @@ class Recipe(Section):
             if "hidden_size" in fields or "num_attention_heads" in fields:
                 preset.pop("head_dim", None)
             data = {**data, "model": {**preset, **fields}}
-        if isinstance(data, dict) and isinstance(data.get("teacher"), dict) and "model" in data["teacher"]:
-            data = {**data, "teacher": {"teacher": data["teacher"]}}
+        if isinstance(data, dict) and isinstance(data.get("teacher"), str):
+            data = {**data, "teacher": {"model": data["teacher"]}}
+        if isinstance(data, dict) and isinstance(teacher := data.get("teacher"), dict):
+            if any(key in Teacher.model_fields or isinstance(value, str) for key, value in teacher.items()):
+                data = {**data, "teacher": {"teacher": teacher}}  # one alone, whose fields these are
         return data
 
     @model_validator(mode="after")
@@ -306,7 +309,7 @@ def _validated(tree: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
     try:
         return Recipe.model_validate(tree), []
     except ValidationError as error:
-        problems = _readable(error)
+        problems = _readable(error, tree)
         rest = _without(tree, [item["loc"] for item in error.errors()])
     try:
         Recipe.model_validate(rest)
@@ -339,10 +342,10 @@ def _listing(where: str, problems: list[str]) -> str:
     return f"{where}: {count}\n" + "\n".join(f"  - {p}" for p in problems)
 
 
-def _readable(error: ValidationError) -> list[str]:
+def _readable(error: ValidationError, tree: dict[str, Any]) -> list[str]:
     lines = []
     for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-")) or "recipe"
+        field = ".".join(part for part in _named(item["loc"], tree) if not part.startswith("function-")) or "recipe"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             lines.append(f"{field} is not a field of a recipe, so it would have no effect: remove it or mend its name")
@@ -355,6 +358,16 @@ def _readable(error: ValidationError) -> list[str]:
         else:
             lines.extend(message.split("\n"))
     return lines
+
+
+def _named(location: tuple[Any, ...], tree: dict[str, Any]) -> list[str]:
+    """A phase by its name, as everywhere else."""
+    parts = [str(part) for part in location]
+    if parts[:1] == ["phases"] and len(parts) > 1:
+        phase = tree["phases"][location[1]]
+        if isinstance(phase, dict) and re.fullmatch(_NAME, str(phase.get("name"))) and parts[2:] != ["name"]:
+            parts[1] = str(phase["name"])
+    return parts
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

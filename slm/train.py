@@ -341,13 +341,14 @@ def run_phase(
             with timer.part("data"):
                 batches = [b.to(device) for b in data.step_batches(position.step, **batch_of, **share)]
             lr = learning_rate(phase.schedule, phase.lr or recipe.optim.lr, position.step, phase.num_steps)
+            fraction = position.step / phase.num_steps
             done = train_step(
                 engine,
                 batches,
                 lr,
                 timer,
                 targets,
-                position.step / phase.num_steps,
+                fraction,
                 stop_requested=run.stop.signal_name is not None,
                 save_failed=run.saver.failed,
             )
@@ -388,7 +389,7 @@ def run_phase(
                 row = {
                     "phase": phase.name,
                     "loss": loss,
-                    **(targets.named(sums[1:], done.num_targets) if targets else {}),
+                    **(targets.named(sums[1:], done.num_targets, fraction) if targets else {}),
                     "lr": lr,
                     "grad_norm": done.result.grad_norm,
                     "tokens": position.tokens,

@@ -15,10 +15,10 @@ import os
 import time
 from collections.abc import Generator
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 
 from slm import parallel
 from slm.data.batches import Batch, Piece, assemble
@@ -29,7 +29,7 @@ from slm.distill.codec import encode_entries, token_tags
 from slm.distill.models import TeacherInfo, TeacherModel, check_teacher, describe_teacher, load_teacher
 from slm.distill.settings import Teacher
 from slm.distill.targets import Entries, sample, top_k
-from slm.distill.wanted import Wanted, wanted_caches
+from slm.distill.wanted import Wanted, cache_spec, misfit, misfits, open_cache, wanted_caches
 from slm.errors import CorruptArtefact, EnvironmentProblem, SLMError, UserError
 from slm.losses import IGNORE
 from slm.progress import TokenProgress
@@ -79,7 +79,7 @@ def _run_teacher(
 ) -> None:
     missing = parallel.together(_look, settings, wanted) if settings.zero3 else _look(settings, wanted)
     if not missing:
-        log.info("teacher %s: all %d caches are complete", name, len(wanted))
+        log.info("teacher %s: all %d caches are complete (slm teacher verify reads them again)", name, len(wanted))
         return
     log.info("teacher %s: loading %s", name, settings.model)
     model = load_teacher(settings.model, device, zero3=settings.zero3)
@@ -90,6 +90,9 @@ def _run_teacher(
             _build_cache(model, settings, w, ranks, device, stop, progress)
     finally:
         progress.close()
+    folders = sorted({str(w.path.parent) for w in wanted})
+    size = decimal(sum(w.path.stat().st_size for w in wanted))
+    log.info("teacher %s: %d caches of %s in %s; next: slm train RECIPE", name, len(wanted), size, ", ".join(folders))
 
 
 def _look(settings: Teacher, wanted: list[Wanted]) -> list[Wanted]:
@@ -113,61 +116,10 @@ def _look(settings: Teacher, wanted: list[Wanted]) -> list[Wanted]:
     return missing
 
 
-def cache_spec(settings: Teacher, identity: dict[str, Any], w: Wanted) -> CacheSpec:
-    cache = settings.cache
-    assert cache is not None
-    return CacheSpec(
-        kind=cache.kind,
-        k=cache.k,
-        temperatures=tuple(cache.temperatures),
-        vocab_size=w.dataset.vocab_size,
-        num_tokens=w.dataset.shards[w.shard].num_tokens,
-        piece_length=w.piece_length,
-        block_tokens=cache.block_tokens,
-        seed=cache.seed,
-        teacher=identity,
-        tokenizer=w.dataset.tokenizer_fingerprint,
-        shard=shard_identity(w),
-    )
-
-
-def open_cache(w: Wanted, *, allow_partial: bool = False) -> Cache:
-    return Cache(w.path, doc_offsets=w.dataset.shards[w.shard].doc_offsets, allow_partial=allow_partial)
-
-
-def shard_identity(w: Wanted) -> dict[str, Any]:
-    entry = w.dataset.manifest["shards"][w.shard]
-    return {"name": entry["name"], "sha256": entry["sha256_bin"], "index_sha256": entry["sha256_idx"]}
-
-
 def _check_complete(w: Wanted, settings: Teacher, info: TeacherInfo) -> None:
     """Raises UserError if the complete cache does not serve the recipe."""
-    found = open_cache(w).spec
-    if differences := misfits(found, cache_spec(settings, info.identity, w)):
-        raise UserError(
-            f"{w.path} was made with {differences[0]}: a cache is not changed once it is made",
-            fix="remove it, or give teacher.NAME.cache another folder",
-        )
-
-
-def misfits(found: CacheSpec, wanted: CacheSpec) -> list[str]:
-    """What keeps a cache from serving in the place of another, in words. More entries and temperatures do no harm."""
-    fields = ["kind", "vocab_size", "piece_length", "tokenizer", "shard"]
-    if found.kind == "sampled" or found.k < wanted.k:
-        fields.append("k")
-    if found.kind == "sampled":
-        fields.append("seed")
-    if set(wanted.temperatures) - set(found.temperatures):
-        fields.append("temperatures")
-    pairs = ((field, getattr(found, field), getattr(wanted, field)) for field in fields)
-    told = [f"{field} {was}, and the recipe says {now}" for field, was, now in pairs if was != now]
-    was, now = (spec.teacher.get("fingerprint", "") for spec in (found, wanted))
-    if was != now:
-        name = found.teacher.get("name")
-        told.append(
-            f"another teacher ({name}, fingerprint {was[:12]}), and the recipe's has the fingerprint {now[:12]}"
-        )
-    return told
+    if problems := misfits(open_cache(w).spec, cache_spec(settings, info.identity, w)):
+        raise misfit(w, problems[0])
 
 
 def _check_context(model: TeacherInfo, w: Wanted) -> None:

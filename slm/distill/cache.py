@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
+from rich.filesize import decimal
 
 from slm.data.packing import pieces_of
 from slm.distill.codec import index_bits, value_range
@@ -297,7 +298,7 @@ def _reserve(file: IO[bytes], size: int) -> None:
     if disk.f_bavail * disk.f_frsize < size:
         os.unlink(file.name)
         raise EnvironmentProblem(
-            f"{file.name}: there is no room for {size / 1e9:.2f} GB, only for {disk.f_bavail * disk.f_frsize / 1e9:.2f}",
+            f"{file.name}: there is no room for {decimal(size)}, only for {decimal(disk.f_bavail * disk.f_frsize)}",
             fix="make room, use a smaller k or kind: sampled, or set teacher.NAME.cache.folder",
         )
     os.ftruncate(file.fileno(), size)
@@ -342,7 +343,7 @@ class Cache:
             self.bounds = block_bounds(doc_offsets, self.spec.piece_length, self.spec.block_tokens)
             same = _header(self.spec, self.bounds)
         except (KeyError, TypeError, ValueError) as error:
-            raise CorruptArtefact(f"{self.path}: its header lacks something ({error})", fix=_ANEW) from None
+            raise CorruptArtefact(f"{self.path}: its header lacks something ({error})", fix=ANEW) from None
         if int(doc_offsets[-1]) != self.spec.num_tokens:
             raise CorruptArtefact(
                 f"{self.path}: has rows for {self.spec.num_tokens} tokens, and its shard has {int(doc_offsets[-1])}",
@@ -352,12 +353,12 @@ class Cache:
             if file.read(_HEADER_BYTES) != same:
                 raise CorruptArtefact(
                     f"{self.path}: its header is not the one of these documents, cut at {self.spec.piece_length}",
-                    fix=_ANEW,
+                    fix=ANEW,
                 )
         self._layout = _Layout.of(self.spec, len(self.bounds) - 1)
         size = self.path.stat().st_size
         if size != self._layout.size:
-            raise CorruptArtefact(f"{self.path}: has {size} bytes, and should have {self._layout.size}", fix=_ANEW)
+            raise CorruptArtefact(f"{self.path}: has {size} bytes, and should have {self._layout.size}", fix=ANEW)
         self._maps = {
             name: np.asarray(
                 np.memmap(self.path, dtype, "r", self._layout.offsets[name], (self.spec.num_tokens, *shape))
@@ -367,7 +368,7 @@ class Cache:
             for name, (dtype, shape) in self.spec.planes().items()
         }
         if not self._table["done"].all() and self.path.suffix != ".partial":
-            raise CorruptArtefact(f"{self.path}: its table lacks blocks, though it has its final name", fix=_ANEW)
+            raise CorruptArtefact(f"{self.path}: its table lacks blocks, though it has its final name", fix=ANEW)
 
     def _read_header(self) -> dict[str, Any]:
         try:
@@ -376,12 +377,12 @@ class Cache:
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error.strerror})") from None
         if data[: len(_MAGIC)] != _MAGIC:
-            raise CorruptArtefact(f"{self.path} does not begin as a teacher cache does", fix=_ANEW)
+            raise CorruptArtefact(f"{self.path} does not begin as a teacher cache does", fix=ANEW)
         at = len(_MAGIC)
         length, crc = int.from_bytes(data[at : at + 8], "little"), int.from_bytes(data[at + 8 : at + 12], "little")
         text = data[at + 12 : at + 12 + length]
-        if len(text) != length or zlib.crc32(text) != crc:
-            raise CorruptArtefact(f"{self.path}: its header is damaged", fix=_ANEW)
+        if len(text) != length or zlib.crc32(text) != crc or data[at + 12 + length :].strip(b"\0"):
+            raise CorruptArtefact(f"{self.path}: its header is damaged", fix=ANEW)
         header = json.loads(text)
         if header.get("schema") != SCHEMA:
             raise CorruptArtefact(f"{self.path} has schema {header.get('schema')!r}; this version reads {SCHEMA!r}")
@@ -400,7 +401,11 @@ class Cache:
 
     def missing_at(self, places: np.ndarray) -> np.ndarray:
         """bool: which of these tokens have no row yet."""
-        return self.missing[np.searchsorted(self.bounds, places, side="right") - 1]
+        return self.missing[self.block_of(places)]
+
+    def block_of(self, places: np.ndarray) -> np.ndarray:
+        """The block that holds each token's row."""
+        return np.searchsorted(self.bounds, places, side="right") - 1
 
     @property
     def num_missing_tokens(self) -> int:
@@ -426,25 +431,41 @@ class Cache:
 
     def verify(self) -> list[str]:
         """Reads everything; what is wrong, in words, by block."""
-        problems = []
-        for block in range(len(self.bounds) - 1):
-            low, high = int(self.bounds[block]), int(self.bounds[block + 1])
-            where = f"{self.path}: block {block} (tokens {low} to {high - 1})"
-            if self.missing[block]:
-                problems.append(f"{where} is missing")
-                continue
-            crc = _sums_crc(self._table[block : block + 1])
-            for name in self.spec.planes():
-                crc = zlib.crc32(np.ascontiguousarray(self._maps[name][low:high]).tobytes(), crc)
-            if crc != int(self._table["crc32"][block]):
-                problems.append(
-                    f"{where} is damaged: its checksum is {crc:08x}, written was {self._table['crc32'][block]:08x}"
-                )
-            elif (
-                np.isnan(self._maps["log_tail"][low:high]).any() or not np.isfinite(self._maps["label"][low:high]).all()
-            ):
-                problems.append(f"{where} holds a value that is not a number")
-        return problems
+        return [problem for block in range(len(self.bounds) - 1) if (problem := self._problem_of(block))]
+
+    def damaged_blocks(self) -> list[int]:
+        """Of those that are there; reads everything."""
+        return [int(block) for block in np.flatnonzero(~self.missing) if self._problem_of(int(block))]
+
+    def forget(self, blocks: list[int]) -> None:
+        """Marks blocks as missing, so that `slm teacher` makes them, and only them, again. The file is partial from now on."""
+        partial = partial_path(self.path) if self.path.suffix != ".partial" else self.path
+        os.replace(self.path, partial)
+        fsync_folder(partial.parent)
+        with open(partial, "r+b") as file:
+            for block in blocks:
+                _write_at(file, bytes(_TABLE["done"].itemsize), self._layout.table + block * _TABLE.itemsize)
+            os.fsync(file.fileno())
+
+    def check_blocks(self, blocks: Iterable[int]) -> None:
+        """Raises CorruptArtefact if one of these is not whole."""
+        for block in blocks:
+            if problem := self._problem_of(block):
+                raise CorruptArtefact(problem, fix=ANEW)
+
+    def _problem_of(self, block: int) -> str:
+        low, high = int(self.bounds[block]), int(self.bounds[block + 1])
+        where = f"{self.path}: block {block} (tokens {low} to {high - 1})"
+        if self.missing[block]:
+            return f"{where} is missing"
+        crc = _sums_crc(self._table[block : block + 1])
+        for name in self.spec.planes():
+            crc = zlib.crc32(np.ascontiguousarray(self._maps[name][low:high]).tobytes(), crc)
+        if crc != int(self._table["crc32"][block]):
+            return f"{where} is damaged: its checksum is {crc:08x}, written was {self._table['crc32'][block]:08x}"
+        if np.isnan(self._maps["log_tail"][low:high]).any() or not np.isfinite(self._maps["label"][low:high]).all():
+            return f"{where} holds a value that is not a number"
+        return ""
 
 
-_ANEW = "remove it and run slm teacher again"
+ANEW = "remove the file, then: slm teacher RECIPE, which makes it anew"

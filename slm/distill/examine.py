@@ -24,22 +24,24 @@ from rich.table import Table
 from slm import parallel
 from slm.data.batches import assemble
 from slm.data.packing import pieces_of
-from slm.distill.build import cache_spec, misfits, open_cache
 from slm.distill.cache import Cache
 from slm.distill.codec import RawTargets, token_tags
 from slm.distill.models import TeacherModel, check_teacher, describe_teacher, load_teacher
-from slm.distill.settings import Teacher
-from slm.distill.wanted import Wanted, wanted_caches
+from slm.distill.wanted import Wanted, cache_spec, misfit, misfits, open_cache, wanted_caches
 from slm.errors import EnvironmentProblem, SLMError, UserError
 from slm.losses import IGNORE
 from slm.recipe import Recipe
 
-_ROWS = 16384  # that stats looks at, evenly spread over a cache
+_BLOCKS = 32  # that stats and diff look at, evenly spread over a cache: with their checksums that is a GB at the most
+_ROWS = 16384  # of these, for stats
 _CHUNK = 1 << 20
 
 
-def verify(recipe: Recipe) -> list[str]:
-    """Reads everything; what is wrong, in words: missing, damaged by block, of other settings, or of other tokens."""
+def verify(recipe: Recipe, *, repair: bool = False) -> list[str]:
+    """Reads everything; what is wrong, in words: missing, damaged by block, of other settings, or of other tokens.
+
+    repair: damaged blocks are marked as missing, so that slm teacher makes only them again.
+    """
     problems: list[str] = []
     wanted = list(wanted_caches(recipe))
     with Progress(transient=True, console=Console(stderr=True)) as progress:
@@ -49,13 +51,37 @@ def verify(recipe: Recipe) -> list[str]:
             except SLMError as error:
                 problems.append(str(error))
                 continue
-            model = recipe.teacher[w.teacher].model
-            identity = describe_teacher(model).identity if Path(model).exists() else cache.spec.teacher
-            expected = cache_spec(recipe.teacher[w.teacher], identity, w)
-            problems += [f"{w.path}: was made with {difference}" for difference in misfits(cache.spec, expected)]
-            problems += cache.verify()
+            problems += [f"{w.path}: {problem}" for problem in _misfits(recipe, cache, w)]
+            problems += (damaged := cache.verify())
             problems += _misaligned(cache, w)
+            if damaged and repair:
+                cache.forget(cache.damaged_blocks())
     return problems
+
+
+def _misfits(recipe: Recipe, cache: Cache, w: Wanted) -> list[str]:
+    """A teacher that is no longer there is taken to be the one that made it."""
+    settings = recipe.teacher[w.teacher]
+    identity = describe_teacher(settings.model).identity if Path(settings.model).exists() else cache.spec.teacher
+    return misfits(cache.spec, cache_spec(settings, identity, w))
+
+
+def _open_to_look_at(recipe: Recipe, w: Wanted) -> tuple[Cache, np.ndarray]:
+    """A cache that may be partial, and those of its blocks that are looked at, which are whole.
+
+    Raises UserError if it is not the recipe's, or empty; CorruptArtefact if a block is damaged.
+    """
+    cache = open_cache(w, allow_partial=True)
+    if problems := _misfits(recipe, cache, w):
+        raise misfit(w, problems[0])
+    there = np.flatnonzero(~cache.missing & (np.diff(cache.bounds) > 0))
+    if not len(there):
+        raise UserError(
+            f"{cache.path} holds no complete block yet, so there is nothing to show", fix="slm teacher RECIPE"
+        )
+    blocks = there[np.unique(np.linspace(0, len(there) - 1, min(_BLOCKS, len(there))).astype(np.int64))]
+    cache.check_blocks(blocks.tolist())
+    return cache, blocks
 
 
 def _misaligned(cache: Cache, w: Wanted) -> Iterator[str]:
@@ -80,17 +106,18 @@ def _misaligned(cache: Cache, w: Wanted) -> Iterator[str]:
 
 def stats(recipe: Recipe) -> list[dict[str, Any]]:
     """Per cache: size, the teacher's own loss and entropy, and the mass that its likeliest k hold, by k and temperature."""
-    return [_stats_of(open_cache(w, allow_partial=True), w) for w in wanted_caches(recipe)]
+    return [_stats_of(*_open_to_look_at(recipe, w), w) for w in wanted_caches(recipe)]
 
 
-def _stats_of(cache: Cache, w: Wanted) -> dict[str, Any]:
+def _stats_of(cache: Cache, blocks: np.ndarray, w: Wanted) -> dict[str, Any]:
     spec, totals = cache.spec, cache.totals()
-    places = np.unique(np.linspace(0, spec.num_tokens - 1, min(_ROWS, spec.num_tokens)).astype(np.int64))
-    places = places[~cache.missing_at(places) & (cache.plane("tag")[places] != 0)]
-    if not len(places):
-        raise UserError(
-            f"{cache.path} holds no complete block yet, so there is nothing to show", fix="slm teacher RECIPE"
-        )
+    each = -(-_ROWS // len(blocks))
+    ranges = [
+        np.linspace(a, b - 1, min(each, b - a))
+        for a, b in zip(cache.bounds[blocks], cache.bounds[blocks + 1], strict=True)
+    ]
+    places = np.concatenate(ranges).astype(np.int64)
+    places = places[cache.plane("tag")[places] != 0]  # a piece of one token at a document's end has no row
     rows = RawTargets.of(spec.kind, spec.temperatures, cache.rows(places))
     head_mass: dict[str, dict[float, float]] = {}
     for i, temperature in enumerate(spec.temperatures):
@@ -141,8 +168,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
             f"teacher's loss {r['teacher_loss']:.4f}, entropy {r['entropy']:.4f} nats",
             highlight=False,
         )
-        what = "mass of the likeliest k" if r["kind"] == "top_k" else "mass of the exact heads, the rest is drawn"
-        table = Table("temperature", "k" if r["kind"] == "top_k" else "heads, mean", what)
+        what = "mass of the likeliest k" if r["kind"] == "top_k" else "mass of the exact entries; the rest is drawn"
+        table = Table("temperature", "k" if r["kind"] == "top_k" else "exact entries, mean", what)
         for temperature, masses in r["head_mass"].items():
             for k, mass in masses.items():
                 table.add_row(temperature, f"{k:,}", "█" * round(mass * 40) + f" {mass:.1%}")
@@ -153,6 +180,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """The mass of the likeliest k against k, a line for each cache and temperature, as a PNG, SVG or PDF."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot {path}: it does not end in .png, .svg or .pdf", fix="give it one of these endings")
     try:
         import matplotlib
     except ImportError:
@@ -172,10 +201,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.legend(fontsize=8)
     try:
         figure.savefig(path, dpi=150)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--plot {path}: {error}", fix="give a .png, .svg or .pdf in a folder that is there") from None
+    except OSError as error:
+        raise UserError(f"--plot {path}: {error.strerror or error}", fix="give a folder that is there") from None
     finally:
         pyplot.close(figure)
+    console = Console(stderr=True)
+    console.print(f"wrote {escape(str(path))}", soft_wrap=True, highlight=False)
 
 
 def diff(recipe: Recipe, num_tokens: int = 8192) -> list[dict[str, Any]]:
@@ -187,7 +218,7 @@ def diff(recipe: Recipe, num_tokens: int = 8192) -> list[dict[str, Any]]:
     device = parallel.local_device(0)
     found = []
     loaded: dict[str, TeacherModel] = {}
-    for w in wanted_caches(recipe):
+    for w, (cache, blocks) in [(w, _open_to_look_at(recipe, w)) for w in wanted_caches(recipe)]:
         settings = recipe.teacher[w.teacher]
         if w.teacher not in loaded:
             if settings.zero3:
@@ -198,16 +229,16 @@ def diff(recipe: Recipe, num_tokens: int = 8192) -> list[dict[str, Any]]:
             info = describe_teacher(settings.model)
             check_teacher(settings.model, info, w.dataset.vocab_size, w.dataset.tokenizer_fingerprint)
             loaded = {w.teacher: load_teacher(settings.model, device)}
-        found.append(_diff_of(open_cache(w, allow_partial=True), w, settings, loaded[w.teacher], device, num_tokens))
+        found.append(_diff_of(cache, blocks, w, loaded[w.teacher], device, num_tokens))
     return found
 
 
 def _diff_of(
-    cache: Cache, w: Wanted, settings: Teacher, model: TeacherModel, device: torch.device, num_tokens: int
+    cache: Cache, blocks: np.ndarray, w: Wanted, model: TeacherModel, device: torch.device, num_tokens: int
 ) -> dict[str, Any]:
     shard, spec = w.dataset.shards[w.shard], cache.spec
     starts, lengths, is_last = pieces_of(shard.doc_offsets, spec.piece_length)
-    useful = np.flatnonzero((lengths > 1) & ~cache.missing_at(starts))
+    useful = np.flatnonzero((lengths > 1) & np.isin(cache.block_of(starts), blocks))
     every = max(1, int(lengths[useful].sum()) // num_tokens)
     sums: dict[str, float] = {}
     worst = 0.0
@@ -242,7 +273,7 @@ def _diff_of(
     sums |= {n.replace("codec", "codec per nat", 1): v / max(1e-9, sums["entropy"]) * count
              for n, v in sums.items() if n.startswith("codec")}  # fmt: skip
     means = {name: total / max(1, count) for name, total in sums.items()}
-    return {"path": str(w.path), "tokens": count, "codec_max": worst, **means}
+    return {"path": str(w.path), "tokens": count, **means, **({"codec_max": worst} if spec.kind == "top_k" else {})}
 
 
 @torch.no_grad()
@@ -282,19 +313,22 @@ def draw_diff(rows: list[dict[str, Any]]) -> None:
     for r in rows:
         table = Table(title=escape(f"{r['path']}: {r['tokens']:,} tokens"), title_justify="left")
         table.add_column("what")
-        table.add_column("nats a token", justify="right")
-        told = {
-            "codec per nat": "the same, for each nat of the teacher's entropy",
-            "codec": "lost by 8-bit values",
-            "truncation": "not told by the bucket (tail against a flat one)",
-            "noise": "squared distance of the sample",
-            "control": "the teacher against itself, other batch",
-            "label": "its loss on the next token, absolute error",
-            "entropy": "entropy of the teacher",
-        }
+        table.add_column("mean over tokens", justify="right")
         for name, value in r.items():
-            kind = next((k for k in told if name.startswith(f"{k} ") or name == k), "")
-            if kind in told:
-                table.add_row(f"{told[kind]}{name[len(kind) :]}", f"{value:.3g}")
-        table.add_row("lost by 8-bit values, worst token", f"{r['codec_max']:.3g}")
+            kind = next((k for k in _TOLD if name.startswith(f"{k} ") or name == k), "")
+            if kind in _TOLD:
+                table.add_row(f"{_TOLD[kind]}{name[len(kind) :]}", f"{value:.3g}")
         Console().print(table)
+
+
+# What a number of diff is: its key in the JSON, and in words.
+_TOLD = {
+    "codec per nat": "lost by 8-bit values, nats for each nat of the teacher's entropy",
+    "codec": "lost by 8-bit values, nats: KL(teacher, cache) over the entries and the rest",
+    "codec_max": "the same, of the worst token",
+    "truncation": "not told by the bucket, nats: KL(the teacher's tail, a flat one), times its mass",
+    "noise": "a sample's squared distance from the teacher, probabilities; nothing on the average",
+    "control": "the teacher against itself in another batch, nats: what no cache could do better",
+    "label": "error of the stored log-probability of the next token, nats",
+    "entropy": "the teacher's entropy, nats",
+}

@@ -69,7 +69,10 @@ def describe_teacher(path: str) -> TeacherInfo:
     """Raises UserError if there is none at `path`, CorruptArtefact if it is damaged."""
     folder = Path(path)
     if not folder.exists():
-        raise UserError(f"the teacher {path} does not exist", fix="give a Hugging Face folder, a run or a checkpoint")
+        raise UserError(
+            f"the teacher {path} does not exist",
+            fix="give the path of a Hugging Face folder, a run or a checkpoint on this machine (nothing is downloaded)",
+        )
     if (folder / "config.json").is_file():
         kind = _model_type(folder)
         identity = {"name": folder.resolve().name, "model_type": kind, "fingerprint": weights_fingerprint(folder)}
@@ -82,6 +85,11 @@ def describe_teacher(path: str) -> TeacherInfo:
             (fields[k] for k in ("max_position_embeddings", "n_positions", "n_ctx") if fields.get(k)), 1 << 62
         )
         return TeacherInfo(identity, context, fields.get("vocab_size", 0), None)
+    if not any((folder / name).exists() for name in ("checkpoints", "manifest.json")):
+        raise UserError(
+            f"the teacher {path} has neither a config.json nor checkpoints",
+            fix="give a Hugging Face folder, a run or a checkpoint",
+        )
     best = folder / "best"
     reader = checkpoint.Reader(checkpoint.locate(best if (best / "manifest.json").is_file() else folder))
     config = ModelConfig(**reader.state["model"])

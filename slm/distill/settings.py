@@ -113,6 +113,22 @@ class Loss(Section):
         return "full" if cache is None else "bucket" if cache.kind == "top_k" else "sampled"
 
 
+def describe_loss(loss: Loss, teachers: dict[str, Teacher]) -> list[str]:
+    """A distilling loss in words: what is minimised, then a line for each teacher."""
+    alpha, T = (
+        ", ".join(f"{y:g} from {x:.0%}" if x else f"{y:g}" for x, y in points(value))
+        for value in (loss.alpha, loss.temperature)
+    )
+    lines = [
+        f"distillation: {loss.divergence} divergence on {loss.form(teachers)} targets, alpha {alpha}, temperature {T}"
+    ]
+    for name, weight in loss.mixing(teachers).items():
+        cache = teachers[name].cache
+        how = "runs beside the student" if cache is None else f"cache of kind {cache.kind}, k = {loss.k or cache.k}"
+        lines.append(f"  teacher {name}, weight {weight:g}: {teachers[name].model}, {how}")
+    return lines
+
+
 def loss_problems(loss: Loss, teachers: dict[str, Teacher], at: str) -> list[str]:
     """What contradicts itself in a phase's loss, in words."""
     if loss.type == "ce":
@@ -148,8 +164,9 @@ def loss_problems(loss: Loss, teachers: dict[str, Teacher], at: str) -> list[str
         problems.append(f"{at}.k is {loss.k}, which has no effect on targets: full: remove it")
     if loss.divergence != "forward" and form != "bucket":
         problems.append(
-            f"{at}.divergence is {loss.divergence}, which is not linear in the teacher, so it is wrong on {form} targets: "
-            "use targets: bucket"
+            f"{at}.divergence is {loss.divergence}, which is not linear in the teacher, so it is wrong on {form} targets: use "
+            + ("forward" if sort == "sampled" else "targets: bucket")
+            + (", or a cache of kind: top_k in another folder (teacher.NAME.cache.folder)" if sort == "sampled" else "")
         )
     for name, teacher in used.items():
         if teacher.cache is not None:
@@ -165,7 +182,7 @@ def _range_problems(loss: Loss, at: str) -> list[str]:
         problems.append(f"{at}.temperature is {loss.temperature}: logits are divided by it; give more than 0")
     for field in ("alpha", "temperature"):
         value = getattr(loss, field)
-        if isinstance(value, dict) and (not value or any(not 0 <= x <= 1 for x in value)):
+        if isinstance(value, dict) and any(not 0 <= x <= 1 for x in value):
             problems.append(f"{at}.{field} is {value}: its keys are fractions of the phase; give them from 0 to 1")
     return problems
 
@@ -177,10 +194,13 @@ def _cache_problems(loss: Loss, name: str, cache: TeacherCache, form: str, at: s
         problems.append(
             f"{at}.temperature asks for {', '.join(f'{t:g}' for t in missing)}, and teacher.{name}.cache.temperatures has "
             f"{', '.join(f'{t:g}' for t in cache.temperatures)}: the mass outside of the k entries at another temperature "
-            "is not in the cache and cannot be worked out from it; declare it there and run slm teacher again"
+            "is not in the cache and cannot be worked out from it; declare it there before slm teacher runs (a cache that is "
+            f"there already stays as it is: give teacher.{name}.cache.folder another folder, or remove it)"
         )
     if loss.k is not None and loss.k > cache.k:
-        problems.append(f"{at}.k is {loss.k}, but teacher.{name}.cache.k is {cache.k}: use at most that")
+        problems.append(
+            f"{at}.k is {loss.k}, but teacher.{name}.cache.k is {cache.k}: use at most that, or cache more in another folder"
+        )
     if loss.k is not None and form == "sampled" and loss.k != cache.k:
         problems.append(
             f"{at}.k is {loss.k}, but a sample of {cache.k} does not contain one of another size: leave k out here"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,11 @@ import torch
 
 from slm.data.batches import Batch
 from slm.data.tokens import TokenDataset
-from slm.distill.cache import Cache, CacheSpec, new_planes, partial_path
+from slm.distill.cache import ANEW, Cache, CacheSpec, new_planes, partial_path
 from slm.distill.codec import RawTargets, token_tags
 from slm.distill.models import TeacherInfo, TeacherModel, check_teacher, describe_teacher, load_teacher
 from slm.distill.targets import top_k
-from slm.distill.wanted import cache_path, cached_teachers
+from slm.distill.wanted import Wanted, cache_spec, cached_teachers, misfit, misfits, open_cache, wanted_of
 from slm.errors import CorruptArtefact, UserError
 from slm.losses import IGNORE, DenseTarget, Distillation, SparseTarget
 from slm.recipe import Phase, Recipe
@@ -36,6 +36,7 @@ log = logging.getLogger("slm")
 _LABEL_ERROR = 0.4
 _GUARDED_ROWS = 256  # of each batch
 _SAMPLED_ROWS = 4096  # looked at when a cache is opened
+_FIND = "slm teacher verify RECIPE --repair finds the damaged blocks, and slm teacher RECIPE makes them again"
 
 # A piece in a batch: (its first place in the flattened batch, source, shard, first token in the shard, tokens).
 PieceAddress = tuple[int, int, int, int, int]
@@ -89,13 +90,13 @@ class CachedTeacher:
         where = ", ".join(str(cache.path) for source, shard in sorted(shards) if (cache := self.caches[source][shard]))
         damaged = CorruptArtefact(
             f"{where}: rows of a batch hold what no teacher says (entries, masses or its loss do not fit together)",
-            fix="slm teacher verify names what is damaged; remove it and run slm teacher again",
+            fix=_FIND,
         )
         if not np.array_equal(tags, planes["tag"][known]):
             wrong = int((tags != planes["tag"][known]).sum())
             raise CorruptArtefact(
                 f"{where}: {wrong} of {len(known)} rows of a batch belong to other tokens than it holds",
-                fix="slm teacher verify names what is damaged; remove it and run slm teacher again",
+                fix=_FIND,
             )
         targets = known[labels[known] != IGNORE]
         if not len(targets):
@@ -116,15 +117,17 @@ def open_caches(recipe: Recipe, phase: Phase, datasets: dict[str, TokenDataset])
     for name in cached_teachers(recipe, phase):
         model = recipe.teacher[name].model
         # A cache outlives its teacher. Once for all shards: a fingerprint reads a part of every file of weights.
-        now = describe_teacher(model).identity["fingerprint"] if Path(model).exists() else None
+        now = describe_teacher(model) if Path(model).exists() else None
+        if now is None:
+            log.warning(
+                "teacher %s: %s is not there, so that its cache is of this very teacher is not checked", name, model
+            )
         by_source = []
         for source, dataset in datasets.items():
-            paths = [cache_path(recipe, name, source, shard.name, phase.seq_len) for shard in dataset.shards]
             # A source that is never drawn needs no cache.
             drawn = phase.mixture.get(source, 1.0) > 0
-            by_source.append(
-                [_open(recipe, phase, name, now, path, dataset, i) for i, path in enumerate(paths) if drawn]
-            )
+            wanted = wanted_of(recipe, name, source, dataset, phase.seq_len) if drawn else []
+            by_source.append([_open(recipe, phase, now, w) for w in wanted])
         _check_alike(name, [cache for of_source in by_source for cache in of_source if cache is not None])
         _report_missing(name, phase, by_source, datasets)
         teachers.append(CachedTeacher(name, by_source))
@@ -149,45 +152,15 @@ def _check_alike(teacher: str, caches: list[Cache]) -> None:
             )
 
 
-def _open(
-    recipe: Recipe, phase: Phase, teacher: str, now: str | None, path: Path, dataset: TokenDataset, shard: int
-) -> Cache | None:
-    """None if nothing is there yet and that is allowed. now: the teacher's fingerprint, None if it is no longer there."""
-    settings = recipe.teacher[teacher].cache
-    assert settings is not None
-    if phase.loss.allow_partial and not path.exists() and not partial_path(path).exists():
+def _open(recipe: Recipe, phase: Phase, now: TeacherInfo | None, w: Wanted) -> Cache | None:
+    """None if nothing is there yet and that is allowed. now: the teacher, None if it is no longer there."""
+    if phase.loss.allow_partial and not w.path.exists() and not partial_path(w.path).exists():
         return None
-    cache = Cache(path, doc_offsets=dataset.shards[shard].doc_offsets, allow_partial=phase.loss.allow_partial)
-    spec, entry = cache.spec, dataset.manifest["shards"][shard]
-    again = "make the cache of these shards with slm teacher, or name the right ones"
-    for what, found, wanted, why in (
-        ("kind", spec.kind, settings.kind, "its rows mean something else"),
-        ("piece length", spec.piece_length, phase.seq_len, "the teacher saw other contexts than the student will"),
-        ("tokenizer", spec.tokenizer, dataset.tokenizer_fingerprint, "the same ids mean other text"),
-        ("vocabulary", spec.vocab_size, dataset.vocab_size, "the same ids mean other text"),
-        ("token shard", spec.shard["sha256"], entry["sha256_bin"], "its rows belong to other tokens"),
-        ("documents", spec.shard["index_sha256"], entry["sha256_idx"], "the teacher saw other contexts"),
-        ("number of tokens", spec.num_tokens, dataset.shards[shard].num_tokens, "its rows belong to other tokens"),
-    ):
-        if found != wanted:
-            raise UserError(f"{path}: its {what} is {found}, and the recipe's is {wanted}: {why}", fix=again)
-    if now is not None and spec.teacher.get("fingerprint") != now:
-        raise UserError(
-            f"{path}: was made by another teacher (fingerprint {spec.teacher.get('fingerprint', '')[:12]}) than "
-            f"{recipe.teacher[teacher].model} is now ({now[:12]})",
-            fix="name the teacher that it was made by, or remove the cache and run slm teacher again",
-        )
-    wanted_k = phase.loss.k or settings.k
-    if wanted_k > spec.k or (spec.kind == "sampled" and wanted_k != spec.k):
-        raise UserError(
-            f"{path}: holds {spec.k} entries a token, and {wanted_k} are asked for", fix="lower loss.k, or cache anew"
-        )
-    if missing := sorted({t for t in settings.temperatures if t not in spec.temperatures}):
-        raise UserError(
-            f"{path}: was made for temperatures {spec.temperatures}, not for {missing}, which cannot be worked out from it",
-            fix="cache anew with the temperatures of the recipe",
-        )
-    _check_rows(cache, dataset, shard)
+    cache = open_cache(w, allow_partial=phase.loss.allow_partial)
+    wanted = cache_spec(recipe.teacher[w.teacher], now.identity if now else cache.spec.teacher, w)
+    if problems := misfits(cache.spec, replace(wanted, k=phase.loss.k or wanted.k)):
+        raise misfit(w, problems[0])
+    _check_rows(cache, w.dataset, w.shard)
     return cache
 
 
@@ -205,12 +178,10 @@ def _check_rows(cache: Cache, dataset: TokenDataset, shard: int) -> None:
         raise CorruptArtefact(
             f"{cache.path}: {int(wrong.sum())} of {len(places)} rows looked at belong to other tokens (shifted, or of another "
             "shard)",
-            fix="remove it and run slm teacher again",
+            fix=ANEW,
         )
     if np.isnan(cache.plane("log_tail")[places]).any() or not np.isfinite(cache.plane("label")[places]).all():
-        raise CorruptArtefact(
-            f"{cache.path}: holds a value that is not a number", fix="remove it and run slm teacher again"
-        )
+        raise CorruptArtefact(f"{cache.path}: holds a value that is not a number", fix=ANEW)
 
 
 def _report_missing(
@@ -253,12 +224,14 @@ class Targets:
         self.form = loss.form(recipe.teacher)
         self.vocab_size = vocab_size
         self.online: list[TeacherModel] = []
+        # A cache may hold more entries than the recipe asks for.
+        self.ks = [loss.k or cache.k for name in self.weights if (cache := recipe.teacher[name].cache) is not None]
         for name in self.weights:
             settings = recipe.teacher[name]
             if settings.cache is None:
                 self.online.append(load_teacher(settings.model, device))
 
-    def named(self, sums: list[float], num_targets: float) -> dict[str, float]:
+    def named(self, sums: list[float], num_targets: float, fraction: float) -> dict[str, float]:
         """Of a step's sums (train_step), means as they stand in the log: CE over all targets, what is of the teacher over
         those that it is known for. loss/distill: T^2 times the divergence; of samples, -sum t log q, which is right on
         the average where the divergence is not."""
@@ -266,6 +239,7 @@ class Targets:
         cached = list(self.weights)[: len(nll)]
         known = max(1.0, num_known)
         found = {"loss/ce": ce / max(1.0, num_targets), "loss/distill": distilled / known}
+        found |= {"loss/alpha": self.loss.alpha_at(fraction), "loss/temperature": self.loss.temperature_at(fraction)}
         found |= {f"teacher/{name}/loss": value / known for name, value in zip(cached, nll, strict=True)}
         return found if num_known == num_targets else {**found, "teacher/known": num_known / max(1.0, num_targets)}
 
@@ -279,7 +253,7 @@ class Targets:
         elif self.online:
             targets = [self._sparse(m, batch, temperature, w) for m, w in zip(self.online, weights, strict=True)]
         else:
-            decoded = (rows.decode(temperature, self.loss.k) for rows in batch.teachers)
+            decoded = (rows.decode(temperature, k) for rows, k in zip(batch.teachers, self.ks, strict=True))
             targets = [SparseTarget(*of_rows, w) for of_rows, w in zip(decoded, weights, strict=True)]
         form = "bucket" if self.form == "full" else self.form
         return Distillation(

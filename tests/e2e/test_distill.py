@@ -446,9 +446,9 @@ def test_a_cache_of_something_else_is_refused(recipe, world, tmp_path):
         recipe(cached(world, tmp_path, **TOP, temperatures=[1.0, 2.0]), loss={"temperature": 2.0})
     )
     assert "its kind is top_k" in refusal(recipe(cached(world, tmp_path, **DRAWN)))
-    assert "holds 16 entries a token, and 32" in refusal(recipe(cached(world, tmp_path, **{**TOP, "k": 32})))
+    assert "its k is 16, and the recipe's is 32" in refusal(recipe(cached(world, tmp_path, **{**TOP, "k": 32})))
     assert build(load_recipe(recipe(cached(world, tmp_path, **{**TOP, "k": 8})))) == 0  # 16 entries serve 8
-    with pytest.raises(UserError, match="a cache is not changed once it is made"):
+    with pytest.raises(UserError, match="its k is 16, and the recipe's is 32"):
         build(load_recipe(recipe(cached(world, tmp_path, **{**TOP, "k": 32}))))
     sixty_four = tmp_path / "cache" / "teacher" / "a" / "64"
     shutil.copytree(sixty_four, tmp_path / "cache" / "teacher" / "a" / "128")
@@ -456,7 +456,7 @@ def test_a_cache_of_something_else_is_refused(recipe, world, tmp_path):
     tree["phases"][0] |= {"seq_len": 128, "micro_batch": 2}
     longer = tmp_path / "longer.yaml"
     longer.write_text(yaml.safe_dump(tree))
-    assert "its piece length is 64, and the recipe's is 128" in refusal(longer)
+    assert "its piece length (seq_len) is 64, and the recipe's is 128" in refusal(longer)
 
 
 def told(function):
@@ -474,6 +474,8 @@ def told(function):
         ({"divergence": "reverse", "targets": "raw"}, "not linear in the teacher"),
         ({"alpha": 1.5}, "give 0 to 1"),
         ({"alpha": {0: 0.1, 7: 0.2}}, "fractions of the phase"),
+        ({"alpha": {"start": 1}}, "phases.main.loss.alpha: {'start': 1} is neither a number nor"),
+        ({"alpha": {}}, "neither a number nor"),
         ({"temperature": 0}, "give more than 0"),
         ({"k": 64}, "use at most that"),
         ({"teachers": {"nobody": 1}}, "not among teacher"),
@@ -692,3 +694,123 @@ def test_a_cache_that_has_not_begun_may_be_missing_if_allowed(recipe, world, tmp
     assert abs(np.mean([r["teacher/teacher/loss"] for r in rows]) - np.mean(usual)) < 0.3
     whole[0].unlink()
     assert "no cache of teacher" in refusal(path)
+
+
+def flip(path, plane="val", block=-1):
+    """One bit of a plane, in a block's first row."""
+    w = next(wanted_caches(load_recipe(path)))
+    cache = open_cache(w)
+    dtype, shape = cache.spec.planes()[plane]
+    data = bytearray(w.path.read_bytes())
+    data[cache._layout.offsets[plane] + int(cache.bounds[block - 1]) * dtype.itemsize * int(np.prod(shape))] ^= 16
+    w.path.write_bytes(data)
+    return w
+
+
+@pytest.mark.parametrize("plane", ["val", "idx_lo", "log_tail"])
+def test_damage_is_named_by_every_command_and_only_the_damaged_blocks_are_made_again(recipe, world, tmp_path, plane):
+    """stats and diff check the blocks that they read; verify --repair and slm teacher give the first bytes again, of which all
+    but one block are the old ones."""
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    before = files(path)
+    w = flip(path, plane)
+    last = len(open_cache(w).bounds) - 2
+    for words in (["stats", path], ["diff", path, "--tokens", 300]):
+        done = slm("teacher", *words)
+        assert done.returncode == 4, done.stderr
+        assert f"block {last} (tokens" in done.stderr
+        assert "Traceback" not in done.stderr
+    done = slm("teacher", "verify", path, "--repair")
+    assert done.returncode == 4
+    assert f"block {last} (tokens" in done.stdout
+    assert "Fix: slm teacher RECIPE makes what is missing" in done.stderr
+    missing = open_cache(w, allow_partial=True).missing
+    assert np.flatnonzero(missing).tolist() == [last]
+    assert build(load_recipe(path)) == 0
+    assert files(path) == before
+
+
+def test_a_damaged_header_is_called_so(recipe, world, tmp_path):
+    """Also in the part of it that is empty."""
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    w = next(wanted_caches(load_recipe(path)))
+    whole = w.path.read_bytes()
+    for at in (9, 17, 100, 60_000):
+        w.path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert "its header is damaged" in refusal(path), at
+
+
+def test_stats_and_diff_refuse_the_cache_of_another_recipe(recipe, world, tmp_path):
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    other = tmp_path / "other-teacher"
+    SLMForCausalLM(ModelConfig.preset("cpu-tiny", tie_word_embeddings=False), seed=8).save_pretrained(other)
+    changed = load_recipe(path, [f"teacher.model={other}"])
+    assert "made by another teacher" in told(lambda: examine.diff(changed))
+    assert "made by another teacher" in told(lambda: examine.stats(changed))
+    assert "its kind is top_k" in told(lambda: examine.stats(load_recipe(path, ["teacher.cache.kind=sampled"])))
+
+
+def test_a_cache_of_more_entries_is_read_as_the_recipe_says(recipe, world, tmp_path, caplog):
+    """cache.k below what is stored gives the loss that loss.k gives; and a run whose teacher is gone says so."""
+    mine = tmp_path / "mine"
+    shutil.copytree(world / "teacher", mine)
+    assert build(load_recipe(recipe({**cached(world, tmp_path, **TOP), "model": str(mine)}))) == 0
+    shutil.rmtree(mine)
+    losses = []
+    for name, k, loss in (("sixteen", 16, {}), ("four", 4, {}), ("by_loss", 16, {"k": 4})):
+        teacher = {**cached(world, tmp_path, **{**TOP, "k": k}), "model": str(mine)}
+        assert train(load_recipe(recipe(teacher, loss=loss, name=name))) == 0
+        losses.append([row["loss/distill"] for row in rows_of(tmp_path / name) if "loss/distill" in row])
+    assert losses[1] == losses[2] != losses[0]
+    assert f"{mine} is not there" in caplog.text
+
+
+def test_what_is_distilled_from_is_told(recipe, world, tmp_path, caplog):
+    """In slm plan, in the log and in metrics.jsonl."""
+    path = recipe(cached(world, tmp_path, **TOP), loss={"alpha": {0: 0.5, 1: 0.1}})
+    done = slm("plan", path)
+    assert "alpha 0.5, 0.1 from 100%, temperature 1" in done.stdout
+    assert f"{world / 'teacher'}, cache of kind top_k, k = 16" in done.stdout
+    assert build(load_recipe(path)) == 0
+    assert "next: slm train RECIPE" in caplog.text
+    assert train(load_recipe(path)) == 0
+    assert "cache of kind top_k, k = 16" in caplog.text
+    alphas = [row["loss/alpha"] for row in rows_of(tmp_path / "r") if "loss/alpha" in row]
+    np.testing.assert_allclose(alphas, 0.5 - 0.4 * np.arange(12) / 12, atol=1e-12)
+
+
+def test_the_words_of_the_command_are_checked(recipe, world, tmp_path):
+    path = recipe(cached(world, tmp_path, **TOP))
+    for words, message in (
+        (["stat", path], "'stat' is nothing that slm teacher does"),
+        ([path, "--json"], "--json has no effect here"),
+        (["verify", path, "--plot", "x.png"], "it is for slm teacher stats"),
+        (["stats", path, "--tokens", "5"], "it is for slm teacher diff"),
+        ([path, "--repair"], "it is for slm teacher verify"),
+        ([path, f"teacher.model={tmp_path}"], "neither a config.json nor checkpoints"),
+        ([path, "teacher.cache=null"], "teacher runs beside the student"),
+        (["stats", path], "does not exist"),
+    ):
+        done = slm("teacher", *words)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_lone_teacher_may_be_a_path_and_its_typos_are_its_own(recipe, world):
+    loaded = load_recipe(recipe(str(world / "teacher")))
+    assert loaded.teacher["teacher"].model == str(world / "teacher")
+    message = told(lambda: load_recipe(recipe({"modle": str(world / "teacher"), "cache": TOP})))
+    assert "2 problems" in message
+    assert "teacher.teacher.modle is not a field" in message
+
+
+def test_a_schedule_that_changes_on_resume_is_told_as_one_value(recipe, world, tmp_path, caplog):
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    assert train(load_recipe(path)) == 0
+    assert train(load_recipe(path, ["phases.main.loss.alpha={0: 0.5, 1: 0.2}", "phases.main.tokens=4096"])) == 0
+    assert "phases.main.loss.alpha was 0.1, is {'0.0': 0.5, '1.0': 0.2}" in caplog.text

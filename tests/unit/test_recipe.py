@@ -64,7 +64,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         load_recipe(write(tmp_path, tree))
     message = str(caught.value)
-    for part in ("4 problems", "speling", "optim.lr is -1", "float8", "phases.0.seq_len", "'long'"):
+    for part in ("4 problems", "speling", "optim.lr is -1", "float8", "phases.main.seq_len", "'long'"):
         assert part in message, message
 
 
