@@ -35,7 +35,7 @@ from slm.losses import Distillation
 from slm.model.config import ModelConfig
 from slm.model.llama import Objective, SLMForCausalLM
 from slm.optim import parameter_groups
-from slm.recipe import Optim, Phase, gradient_accumulation
+from slm.recipe import Optim, Phase, data_parallel, gradient_accumulation
 from slm.strategy import read_deepspeed
 
 log = logging.getLogger("slm")
@@ -82,7 +82,7 @@ def resolve_precision(asked: str, device: torch.device) -> tuple[str, str]:
 
 
 def deepspeed_config(
-    phase: Phase, optim: Optim, precision: str, data_world: int, device_type: str = "cpu"
+    phase: Phase, optim: Optim, precision: str, world_size: int, device_type: str = "cpu"
 ) -> dict[str, Any]:
     """The ZeRO strategy's JSON joined with what the recipe owns. Raises UserError for combinations that train wrongly."""
     strategy = read_deepspeed(phase.deepspeed)
@@ -106,12 +106,18 @@ def deepspeed_config(
                 f"phases.{phase.name}.deepspeed sets {name} (ZeRO++), whose kernels DeepSpeed has for GPUs only",
                 fix="use ds_configs/zero3.json on a CPU",
             )
-    accumulation = gradient_accumulation(phase, data_world)
+    if phase.sequence_parallel > 1 and strategy["zero_optimization"].get("zero_quantized_gradients"):
+        raise UserError(
+            f"phases.{phase.name}.deepspeed sets zero_quantized_gradients (ZeRO++), and sequence_parallel is "
+            f"{phase.sequence_parallel}: how DeepSpeed scales gradients then has not been tried",
+            fix="leave one of them out",
+        )
+    accumulation = gradient_accumulation(phase, world_size)
     return {
         **strategy,
         "train_micro_batch_size_per_gpu": phase.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": phase.micro_batch * accumulation * data_world,
+        "train_batch_size": phase.micro_batch * accumulation * data_parallel(phase, world_size),
         "gradient_clipping": optim.grad_clip,  # DeepSpeed's own default changed from 0 to 1: always say it
         # At stage 1 this would select another optimiser class of DeepSpeed's, whose state is laid out differently.
         **({"data_types": {"grad_accum_dtype": "fp32"}} if precision != "float32" and stage > 1 else {}),
@@ -121,6 +127,15 @@ def deepspeed_config(
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+
+
+def _gradient_divisor(ds_config: dict[str, Any], phase: Phase) -> int:
+    """By what DeepSpeed 0.19.8 divides the sum of the ranks' gradients: by the data ranks; but stage 3, where it scatters
+    gradients in buckets (reduce_scatter, the default), also by the ranks that share a sequence."""
+    zero = ds_config["zero_optimization"]
+    world = parallel.world_size()
+    scattered = zero.get("stage", 0) == 3 and zero.get("reduce_scatter", True)
+    return world if scattered else data_parallel(phase, world)
 
 
 class Engine:
@@ -141,15 +156,18 @@ class Engine:
         import deepspeed
 
         self.device, self.precision, self.z_loss = device, precision, phase.loss.z_loss
-        self.data_world = parallel.world_size()
-        ds_config = deepspeed_config(phase, optim, precision, self.data_world, device.type)
+        ds_config = deepspeed_config(phase, optim, precision, parallel.world_size(), device.type)
         self.stage: int = ds_config["zero_optimization"].get("stage", 0)
+        self._gradient_divisor = _gradient_divisor(ds_config, phase)
+        groups_of_ranks = parallel.sequence_groups(phase.sequence_parallel) if phase.sequence_parallel > 1 else None
+        deepspeed.utils.groups.mpu = groups_of_ranks  # an earlier phase's stays otherwise
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         if offload:
             build_cpu_adam()
-        module = self.module = self._build_model(config, ds_config)
+        module = self.module = self._build_model(config, ds_config, groups_of_ranks)
         module.recompute = phase.activation_checkpointing == "full"
         module.objective = objective
+        module.share_sequences(phase.sequence_parallel)
         if compile_blocks:
             # Each phase compiles for its own shapes: next to those of the phase before, they would be made dynamic.
             torch._dynamo.reset()
@@ -165,7 +183,11 @@ class Engine:
             self._client_optimizer = torch.optim.AdamW(groups, fused=True, **settings)
         try:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=module, optimizer=self._client_optimizer, config=ds_config, dist_init_required=False
+                model=module,
+                optimizer=self._client_optimizer,
+                config=ds_config,
+                dist_init_required=False,
+                mpu=groups_of_ranks,
             )
         except ValidationError as error:
             named = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
@@ -175,13 +197,15 @@ class Engine:
         self._parameters: dict[str, Any] = dict(self.module.named_parameters())  # ZeRO-3 adds attributes to them
         self._zero_moments()
 
-    def _build_model(self, config: ModelConfig, ds_config: dict[str, Any]) -> SLMForCausalLM:
+    def _build_model(
+        self, config: ModelConfig, ds_config: dict[str, Any], groups_of_ranks: parallel.SequenceGroups | None
+    ) -> SLMForCausalLM:
         import deepspeed
 
         if self.stage == 3:
             # Each module's parameters are partitioned as soon as they are made: no rank holds the whole model. The dtype
             # comes from ds_config: DeepSpeed 0.19.8 takes bfloat16 for any dtype= where float16 is not supported.
-            with deepspeed.zero.Init(config_dict_or_path=ds_config):
+            with deepspeed.zero.Init(config_dict_or_path=ds_config, mpu=groups_of_ranks):
                 return SLMForCausalLM(config, seed=None)
         with torch.device(self.device):
             model = SLMForCausalLM(config, seed=None).to(DTYPES[self.precision])
@@ -212,10 +236,10 @@ class Engine:
     def backward(self, loss_sum: torch.Tensor, num_targets: float) -> None:
         """Adds this micro-batch's share of the gradient of the mean over the step's num_targets (of all ranks).
 
-        DeepSpeed averages gradients over the data ranks (every stage, without sequence parallelism) and would
-        divide by the accumulation steps too: the first is undone by the factor, the second by scale_wrt_gas.
+        DeepSpeed averages gradients over ranks (_gradient_divisor) and would divide by the accumulation steps too: the first
+        is undone by the factor, the second by scale_wrt_gas.
         """
-        self._engine.backward(loss_sum * (self.data_world / num_targets), scale_wrt_gas=False)
+        self._engine.backward(loss_sum * (self._gradient_divisor / num_targets), scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
 

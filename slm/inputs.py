@@ -26,6 +26,7 @@ from slm.errors import UserError
 from slm.model.config import ModelConfig
 from slm.model.hf import read_config
 from slm.model.llama import initial_value
+from slm.parallel import Share
 from slm.recipe import DocFilter, Phase, Recipe
 from slm.runtime import Ranks
 
@@ -139,8 +140,7 @@ def validation_batches(
             dataset,
             phase.seq_len,
             phase.micro_batch,
-            ranks.rank,
-            ranks.world_size,
+            Share.of(ranks.rank, ranks.world_size, phase.sequence_parallel),
             recipe.eval.max_sequences or None,
             0,
         )

@@ -108,7 +108,7 @@ def evaluate_model(
         _check_tokenizer(path, state, name, dataset.tokenizer_fingerprint)
     device = next(model.parameters()).device
     batches = {
-        name: EvaluationBatches(dataset, seq_len, micro_batch, 0, 1, max_sequences or None)
+        name: EvaluationBatches(dataset, seq_len, micro_batch, max_sequences=max_sequences or None)
         for name, dataset in datasets.items()
     }
 

@@ -1,9 +1,14 @@
-"""The ranks together: start and end of the process group, and the few reductions that the loop needs.
+"""The ranks together: start and end of the process group, the few reductions that the loop needs, and shared sequences.
 
 Owns every collective call outside DeepSpeed. What one rank decides and others must know goes through `agree`.
 
     start(device)              # after runtime.discover_ranks has filled the environment
     total, stop = reduce_sum([num_targets, stop_requested])
+
+world = data x sequence: with sequence_parallel 2, ranks 0 and 1 share the sequences of one part of the batch, 2 and 3 those
+of the next. Between ranks of a group, attention exchanges parts of the sequence for heads (Ulysses, arXiv 2309.14509).
+
+`B` batch, `T` tokens on this rank, `S` tokens of the sequence, `H` query heads, `J` key/value heads, `D` head dim.
 """
 
 from __future__ import annotations
@@ -11,8 +16,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,6 +79,7 @@ def start(device: torch.device, timeout_minutes: float = 30.0) -> bool:
 def stop() -> None:
     """Leaves the process group; without it a rank can abort while another is still there."""
     if dist.is_initialized():
+        sequence_groups.cache_clear()
         dist.destroy_process_group()
 
 
@@ -167,3 +175,118 @@ def first_rank_decides(function: Any, *arguments: Any) -> Any:
     if failure is not None:
         raise failure
     return result
+
+
+# --- sequences that several ranks share --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the batch, and of each of its sequences, is a rank's."""
+
+    data_rank: int = 0
+    data_world: int = 1
+    sequence_rank: int = 0
+    sequence_world: int = 1
+
+    @classmethod
+    def of(cls, rank: int, world_size: int, sequence_parallel: int = 1) -> Share:
+        """Of ranks that lie together, so that a node's share a sequence."""
+        assert world_size % sequence_parallel == 0  # recipe.data_parallel
+        data_rank, sequence_rank = divmod(rank, sequence_parallel)
+        return cls(data_rank, world_size // sequence_parallel, sequence_rank, sequence_parallel)
+
+
+class SequenceGroups:
+    """What DeepSpeed asks of a Megatron-like `mpu`, for ranks that share sequences.
+
+    Passed to deepspeed.initialize; its configuration keys and its mesh instead are silently wrong at stages 1 and 2
+    (gradients are reduced over the data ranks only). That there is no model parallelism must be said: DeepSpeed's own object
+    takes the sequence group for that.
+    """
+
+    def __init__(self, degree: int) -> None:
+        share = Share.of(rank(), world_size(), degree)
+        world, data_world = world_size(), share.data_world
+        # Every rank makes every group, in the same order.
+        shared = [dist.new_group(list(range(d * degree, (d + 1) * degree))) for d in range(data_world)]
+        beside = [dist.new_group(list(range(s, world, degree))) for s in range(degree)]
+        self.share, self.sequence, self.data = share, shared[share.data_rank], beside[share.sequence_rank]
+        self.data_ranks = list(range(share.sequence_rank, world, degree))
+
+    def initialize_sequence_parallel(self) -> None:
+        """DeepSpeed looks whether it is there."""
+
+    def get_sequence_parallel_group(self) -> Any:
+        return self.sequence
+
+    def get_sequence_parallel_world_size(self) -> int:
+        return self.share.sequence_world
+
+    def get_sequence_parallel_rank(self) -> int:
+        return self.share.sequence_rank
+
+    def get_sequence_data_parallel_group(self) -> Any:
+        return dist.group.WORLD
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        return world_size()
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        return rank()
+
+    def get_data_parallel_group(self) -> Any:
+        return self.data
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return self.data_ranks
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.share.data_world
+
+    def get_data_parallel_rank(self) -> int:
+        return self.share.data_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_group(self) -> None:
+        return None
+
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+@cache
+def sequence_groups(degree: int) -> SequenceGroups:
+    """Made once: by all ranks together."""
+    return SequenceGroups(degree)
+
+
+# (q_BTHD, k_BTJD, v_BTJD, piece_bounds) -> out_BTHD; piece_bounds are of the whole sequences.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def shared_attention(attend: Attend, degree: int, num_kv_heads: int) -> Attend:
+    """`attend` over sequences of which each of `degree` ranks holds a part: inside, a rank has H / degree heads of all S tokens.
+
+    More ranks than key/value heads each get a copy of the one that their query heads share.
+    """
+    from deepspeed.sequence.layer import DistributedAttention
+
+    exchange = DistributedAttention(attend, sequence_groups(degree).sequence, scatter_idx=2, gather_idx=1)
+    copies = max(1, degree // num_kv_heads)
+
+    @torch.compiler.disable  # collectives
+    def attend_together(
+        q_BTHD: torch.Tensor, k_BTJD: torch.Tensor, v_BTJD: torch.Tensor, piece_bounds: torch.Tensor
+    ) -> torch.Tensor:
+        if copies > 1:
+            k_BTJD, v_BTJD = (x.repeat_interleave(copies, dim=2) for x in (k_BTJD, v_BTJD))
+        return exchange(q_BTHD, k_BTJD, v_BTJD, 0, None, piece_bounds)
+
+    return attend_together

@@ -73,8 +73,9 @@ def describe(recipe: Recipe, world_size: int) -> str:
         plan = plan_phase(recipe, phase, world_size)
         lines += [
             f"phase {phase.name}: {plan.steps:,} steps x {phase.batch_tokens:,} tokens = {plan.tokens:,} tokens",
-            f"  a step: {plan.global_batch:,} sequences of {phase.seq_len:,} = {world_size} ranks x micro-batch "
-            f"{phase.micro_batch} x {plan.gradient_accumulation} accumulated",
+            f"  a step: {plan.global_batch:,} sequences of {phase.seq_len:,} = {world_size} ranks"
+            + (f" / {phase.sequence_parallel} that share a sequence" if phase.sequence_parallel > 1 else "")
+            + f" x micro-batch {phase.micro_batch} x {plan.gradient_accumulation} accumulated",
             f"  training FLOPs: {plan.flops_causal:.3e} causal, {plan.flops_full:.3e} full convention "
             "(unpacked sequences; packed documents need less attention)",
             f"  learning rate: {phase.schedule.type}, peak {phase.lr or recipe.optim.lr:g}, "

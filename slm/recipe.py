@@ -78,6 +78,9 @@ class Phase(Section):
     schedule: Schedule = Field(Schedule(), description="learning rate over the phase")
     lr: Real | None = Field(None, gt=0, description="peak learning rate of this phase; null for optim.lr")
     loss: Loss = Field(Loss(), description="what is minimised")
+    sequence_parallel: Count = Field(
+        1, gt=0, description="ranks that share each sequence (Ulysses); the others share the batch"
+    )
     activation_checkpointing: Literal["none", "full"] = Field("none", description="full: recompute each block")
     deepspeed: str = Field("ds_configs/zero1.json", description="ZeRO strategy: a DeepSpeed JSON file")
 
@@ -184,6 +187,7 @@ class Recipe(Section):
                 f"{at}.micro_batch is {phase.micro_batch}, which does not divide the {phase.global_batch} sequences "
                 f"of a step (batch_tokens / seq_len)"
             )
+        problems += sequence_problems(self.model, phase.seq_len, phase.sequence_parallel, at)
         context = self.model.max_position_embeddings
         if phase.seq_len > context:
             problems.append(
@@ -449,14 +453,46 @@ def _deepspeed_problems(tree: dict[str, Any]) -> list[str]:
 # --- world size ------------------------------------------------------------------------------------------
 
 
-def gradient_accumulation(phase: Phase, data_world: int) -> int:
+def sequence_problems(model: ModelConfig, seq_len: int, degree: int, at: str) -> list[str]:
+    """Why `degree` ranks cannot share a sequence of this model, in words."""
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    if heads % degree or (kv_heads % degree and degree % kv_heads):
+        fitting = [d for d in range(1, heads + 1) if heads % d == 0 and (kv_heads % d == 0 or d % kv_heads == 0)]
+        return [
+            f"{at}.sequence_parallel is {degree}, but inside attention each rank has some of the {heads} heads for the whole "
+            f"sequence, and {degree} ranks cannot have equally many of them and of the {kv_heads} key/value heads: use "
+            f"{', '.join(map(str, fitting))}"
+        ]
+    if seq_len % degree:
+        return [
+            f"{at}.seq_len is {seq_len}, which sequence_parallel {degree} does not divide: each rank has an equal part"
+        ]
+    return []
+
+
+def data_parallel(phase: Phase, world_size: int) -> int:
+    """Ranks, or groups of sequence_parallel ranks, that share a batch. Raises UserError if they are not whole."""
+    if world_size % phase.sequence_parallel:
+        raise UserError(
+            f"phases.{phase.name}.sequence_parallel is {phase.sequence_parallel}, which does not divide the {world_size} "
+            "ranks: some would have no part of a sequence",
+            fix=f"start a multiple of {phase.sequence_parallel} ranks, or set sequence_parallel to a divisor of {world_size}",
+        )
+    return world_size // phase.sequence_parallel
+
+
+def gradient_accumulation(phase: Phase, world_size: int) -> int:
     """Micro-batches per rank and step. Raises UserError if the world does not divide the batch."""
+    data_world, degree = data_parallel(phase, world_size), phase.sequence_parallel
     per_forward = phase.micro_batch * data_world
     if phase.global_batch % per_forward:
-        fitting = [w for w in range(1, phase.global_batch + 1) if phase.global_batch % (w * phase.micro_batch) == 0]
+        fitting = [
+            w * degree for w in range(1, phase.global_batch + 1) if phase.global_batch % (w * phase.micro_batch) == 0
+        ]
+        shared = f" / sequence_parallel {degree}" if degree > 1 else ""
         raise UserError(
             f"phases.{phase.name}: a step has {phase.global_batch} sequences (batch_tokens {phase.batch_tokens} / "
-            f"seq_len {phase.seq_len}), which {data_world} ranks x micro_batch {phase.micro_batch} do not divide, so "
+            f"seq_len {phase.seq_len}), which {world_size} ranks{shared} x micro_batch {phase.micro_batch} do not divide, so "
             "ranks would do unequal work",
             fix=f"use {', '.join(map(str, fitting[:8]))} ranks, another micro_batch, or batch_tokens = a multiple of "
             f"{per_forward * phase.seq_len}",

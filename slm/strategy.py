@@ -29,7 +29,7 @@ _OWNED_BY_RECIPE = {
     "wandb": "log.wandb",
     "csv_monitor": "log",
     "steps_per_print": "log.every_steps",
-    "sequence_parallel_size": "the number of ranks",
+    "sequence_parallel_size": "phases[].sequence_parallel",
     "data_parallel_size": "the number of ranks",
     "checkpoint": "checkpoint",
     "zero_allow_untested_optimizer": "optim",

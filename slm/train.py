@@ -89,9 +89,7 @@ class Run:
 class StepData(Protocol):
     """What run_phase wants of its data: PhaseData, or the notebook's windows."""
 
-    def step_batches(
-        self, step: int, *, global_batch: int, micro_batch: int, data_rank: int, data_world: int
-    ) -> list[Batch]: ...
+    def step_batches(self, step: int, *, global_batch: int, micro_batch: int, share: parallel.Share) -> list[Batch]: ...
 
 
 # --- the run -------------------------------------------------------------------------------------------------
@@ -327,19 +325,19 @@ def run_phase(
             "identity": identity,
             "model": config.model_dump(mode="json"),
             "recipe": recipe.model_dump(mode="json"),
-            "layout": {"world_size": world, "zero_stage": engine.stage},
+            "layout": {"world_size": world, "zero_stage": engine.stage, "sequence_parallel": phase.sequence_parallel},
         }
 
     timer = StepTimer(device.type)
-    batch_of = dict(global_batch=phase.global_batch, micro_batch=phase.micro_batch)
-    share = dict(data_rank=run.ranks.rank, data_world=world)
+    share = parallel.Share.of(run.ranks.rank, world, phase.sequence_parallel)
+    batch_of: dict[str, Any] = dict(global_batch=phase.global_batch, micro_batch=phase.micro_batch, share=share)
     peak = peak_flops(device)
     last_log, steps_since_log, totals = time.perf_counter(), 0, StepTotals()
     progress = StepProgress(f"{recipe.name}/{phase.name}", phase.num_steps, position.step, enabled=run.ranks.rank == 0)
     try:
         while position.step < phase.num_steps:
             with timer.part("data"):
-                batches = [b.to(device) for b in data.step_batches(position.step, **batch_of, **share)]
+                batches = [b.to(device) for b in data.step_batches(position.step, **batch_of)]
             lr = learning_rate(phase.schedule, phase.lr or recipe.optim.lr, position.step, phase.num_steps)
             fraction = position.step / phase.num_steps
             done = train_step(

@@ -37,6 +37,7 @@ from slm.inputs import Position, position_of
 from slm.losses import IGNORE
 from slm.model.config import ModelConfig
 from slm.model.llama import Objective, SLMForCausalLM
+from slm.parallel import Share
 from slm.recipe import Phase, recipe_from_tree
 from slm.runtime import RunLock, StopRequest, atomic_write, discover_ranks, setup_logging
 from slm.train import open_run, run_phases
@@ -162,11 +163,9 @@ class _EpochData:
     def __init__(self, dataset: TextDataset, seed: int) -> None:
         self.dataset, self.key = dataset, derive_key("notebook", seed, dataset.fingerprint)
 
-    def step_batches(
-        self, step: int, *, global_batch: int, micro_batch: int, data_rank: int, data_world: int
-    ) -> list[Batch]:
-        size, per_rank = len(self.dataset), global_batch // data_world
-        first = step * global_batch + data_rank * per_rank
+    def step_batches(self, step: int, *, global_batch: int, micro_batch: int, share: Share) -> list[Batch]:
+        size, per_rank = len(self.dataset), global_batch // share.data_world
+        first = step * global_batch + share.data_rank * per_rank
         places = [divmod(k, size) for k in range(first, first + per_rank)]
         indices = [permute(at, size, derive_key(self.key, epoch)) for epoch, at in places]
         return [self.dataset.batch(indices[at : at + micro_batch]) for at in range(0, per_rank, micro_batch)]

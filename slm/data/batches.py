@@ -3,9 +3,9 @@
 Owns assembling; the packing is packing.py's, the order order.py's, the bytes tokens.py's.
 
     data = PhaseData({"web": TokenDataset("tokens/web")}, {"web": 1.0}, seq_len=8192, seed=0, phase_name="a")
-    batches = data.step_batches(step, global_batch=512, micro_batch=4, data_rank=0, data_world=8)
+    batches = data.step_batches(step, global_batch=512, micro_batch=4, share=Share.of(rank, world_size))
 
-`B` sequences of a micro-batch, `T` = seq_len.
+`B` sequences of a micro-batch, `T` tokens of them on this rank: seq_len, or a part of it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from slm.data.selection import Selection, selection_digest
 from slm.data.tokens import TokenDataset
 from slm.errors import CorruptArtefact, UserError
 from slm.losses import IGNORE
+from slm.parallel import Share
 
 if TYPE_CHECKING:
     from slm.distill.codec import RawTargets
@@ -47,6 +48,7 @@ class Batch:
     # up with B*T), so that compiled code sees one shape. Padding at a row's end is a piece of its own.
     piece_bounds: torch.Tensor
     num_targets: int
+    # Of a sequence that several ranks share, what follows is told by the first of them.
     num_tokens: int  # without padding
     attention_pairs: int  # (query, key) pairs a causal kernel touches: sum of n (n + 1) / 2 over the pieces
     attention_pairs_full: int  # sum of n^2
@@ -54,6 +56,25 @@ class Batch:
     teacher_nll: tuple[float, ...] = ()  # each teacher's own loss on the targets, summed
     num_known: int = 0  # targets whose rows are known
     present_N: torch.Tensor | None = None  # bool [B * T]: tokens whose rows are known; None: all are
+
+    def part(self, number: int, of: int) -> Batch:
+        """Of each sequence the `number`th of `of` equal parts, for ranks that share it; piece_bounds stay those of the whole."""
+        if of == 1:
+            return self
+        T = self.tokens_BT.shape[1] // of
+        columns = slice(number * T, (number + 1) * T)
+        labels_BT = self.labels_BT[:, columns].contiguous()
+        first = int(number == 0)
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT[:, columns].contiguous(),
+            labels_BT=labels_BT,
+            positions_BT=self.positions_BT[:, columns].contiguous(),
+            num_targets=int((labels_BT != IGNORE).sum()),
+            num_tokens=first * self.num_tokens,
+            attention_pairs=first * self.attention_pairs,
+            attention_pairs_full=first * self.attention_pairs_full,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         if torch.device(device).type == "cpu":
@@ -67,6 +88,7 @@ def tensors_on(record: Record, device: torch.device | str) -> Record:
     return replace(record, **{name: getattr(record, name).pin_memory().to(device, non_blocking=True) for name in names})
 
 
+ALONE = Share()
 _CHUNK = 1024  # places of the order that are located at once
 
 # A piece to place in a row: the tokens it reads and the token after its last (or None at the document's end).
@@ -266,7 +288,7 @@ class PhaseData:
             for name, r in self.report().items()
         )
 
-    def _batch(self, places: list[tuple[int, int, int]], arena: Arena) -> Batch:
+    def _batch(self, places: list[tuple[int, int, int]], arena: Arena, share: Share) -> Batch:
         rows = [self._sources[source].row(sequence) for source, sequence, _ in places]
         batch = assemble(rows, self.seq_len, self.pad_id, self.max_pieces, arena)
         tokens = batch.tokens_BT.numpy()
@@ -278,15 +300,20 @@ class PhaseData:
                 f"{self._vocab_size}: the shards are damaged",
                 fix=f"slm-data verify {folders.split(',')[0]}, then copy the files again or make them anew",
             )
-        return self._with_teachers(batch, places) if self.teachers else batch
+        batch = batch.part(share.sequence_rank, share.sequence_world)
+        return self._with_teachers(batch, places, share) if self.teachers else batch
 
-    def _with_teachers(self, batch: Batch, places: list[tuple[int, int, int]]) -> Batch:
+    def _with_teachers(self, batch: Batch, places: list[tuple[int, int, int]], share: Share) -> Batch:
+        T = self.seq_len // share.sequence_world
+        first = share.sequence_rank * T  # of this rank's columns
         pieces = []
         for row, (source, sequence, _) in enumerate(places):
-            at = row * self.seq_len
+            column = 0
             for shard, start, length, _ in self._sources[source].addresses(sequence):
-                pieces.append((at, source, shard, start, length))
-                at += length
+                low, high = max(column, first), min(column + length, first + T)
+                if low < high:
+                    pieces.append((row * T + low - first, source, shard, start + low - column, high - low))
+                column += length
         found = [teacher.rows(pieces, batch) for teacher in self.teachers]
         present = [known for _, known, _ in found if known is not None]
         present_N = torch.stack(present).all(0) if present else None
@@ -316,20 +343,15 @@ class PhaseData:
             first, count = first + len(found), count - len(found)
         return places
 
-    def step_batches(
-        self, step: int, *, global_batch: int, micro_batch: int, data_rank: int, data_world: int
-    ) -> list[Batch]:
+    def step_batches(self, step: int, *, global_batch: int, micro_batch: int, share: Share = ALONE) -> list[Batch]:
         """This rank's micro-batches of a step: a contiguous share of the step's global_batch places.
 
         They are valid until the next call, which gives their memory away. An error of the thread is raised by the call
         that asks for its step.
         """
-        if global_batch % (micro_batch * data_world) or not 0 <= data_rank < data_world:
-            raise ValueError(
-                f"{global_batch} sequences cannot be split over {data_world} ranks (this is {data_rank}) in "
-                f"micro-batches of {micro_batch}"
-            )
-        asked = (step, global_batch, micro_batch, data_rank, data_world)
+        if global_batch % (micro_batch * share.data_world) or not 0 <= share.data_rank < share.data_world:
+            raise ValueError(f"{global_batch} sequences cannot be split by {share} in micro-batches of {micro_batch}")
+        asked = (step, global_batch, micro_batch, share)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == asked:
             batches = ahead[1].result()
@@ -341,11 +363,13 @@ class PhaseData:
         self._ahead = (following, self._thread.submit(self._make, *following))
         return batches
 
-    def _make(self, step: int, global_batch: int, micro_batch: int, data_rank: int, data_world: int) -> list[Batch]:
-        per_rank = global_batch // data_world
-        places = self._places(step * global_batch + data_rank * per_rank, per_rank)
+    def _make(self, step: int, global_batch: int, micro_batch: int, share: Share) -> list[Batch]:
+        per_rank = global_batch // share.data_world
+        places = self._places(step * global_batch + share.data_rank * per_rank, per_rank)
         arenas = self._arenas(per_rank, micro_batch)[step % 2]
-        return [self._batch(places[i * micro_batch : (i + 1) * micro_batch], arena) for i, arena in enumerate(arenas)]
+        return [
+            self._batch(places[i * micro_batch : (i + 1) * micro_batch], arena, share) for i, arena in enumerate(arenas)
+        ]
 
 
 @lru_cache(maxsize=16)
@@ -367,25 +391,24 @@ class EvaluationBatches:
         dataset: TokenDataset,
         seq_len: int,
         micro_batch: int,
-        data_rank: int,
-        data_world: int,
+        share: Share = ALONE,
         max_sequences: int | None = None,
         pad_id: int = 0,
     ) -> None:
-        self.seq_len, self.micro_batch, self.pad_id = seq_len, micro_batch, pad_id
-        self.data_rank, self.data_world = data_rank, data_world
+        self.seq_len, self.micro_batch, self.pad_id, self.share = seq_len, micro_batch, pad_id, share
         self._source = _Source(dataset, _packed(dataset, seq_len))
         available = self._source.plan.num_sequences
         self.num_sequences = min(available, max_sequences or available)
 
     def __len__(self) -> int:
         """Batches of this rank."""
-        return -(-self.num_sequences // (self.micro_batch * self.data_world))
+        return -(-self.num_sequences // (self.micro_batch * self.share.data_world))
 
     def __iter__(self) -> Iterator[Batch]:
         plan = self._source.plan
         for i in range(len(self)):
-            first = (i * self.data_world + self.data_rank) * self.micro_batch
+            first = (i * self.share.data_world + self.share.data_rank) * self.micro_batch
             picked = [s * plan.num_sequences // self.num_sequences for s in range(first, first + self.micro_batch)]
             rows = [self._source.row(s) if s < plan.num_sequences else [] for s in picked]
-            yield assemble(rows, self.seq_len, self.pad_id, plan.max_pieces_per_sequence)
+            batch = assemble(rows, self.seq_len, self.pad_id, plan.max_pieces_per_sequence)
+            yield batch.part(self.share.sequence_rank, self.share.sequence_world)

@@ -27,7 +27,7 @@ from slm.distill.targets import top_k
 from slm.distill.wanted import Wanted, cache_spec, cached_teachers, misfit, misfits, open_cache, wanted_of
 from slm.errors import CorruptArtefact, UserError
 from slm.losses import IGNORE, DenseTarget, Distillation, SparseTarget
-from slm.recipe import Phase, Recipe
+from slm.recipe import Phase, Recipe, sequence_problems
 
 log = logging.getLogger("slm")
 
@@ -230,6 +230,8 @@ class Targets:
             settings = recipe.teacher[name]
             if settings.cache is None:
                 self.online.append(load_teacher(settings.model, device))
+                if (llama := self.online[-1].llama) is not None:  # others: check_online
+                    llama.share_sequences(phase.sequence_parallel)
 
     def named(self, sums: list[float], num_targets: float, fraction: float) -> dict[str, float]:
         """Of a step's sums (train_step), means as they stand in the log: CE over all targets, what is of the teacher over
@@ -287,6 +289,17 @@ def _check_online(model: TeacherInfo, name: str, phase: Phase, form: str, vocab_
             "distribution there would mean nothing",
             fix="use a teacher of a longer context, or distil in a phase of shorter seq_len",
         )
+    if phase.sequence_parallel > 1:
+        if model.config is None:
+            raise UserError(
+                f"phases.{phase.name}.sequence_parallel is {phase.sequence_parallel}, and teacher {name} is a "
+                f"{model.identity['model_type']!r} model, which cannot run on a part of a sequence",
+                fix="cache it (teacher.NAME.cache), or use a Llama-family teacher",
+            )
+        if problems := sequence_problems(model.config, phase.seq_len, phase.sequence_parallel, f"phases.{phase.name}"):
+            raise UserError(
+                f"teacher {name}: {problems[0]}", fix="cache it (teacher.NAME.cache), or use another degree"
+            )
     if form == "full" and model.config is None:
         raise UserError(
             f"phases.{phase.name}.loss.targets is full, and teacher {name} is a {model.identity['model_type']!r} model, whose "

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from slm import parallel
 from slm.losses import Distillation, chunk_tokens, linear_cross_entropy, linear_distillation, token_losses
 from slm.model.attention import cached_attention, packed_attention
 from slm.model.config import ModelConfig
@@ -83,6 +84,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.attend = packed_attention  # SLMForCausalLM.share_sequences replaces it
 
     def forward(
         self,
@@ -97,7 +99,7 @@ class Attention(nn.Module):
         v_BTJD = self.v_proj(x_BTE).view(B, T, -1, self.head_dim)
         if cache is None:
             assert piece_bounds is not None
-            out_BTHD = packed_attention(q_BTHD, k_BTJD, v_BTJD, piece_bounds)
+            out_BTHD = self.attend(q_BTHD, k_BTJD, v_BTJD, piece_bounds)
         else:
             keys_BSJD, values_BSJD, length_B, filled = cache
             rows_B1 = torch.arange(B, device=x_BTE.device)[:, None]
@@ -273,6 +275,14 @@ class SLMForCausalLM(nn.Module):
             for name, parameter in self.named_parameters():
                 parameter.copy_(initial_value(self.config, name, tuple(parameter.shape), seed))
         return self
+
+    def share_sequences(self, degree: int) -> None:
+        """From now on a batch holds this rank's part of each sequence, and piece_bounds are of the whole ones."""
+        if degree > 1:
+            attend = parallel.shared_attention(packed_attention, degree, self.config.num_key_value_heads)
+            for block in self.model.layers:
+                attention: Any = block.self_attn
+                attention.attend = attend
 
     def compile_blocks(self) -> None:
         """torch.compile each block; equal blocks share one compiled graph."""

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from slm.checkpoint import Reader
+from slm.parallel import Share
 from slm.recipe import load_recipe
 from tests.distributed.ranks import ROOT, train_many
 from tests.shards import make_dataset
@@ -25,13 +26,36 @@ LAYOUTS = {
     "two-zero3-recompute": (2, ["micro_batch=4", "deepspeed=zero3", "activation_checkpointing=full"]),
     "two-zero2-offload": (2, ["micro_batch=4", "deepspeed=zero2_offload"]),
     "two-zero3-offload": (2, ["micro_batch=4", "deepspeed=zero3_offload"]),
+    # Ranks that share sequences (Ulysses). The model has 2 key/value heads: four ranks each get a copy of one.
+    "sequence2-zero0": (2, ["sequence_parallel=2", "micro_batch=8", "deepspeed=zero0"]),
+    "sequence2-zero1-accumulate2": (2, ["sequence_parallel=2", "micro_batch=4", "deepspeed=zero1"]),
+    "sequence2-zero2-recompute": (
+        2,
+        ["sequence_parallel=2", "micro_batch=8", "deepspeed=zero2", "activation_checkpointing=full"],
+    ),
+    "sequence2-zero3-accumulate4": (2, ["sequence_parallel=2", "micro_batch=2", "deepspeed=zero3"]),
+    "sequence2-zero3-whole-buckets": (2, ["sequence_parallel=2", "micro_batch=8", "deepspeed=zero3_whole_buckets"]),
+    "sequence2-zero2-offload": (2, ["sequence_parallel=2", "micro_batch=8", "deepspeed=zero2_offload"]),
+    "sequence4-zero1": (4, ["sequence_parallel=4", "micro_batch=8", "deepspeed=zero1"]),
+    "sequence4-zero3-accumulate2": (4, ["sequence_parallel=4", "micro_batch=4", "deepspeed=zero3"]),
+    "sequence2-data2-zero0": (4, ["sequence_parallel=2", "micro_batch=4", "deepspeed=zero0"]),
+    "sequence2-data2-zero2-accumulate2": (4, ["sequence_parallel=2", "micro_batch=2", "deepspeed=zero2"]),
+    "sequence2-data2-zero3-accumulate4": (
+        4,
+        ["sequence_parallel=2", "micro_batch=1", "deepspeed=zero3", "activation_checkpointing=full"],
+    ),
 }
 
 
 def overrides_of(layout, output):
-    phase = [f"phases.main.{o.replace('deepspeed=', f'deepspeed={CONFIGS}/')}" for o in LAYOUTS[layout][1]]
-    phase = [o + ".json" if ".deepspeed=" in o else o for o in phase]
-    return [f"output={output}", *phase]
+    found = [f"output={output}"]
+    for option in LAYOUTS[layout][1]:
+        field, value = option.split("=")
+        if field == "deepspeed":
+            beside = output.parent / f"{value}.json"
+            value = beside if beside.exists() else CONFIGS / f"{value}.json"
+        found.append(f"phases.main.{field}={value}")
+    return found
 
 
 def metrics(run_dir):
@@ -65,7 +89,11 @@ def runs(tmp_path_factory):
     }
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree))
-    for world in (1, 2):
+    # What users may set themselves, and where DeepSpeed divides gradients by something else.
+    strategy = json.loads((CONFIGS / "zero3.json").read_text())
+    strategy["zero_optimization"]["reduce_scatter"] = False
+    (folder / "zero3_whole_buckets.json").write_text(json.dumps(strategy))
+    for world in (1, 2, 4):
         names = [name for name, (size, _) in LAYOUTS.items() if size == world]
         train_many([(recipe, overrides_of(name, folder / name)) for name in names], world)
     return folder, recipe
@@ -183,7 +211,7 @@ def test_the_reference_is_a_plain_pytorch_loop(runs):
     data = open_phase_data(recipe, phase)
     found = metrics(folder / "one-zero0")
     for step in range(STEPS):
-        (batch,) = data.step_batches(step, global_batch=8, micro_batch=8, data_rank=0, data_world=1)
+        (batch,) = data.step_batches(step, global_batch=8, micro_batch=8, share=Share())
         tokens, labels = batch.tokens_BT.flatten(), batch.labels_BT.flatten()
         bounds = torch.unique(batch.piece_bounds).tolist()
         total = torch.zeros(())

@@ -29,6 +29,7 @@ from slm.errors import CorruptArtefact, UserError
 from slm.inputs import open_phase_data
 from slm.losses import IGNORE
 from slm.model.config import ModelConfig
+from slm.parallel import Share
 from slm.recipe import load_recipe
 from slm.train import train
 from tests.shards import make_dataset
@@ -300,7 +301,7 @@ def test_cached_and_live_teachers_give_the_same_gradient(recipe, world, tmp_path
     loaded = load_recipe(path)
     phase = loaded.phases[0]
     data = open_phase_data(loaded, phase)
-    (batch,) = data.step_batches(0, global_batch=4, micro_batch=4, data_rank=0, data_world=1)
+    (batch,) = data.step_batches(0, global_batch=4, micro_batch=4, share=Share())
     live = load_recipe(recipe({"model": str(world / "teacher")}, loss={"targets": "bucket", "k": 16}, name="live"))
 
     def gradient(recipe_, batches):
@@ -329,28 +330,35 @@ class PhaseDataCopies(list):
         super().__init__(replace(b, **{n: getattr(b, n).clone() for n in names}) for b in found)
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (1, 4), (2, 2), (4, 1)])
-def test_the_targets_of_a_token_are_the_same_in_every_layout(recipe, world, tmp_path, world_size, micro_batch):
-    """Over ranks, micro-batches and epochs: the rows of each place of the order, byte for byte."""
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "sequence"),
+    [(1, 1, 1), (1, 4, 1), (2, 2, 1), (4, 1, 1), (2, 2, 2), (4, 1, 2), (4, 4, 4)],
+)
+def test_the_targets_of_a_token_are_the_same_in_every_layout(
+    recipe, world, tmp_path, world_size, micro_batch, sequence
+):
+    """Over ranks that share batches and sequences, micro-batches and epochs: the rows of each place of the order, byte for
+    byte; and a rank that has a part of a sequence reads the rows of that part."""
     path = recipe(cached(world, tmp_path, **TOP))
     assert build(load_recipe(path)) == 0
     loaded = load_recipe(path)
 
-    def stream(size, micro, step):
-        found = []
+    def stream(size, micro, sequence, step):
+        parts = {}  # of each column of ranks: the rows of its part of every sequence
         for rank in range(size):
-            data = open_phase_data(loaded, loaded.phases[0])
-            for b in data.step_batches(step, global_batch=4, micro_batch=micro, data_rank=rank, data_world=size):
-                raw = b.teachers[0]
-                found.append(
-                    [x.numpy().copy() for x in (raw.idx_lo_NPK, raw.val_NPK, raw.log_tail_NT, b.labels_BT.flatten())]
-                )
-        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+            data, share = open_phase_data(loaded, loaded.phases[0]), Share.of(rank, size, sequence)
+            for b in data.step_batches(step, global_batch=4, micro_batch=micro, share=share):
+                raw, T = b.teachers[0], 64 // sequence
+                assert len(raw.val_NPK) == b.tokens_BT.numel() == micro * T
+                rows = (raw.idx_lo_NPK, raw.val_NPK, raw.log_tail_NT, b.labels_BT.flatten())
+                parts.setdefault(share.sequence_rank, []).append([x.unflatten(0, (micro, T)).clone() for x in rows])
+        columns = [[torch.cat(x) for x in zip(*found, strict=True)] for _, found in sorted(parts.items())]
+        return [torch.cat(x, 1) for x in zip(*columns, strict=True)]
 
     epoch = open_phase_data(loaded, loaded.phases[0]).num_sequences // 4
     for step in (0, epoch + 1):
-        for a, b in zip(stream(world_size, micro_batch, step), stream(1, 2, step), strict=True):
-            assert np.array_equal(a, b)
+        for a, b in zip(stream(world_size, micro_batch, sequence, step), stream(1, 2, 1, step), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_online_teachers_and_mixtures_train(recipe, world, tmp_path):
@@ -539,7 +547,7 @@ def test_missing_blocks_are_learned_from_labels_if_allowed(recipe, world, tmp_pa
     assert "learned from their labels alone" in caplog.text
     loaded = load_recipe(partial)
     data = open_phase_data(loaded, loaded.phases[0])
-    (batch,) = data.step_batches(0, global_batch=4, micro_batch=4, data_rank=0, data_world=1)
+    (batch,) = data.step_batches(0, global_batch=4, micro_batch=4, share=Share())
     assert 0 < int(batch.present_N.sum()) < int((batch.labels_BT != IGNORE).sum())
 
 
@@ -557,7 +565,7 @@ def test_rows_of_other_tokens_stop_the_run_at_run_time(recipe, world, tmp_path):
 
     def some_steps():
         for step in range(4):
-            data.step_batches(step, global_batch=4, micro_batch=4, data_rank=0, data_world=1)
+            data.step_batches(step, global_batch=4, micro_batch=4, share=Share())
 
     with pytest.raises(CorruptArtefact, match="rows of a batch belong to other tokens"):
         some_steps()
@@ -624,7 +632,7 @@ def test_destroyed_planes_do_not_reach_the_loss(recipe, world, tmp_path, plane, 
         w.path.write_bytes(data)
     data = open_phase_data(loaded, loaded.phases[0])
     with pytest.raises(CorruptArtefact, match="hold what no teacher says"):
-        data.step_batches(0, global_batch=4, micro_batch=4, data_rank=0, data_world=1)
+        data.step_batches(0, global_batch=4, micro_batch=4, share=Share())
 
 
 def test_a_damaged_cache_is_not_copied_into_another(recipe, world, tmp_path, caplog):

@@ -15,6 +15,7 @@ from slm.data.selection import by_length
 from slm.data.tokens import ShardWriter, TokenDataset, write_manifest
 from slm.errors import UserError
 from slm.losses import IGNORE
+from slm.parallel import Share
 from tests.shards import make_dataset
 
 
@@ -79,7 +80,7 @@ def test_every_token_but_the_first_is_a_label_once(tmp_path_factory, lengths, se
     for ids in documents(dataset):
         expected.update(zip(ids[1:], ids[:-1], strict=True))
     found, num_tokens, pairs, pairs_full = {}, 0, 0, 0
-    for batch in EvaluationBatches(dataset, seq_len, micro_batch, 0, 1):
+    for batch in EvaluationBatches(dataset, seq_len, micro_batch):
         check_shape(batch, (batch.piece_bounds.numel() - 1) // micro_batch - 1)
         for tokens, labels, _ in pieces(batch):
             if tokens[0] == 0:  # padding: no document holds token 0
@@ -103,7 +104,7 @@ def test_every_token_but_the_first_is_a_label_once(tmp_path_factory, lengths, se
 
 def test_the_last_label_of_a_piece_is_read_from_the_shard(tmp_path):
     dataset = unique_dataset(tmp_path, [21, 3], num_shards=1)
-    batch = next(iter(EvaluationBatches(dataset, 10, 3, 0, 1)))
+    batch = next(iter(EvaluationBatches(dataset, 10, 3)))
     assert batch.labels_BT.tolist() == [
         list(range(3, 13)),
         list(range(13, 23)),  # its last label is the dropped one-token tail
@@ -149,7 +150,7 @@ def step_rows(data, step, world, micro_batch):
     """A step's rows in order, over all ranks."""
     batches = []
     for rank in range(world):
-        mine = data.step_batches(step, global_batch=8, micro_batch=micro_batch, data_rank=rank, data_world=world)
+        mine = data.step_batches(step, global_batch=8, micro_batch=micro_batch, share=Share(rank, world))
         assert [len(b.tokens_BT) for b in mine] == [micro_batch] * (8 // world // micro_batch)
         batches += [
             {name: getattr(b, name).clone() for name in FIELDS} for b in mine
@@ -162,7 +163,7 @@ def step_rows(data, step, world, micro_batch):
 def test_one_token_stream_for_every_world_and_micro_batch(phase, world, micro_batch):
     for step in (0, 1, 2, 7):
         rows = step_rows(phase, step, world, micro_batch)
-        (whole,) = phase.step_batches(step, global_batch=8, micro_batch=8, data_rank=0, data_world=1)
+        (whole,) = phase.step_batches(step, global_batch=8, micro_batch=8, share=Share())
         for name in FIELDS:
             assert torch.equal(rows[name], getattr(whole, name))
 
@@ -176,36 +177,41 @@ def test_the_stream_of_every_step_has_one_hash(two_sources, world, micro_batch, 
     the middle of an epoch; in each of two phases of different length."""
     if world % sequence_parallel or 8 % (world // sequence_parallel * micro_batch):
         return
-    data_world = world // sequence_parallel
 
-    def hashes(seq_len, name, steps, data_world, micro_batch, ahead):
+    def hashes(seq_len, name, steps, world, micro_batch, sequence_parallel, ahead):
         data = PhaseData(two_sources, None, seq_len=seq_len, seed=0, phase_name=name)
-        ranks = [PhaseData(two_sources, None, seq_len=seq_len, seed=0, phase_name=name) for _ in range(data_world)]
+        ranks = [PhaseData(two_sources, None, seq_len=seq_len, seed=0, phase_name=name) for _ in range(world)]
         found = []
         for step in steps:
-            digest = hashlib.sha256()
+            rows: dict[int, list[torch.Tensor]] = {}
+            counts = [0, 0, 0]
             for rank, mine in enumerate(ranks):
-                share = dict(global_batch=8, micro_batch=micro_batch, data_rank=rank, data_world=data_world)
-                batches = mine.step_batches(step, **share) if ahead else data._make(step, *share.values())
-                for batch in batches:
-                    digest.update(
-                        torch.stack([batch.tokens_BT, batch.labels_BT, batch.positions_BT], 1).numpy().tobytes()
-                    )
-            found.append(digest.hexdigest())
+                share = Share.of(rank, world, sequence_parallel)
+                how = dict(global_batch=8, micro_batch=micro_batch, share=share)
+                batches = mine.step_batches(step, **how) if ahead else data._make(step, *how.values())
+                parts = [torch.stack([b.tokens_BT, b.labels_BT, b.positions_BT], 1) for b in batches]
+                rows.setdefault(share.data_rank, []).append(torch.cat(parts))
+                for b in batches:
+                    counts = [
+                        c + n for c, n in zip(counts, (b.num_targets, b.num_tokens, b.attention_pairs), strict=True)
+                    ]
+            whole = torch.cat([torch.cat(parts, 2) for parts in rows.values()])
+            found.append((hashlib.sha256(whole.numpy().tobytes()).hexdigest(), *counts))
         return found
 
     for seq_len, name in ((32, "short"), (128, "long")):
         epoch = PhaseData(two_sources, None, seq_len=seq_len, seed=0, phase_name=name).num_sequences // 8
-        reference = hashes(seq_len, name, range(epoch + 2), 1, 8, True)
+        reference = hashes(seq_len, name, range(epoch + 2), 1, 8, 1, True)
         assert len(set(reference)) == len(reference)
         middle = epoch // 2
-        assert hashes(seq_len, name, range(middle, epoch + 2), data_world, micro_batch, ahead) == reference[middle:]
+        layout = (world, micro_batch, sequence_parallel)
+        assert hashes(seq_len, name, range(middle, epoch + 2), *layout, ahead) == reference[middle:]
 
 
 def test_preparing_the_next_step_leaves_this_ones_memory_alone(two_sources):
     """Two sets of buffers in turn; a step asked for out of turn waits for the thread that may be writing."""
     mine, fresh = (PhaseData(two_sources, None, seq_len=64, seed=0, phase_name="a") for _ in range(2))
-    share = dict(global_batch=8, micro_batch=2, data_rank=0, data_world=1)
+    share = dict(global_batch=8, micro_batch=2, share=Share())
     addresses = set()
     for step in (0, 1, 2, 3, 9, 10, 4, 6):
         batches = mine.step_batches(step, **share)
@@ -219,7 +225,7 @@ def test_preparing_the_next_step_leaves_this_ones_memory_alone(two_sources):
 
 def test_batches_of_a_phase_are_well_formed(phase):
     for step in range(10):
-        for batch in phase.step_batches(step, global_batch=8, micro_batch=2, data_rank=1, data_world=2):
+        for batch in phase.step_batches(step, global_batch=8, micro_batch=2, share=Share(1, 2)):
             check_shape(batch, phase.max_pieces)
 
 
@@ -241,7 +247,7 @@ def test_without_weights_a_source_is_drawn_as_often_as_its_filters_leave_sequenc
 def test_an_epoch_shows_every_label_once(tmp_path):
     dataset = unique_dataset(tmp_path, [5, 17, 40, 3, 2, 33])
     data = PhaseData({"u": dataset}, {"u": 1.0}, seq_len=8, seed=1, phase_name="a")
-    epoch = dict(global_batch=data.num_sequences, micro_batch=data.num_sequences, data_rank=0, data_world=1)
+    epoch = dict(global_batch=data.num_sequences, micro_batch=data.num_sequences, share=Share())
     labels = data.step_batches(0, **epoch)[0].labels_BT.clone()
     expected = sorted(token for ids in documents(dataset) for token in ids[1:])
     assert sorted(labels[labels != IGNORE].tolist()) == expected
@@ -269,7 +275,7 @@ def test_golden_order_of_a_phase(tmp_path):
     data = PhaseData({"a": a, "b": b}, {"a": 3, "b": 1}, seq_len=32, seed=42, phase_name="main")
     assert data.fingerprint == "64cf72b3d030226d-3.0/1.0"
     assert data.sample_ids(5, 6) == [("a", 84, 5), ("a", 14, 2), ("b", 1, 1), ("a", 42, 4), ("b", 0, 24), ("a", 110, 0)]
-    (batch,) = data.step_batches(50, global_batch=2, micro_batch=2, data_rank=0, data_world=1)
+    (batch,) = data.step_batches(50, global_batch=2, micro_batch=2, share=Share())
     assert batch.tokens_BT[:, :3].tolist() == [[171, 172, 173], [1970, 1971, 1972]]
 
 
@@ -303,7 +309,7 @@ def test_a_source_without_documents(two_sources):
 def test_a_step_that_cannot_be_split(phase):
     for world, micro_batch, rank in ((3, 1, 0), (2, 3, 0), (2, 1, 2)):
         with pytest.raises(ValueError, match="cannot be split"):
-            phase.step_batches(0, global_batch=8, micro_batch=micro_batch, data_rank=rank, data_world=world)
+            phase.step_batches(0, global_batch=8, micro_batch=micro_batch, share=Share(rank, world))
 
 
 def test_the_next_step_is_prepared_ahead(phase, monkeypatch):
@@ -315,7 +321,7 @@ def test_the_next_step_is_prepared_ahead(phase, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(phase, "_make", make)
-    how = {"global_batch": 8, "micro_batch": 2, "data_rank": 0, "data_world": 1}
+    how = {"global_batch": 8, "micro_batch": 2, "share": Share()}
     for step in range(3):
         phase.step_batches(step, **how)
     assert [step for step, in_main in made if in_main] == [0]
@@ -324,7 +330,7 @@ def test_the_next_step_is_prepared_ahead(phase, monkeypatch):
 
 
 def test_an_error_of_the_thread_is_raised_where_its_step_is_asked_for(phase, monkeypatch):
-    how = {"global_batch": 8, "micro_batch": 2, "data_rank": 0, "data_world": 1}
+    how = {"global_batch": 8, "micro_batch": 2, "share": Share()}
     real = phase._make
 
     def make(step, *rest):
@@ -347,9 +353,9 @@ def test_an_error_of_the_thread_is_raised_where_its_step_is_asked_for(phase, mon
 @pytest.mark.parametrize("most", [None, 1, 7, 10**6])
 def test_evaluation_shows_each_sequence_once(tmp_path, world, micro_batch, most):
     dataset = unique_dataset(tmp_path, [5, 17, 40, 3, 2, 33, 16, 9, 60])
-    whole = [row for b in EvaluationBatches(dataset, 16, 1, 0, 1) for row in b.tokens_BT.tolist()]
+    whole = [row for b in EvaluationBatches(dataset, 16, 1) for row in b.tokens_BT.tolist()]
     expected = min(len(whole), most or len(whole))
-    by_rank = [list(EvaluationBatches(dataset, 16, micro_batch, r, world, most)) for r in range(world)]
+    by_rank = [list(EvaluationBatches(dataset, 16, micro_batch, Share(r, world), most)) for r in range(world)]
     assert {len(batches) for batches in by_rank} == {-(-expected // (micro_batch * world))}
     assert len({b.piece_bounds.shape for batches in by_rank for b in batches}) == 1
     rows = [row for i in range(len(by_rank[0])) for r in range(world) for row in by_rank[r][i].tokens_BT.tolist()]
@@ -366,7 +372,7 @@ def test_evaluation_shows_each_sequence_once(tmp_path, world, micro_batch, most)
 
 def test_a_part_of_an_evaluation_is_not_the_longest_documents(tmp_path):
     dataset = unique_dataset(tmp_path, [80] * 10 + [7] * 100)
-    batches = list(EvaluationBatches(dataset, 16, 1, 0, 1, max_sequences=20))
+    batches = list(EvaluationBatches(dataset, 16, 1, max_sequences=20))
     assert len(batches) == 20
     short = [int(b.piece_bounds.diff().max()) < 16 for b in batches]
     assert 5 <= sum(short) <= 12  # 50 of 100 sequences are of short documents
