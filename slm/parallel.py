@@ -201,8 +201,9 @@ class SequenceGroups:
     """What DeepSpeed asks of a Megatron-like `mpu`, for ranks that share sequences.
 
     Passed to deepspeed.initialize; its configuration keys and its mesh instead are silently wrong at stages 1 and 2
-    (gradients are reduced over the data ranks only). That there is no model parallelism must be said: DeepSpeed's own object
-    takes the sequence group for that.
+    (gradients are reduced over the data ranks only). That there is no model parallelism must be said too, by a group of this
+    rank alone: DeepSpeed's own object takes the sequence group for it, and None is all ranks, over which clipping at stage 0
+    would add up the norm again (deepspeed/runtime/utils.py, clip_grad_norm_).
     """
 
     def __init__(self, degree: int) -> None:
@@ -213,6 +214,7 @@ class SequenceGroups:
         beside = [dist.new_group(list(range(s, world, degree))) for s in range(degree)]
         self.share, self.sequence, self.data = share, shared[share.data_rank], beside[share.sequence_rank]
         self.data_ranks = list(range(share.sequence_rank, world, degree))
+        self.alone = dist.new_group([rank()], use_local_synchronization=True)
 
     def initialize_sequence_parallel(self) -> None:
         """DeepSpeed looks whether it is there."""
@@ -253,8 +255,8 @@ class SequenceGroups:
     def get_model_parallel_rank(self) -> int:
         return 0
 
-    def get_model_parallel_group(self) -> None:
-        return None
+    def get_model_parallel_group(self) -> Any:
+        return self.alone
 
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_rank = get_model_parallel_rank

@@ -379,4 +379,4 @@ def test_a_part_of_an_evaluation_is_not_the_longest_documents(tmp_path):
 
 
 def test_an_empty_dataset_has_no_batches(tmp_path):
-    assert list(EvaluationBatches(unique_dataset(tmp_path, []), 16, 2, 0, 1)) == []
+    assert list(EvaluationBatches(unique_dataset(tmp_path, []), 16, 2)) == []
