@@ -150,13 +150,11 @@ def teacher(
 
     if action == "verify":
         problems = examine.verify(recipe, repair=repair)
-        typer.echo(json.dumps(problems) if as_json else "\n".join(problems) or "every cache is whole and of its tokens")
-        if problems and not as_json:
-            fix = "slm teacher RECIPE makes what is missing" + (
-                ", the damaged blocks among it" if repair else "; verify --repair has it make damaged blocks again"
-            )
+        told = [problem.problem for problem in problems]
+        typer.echo(json.dumps(told) if as_json else "\n".join(told) or "every cache is whole and of its tokens")
+        for fix in dict.fromkeys(problem.fix for problem in problems):
             typer.echo(f"  Fix: {fix}", err=True)
-        sys.exit(4 if problems else 0)
+        sys.exit(max((problem.exit_code for problem in problems), default=0))
     found = examine.stats(recipe) if action == "stats" else examine.diff(recipe, tokens or 8192)
     if plot is not None:
         examine.plot(found, plot)

@@ -365,8 +365,10 @@ def _readable(error: ValidationError, tree: dict[str, Any]) -> list[str]:
 
 
 def _named(location: tuple[Any, ...], tree: dict[str, Any]) -> list[str]:
-    """A phase by its name, as everywhere else."""
+    """As it is written: a phase by its name, a lone teacher without one."""
     parts = [str(part) for part in location]
+    if parts[:2] == ["teacher", "teacher"] and "teacher" not in tree["teacher"]:
+        del parts[1]  # one alone
     if parts[:1] == ["phases"] and len(parts) > 1:
         phase = tree["phases"][location[1]]
         if isinstance(phase, dict) and re.fullmatch(_NAME, str(phase.get("name"))) and parts[2:] != ["name"]:

@@ -27,9 +27,9 @@ from slm.data.packing import best_fit, pieces_of
 from slm.distill.cache import Cache, CacheSpec, CacheWriter, Sums, block_bounds, new_planes
 from slm.distill.codec import encode_entries, token_tags
 from slm.distill.models import TeacherInfo, TeacherModel, check_teacher, describe_teacher, load_teacher
-from slm.distill.settings import Teacher
+from slm.distill.settings import Teacher, teacher_field
 from slm.distill.targets import Entries, sample, top_k
-from slm.distill.wanted import Wanted, cache_spec, misfit, misfits, open_cache, wanted_caches
+from slm.distill.wanted import Wanted, cache_spec, check_begun, misfit, misfits, open_cache, wanted_caches
 from slm.errors import CorruptArtefact, EnvironmentProblem, SLMError, UserError
 from slm.losses import IGNORE
 from slm.progress import TokenProgress
@@ -77,7 +77,8 @@ def build(recipe: Recipe) -> int:
 def _run_teacher(
     settings: Teacher, name: str, wanted: list[Wanted], ranks: Ranks, device: torch.device, stop: StopRequest
 ) -> None:
-    missing = parallel.together(_look, settings, wanted) if settings.zero3 else _look(settings, wanted)
+    looked_at = (_look, settings, name, wanted)
+    missing = parallel.together(*looked_at) if settings.zero3 else _look(*looked_at[1:])
     if not missing:
         log.info("teacher %s: all %d caches are complete (slm teacher verify reads them again)", name, len(wanted))
         return
@@ -95,7 +96,7 @@ def _run_teacher(
     log.info("teacher %s: %d caches of %s in %s; next: slm train RECIPE", name, len(wanted), size, ", ".join(folders))
 
 
-def _look(settings: Teacher, wanted: list[Wanted]) -> list[Wanted]:
+def _look(settings: Teacher, name: str, wanted: list[Wanted]) -> list[Wanted]:
     """The caches that are not complete, after everything that can be wrong has been looked at."""
     info = describe_teacher(settings.model)
     missing = [w for w in wanted if not w.path.exists()]
@@ -106,10 +107,18 @@ def _look(settings: Teacher, wanted: list[Wanted]) -> list[Wanted]:
             _check_complete(w, settings, info)
             continue
         _check_context(info, w)
+        check_begun(w, cache_spec(settings, info.identity, w))
+        try:
+            w.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{w.path.parent} cannot be made: {error.strerror}",
+                fix=f"set another {teacher_field(name)}.cache.folder",
+            ) from None
         assert settings.cache is not None
         if settings.cache.k > w.dataset.vocab_size:
             raise UserError(
-                f"teacher.NAME.cache.k is {settings.cache.k}, and the tokenizer of {w.dataset.path} has only "
+                f"{teacher_field(name)}.cache.k is {settings.cache.k}, and the tokenizer of {w.dataset.path} has only "
                 f"{w.dataset.vocab_size} tokens",
                 fix="use a smaller k",
             )
@@ -210,7 +219,7 @@ def reusable_caches(w: Wanted, spec: CacheSpec) -> list[Cache]:
             if other.spec.at(spec.piece_length) != spec:
                 continue
             if problems := other.verify():  # its rows would be copied with a new checksum
-                log.warning("%s is not used again: %s", path, problems[0])
+                log.warning("%s is not used again: %s", path, next(iter(problems.values())))
             else:
                 found.append(other)
     return found

@@ -180,7 +180,8 @@ class CacheWriter:
                 self._file = self._open()
         except OSError as error:
             raise EnvironmentProblem(
-                f"{self.path} cannot be made: {error.strerror or error}", fix="give teacher.NAME.cache another folder"
+                f"{self.path} cannot be made: {error.strerror or error}",
+                fix="set another folder for the teacher's cache",
             ) from None
 
     def _open(self) -> IO[bytes]:
@@ -299,7 +300,7 @@ def _reserve(file: IO[bytes], size: int) -> None:
         os.unlink(file.name)
         raise EnvironmentProblem(
             f"{file.name}: there is no room for {decimal(size)}, only for {decimal(disk.f_bavail * disk.f_frsize)}",
-            fix="make room, use a smaller k or kind: sampled, or set teacher.NAME.cache.folder",
+            fix="make room, use a smaller k or kind: sampled, or set another folder for the teacher's cache",
         )
     os.ftruncate(file.fileno(), size)
 
@@ -316,6 +317,29 @@ def _write_at(file: IO[bytes], data: bytes, offset: int) -> None:
 
 
 # --- reading -------------------------------------------------------------------------------------------------
+
+
+def read_spec(path: Path) -> CacheSpec:
+    """What a file says that it is of. Raises UserError, CorruptArtefact."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_HEADER_BYTES)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    if data[: len(_MAGIC)] != _MAGIC:
+        raise CorruptArtefact(f"{path} does not begin as a teacher cache does", fix=ANEW)
+    at = len(_MAGIC)
+    length, crc = int.from_bytes(data[at : at + 8], "little"), int.from_bytes(data[at + 8 : at + 12], "little")
+    text = data[at + 12 : at + 12 + length]
+    if len(text) != length or zlib.crc32(text) != crc or data[at + 12 + length :].strip(b"\0"):
+        raise CorruptArtefact(f"{path}: its header is damaged", fix=ANEW)
+    header = json.loads(text)
+    if header.get("schema") != SCHEMA:
+        raise CorruptArtefact(f"{path} has schema {header.get('schema')!r}; this version reads {SCHEMA!r}")
+    try:
+        return CacheSpec(**{**header["spec"], "temperatures": tuple(header["spec"]["temperatures"])})
+    except (KeyError, TypeError) as error:
+        raise CorruptArtefact(f"{path}: its header lacks something ({error})", fix=ANEW) from None
 
 
 class Cache:
@@ -336,10 +360,8 @@ class Cache:
                     + (", or set loss.allow_partial" if partial.exists() else ""),
                 )
             self.path = partial
-        header = self._read_header()
+        self.spec = read_spec(self.path)
         try:
-            fields = header["spec"]
-            self.spec = CacheSpec(**{**fields, "temperatures": tuple(fields["temperatures"])})
             self.bounds = block_bounds(doc_offsets, self.spec.piece_length, self.spec.block_tokens)
             same = _header(self.spec, self.bounds)
         except (KeyError, TypeError, ValueError) as error:
@@ -369,24 +391,6 @@ class Cache:
         }
         if not self._table["done"].all() and self.path.suffix != ".partial":
             raise CorruptArtefact(f"{self.path}: its table lacks blocks, though it has its final name", fix=ANEW)
-
-    def _read_header(self) -> dict[str, Any]:
-        try:
-            with open(self.path, "rb") as file:
-                data = file.read(_HEADER_BYTES)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error.strerror})") from None
-        if data[: len(_MAGIC)] != _MAGIC:
-            raise CorruptArtefact(f"{self.path} does not begin as a teacher cache does", fix=ANEW)
-        at = len(_MAGIC)
-        length, crc = int.from_bytes(data[at : at + 8], "little"), int.from_bytes(data[at + 8 : at + 12], "little")
-        text = data[at + 12 : at + 12 + length]
-        if len(text) != length or zlib.crc32(text) != crc or data[at + 12 + length :].strip(b"\0"):
-            raise CorruptArtefact(f"{self.path}: its header is damaged", fix=ANEW)
-        header = json.loads(text)
-        if header.get("schema") != SCHEMA:
-            raise CorruptArtefact(f"{self.path} has schema {header.get('schema')!r}; this version reads {SCHEMA!r}")
-        return header
 
     @cached_property
     def _table(self) -> np.ndarray:
@@ -429,15 +433,12 @@ class Cache:
         table = self._table[~self.missing]
         return Sums(int(table["num_targets"].sum()), *(float(table[x].sum()) for x in ("nll", "entropy", "head_mass")))
 
-    def verify(self) -> list[str]:
+    def verify(self) -> dict[int, str]:
         """Reads everything; what is wrong, in words, by block."""
-        return [problem for block in range(len(self.bounds) - 1) if (problem := self._problem_of(block))]
+        found = {block: self._problem_of(block) for block in range(len(self.bounds) - 1)}
+        return {block: problem for block, problem in found.items() if problem}
 
-    def damaged_blocks(self) -> list[int]:
-        """Of those that are there; reads everything."""
-        return [int(block) for block in np.flatnonzero(~self.missing) if self._problem_of(int(block))]
-
-    def forget(self, blocks: list[int]) -> None:
+    def forget(self, blocks: Iterable[int]) -> None:
         """Marks blocks as missing, so that `slm teacher` makes them, and only them, again. The file is partial from now on."""
         partial = partial_path(self.path) if self.path.suffix != ".partial" else self.path
         os.replace(self.path, partial)
@@ -451,7 +452,7 @@ class Cache:
         """Raises CorruptArtefact if one of these is not whole."""
         for block in blocks:
             if problem := self._problem_of(block):
-                raise CorruptArtefact(problem, fix=ANEW)
+                raise CorruptArtefact(problem, fix=REPAIR)
 
     def _problem_of(self, block: int) -> str:
         low, high = int(self.bounds[block]), int(self.bounds[block + 1])
@@ -469,3 +470,4 @@ class Cache:
 
 
 ANEW = "remove the file, then: slm teacher RECIPE, which makes it anew"
+REPAIR = "slm teacher verify RECIPE --repair, then slm teacher RECIPE, which makes the damaged blocks again"

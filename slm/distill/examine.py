@@ -24,11 +24,12 @@ from rich.table import Table
 from slm import parallel
 from slm.data.batches import assemble
 from slm.data.packing import pieces_of
-from slm.distill.cache import Cache
+from slm.distill.cache import ANEW, REPAIR, Cache
 from slm.distill.codec import RawTargets, token_tags
 from slm.distill.models import TeacherModel, check_teacher, describe_teacher, load_teacher
+from slm.distill.settings import teacher_field
 from slm.distill.wanted import Wanted, cache_spec, misfit, misfits, open_cache, wanted_caches
-from slm.errors import EnvironmentProblem, SLMError, UserError
+from slm.errors import CorruptArtefact, EnvironmentProblem, SLMError, UserError
 from slm.losses import IGNORE
 from slm.recipe import Recipe
 
@@ -37,26 +38,33 @@ _ROWS = 16384  # of these, for stats
 _CHUNK = 1 << 20
 
 
-def verify(recipe: Recipe, *, repair: bool = False) -> list[str]:
-    """Reads everything; what is wrong, in words: missing, damaged by block, of other settings, or of other tokens.
+def verify(recipe: Recipe, *, repair: bool = False) -> list[SLMError]:
+    """Reads everything; what is wrong: missing, damaged by block, of other settings, or of other tokens.
 
     repair: damaged blocks are marked as missing, so that slm teacher makes only them again.
     """
-    problems: list[str] = []
+    problems: list[SLMError] = []
     wanted = list(wanted_caches(recipe))
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         for w in progress.track(wanted, description="verifying"):
             try:
-                cache = open_cache(w)
+                cache = open_cache(w, allow_partial=True)
             except SLMError as error:
-                problems.append(str(error))
+                problems.append(error)
                 continue
-            problems += [f"{w.path}: {problem}" for problem in _misfits(recipe, cache, w)]
-            problems += (damaged := cache.verify())
-            problems += _misaligned(cache, w)
+            problems += [misfit(w, problem) for problem in _misfits(recipe, cache, w)]
+            by_block = cache.verify()
+            damaged = [block for block in by_block if not cache.missing[block]]
             if damaged and repair:
-                cache.forget(cache.damaged_blocks())
+                cache.forget(damaged)
+            for block, problem in by_block.items():
+                marked = cache.missing[block] or repair
+                problems.append((UserError if marked else CorruptArtefact)(problem, fix=_MAKE if marked else REPAIR))
+            problems += [] if damaged else _misaligned(cache, w)
     return problems
+
+
+_MAKE = "slm teacher RECIPE, which makes the missing and the damaged blocks, and only them"
 
 
 def _misfits(recipe: Recipe, cache: Cache, w: Wanted) -> list[str]:
@@ -84,8 +92,8 @@ def _open_to_look_at(recipe: Recipe, w: Wanted) -> tuple[Cache, np.ndarray]:
     return cache, blocks
 
 
-def _misaligned(cache: Cache, w: Wanted) -> Iterator[str]:
-    """Every row must carry the tag of its own token and the next."""
+def _misaligned(cache: Cache, w: Wanted) -> Iterator[SLMError]:
+    """Every row that is there must carry the tag of its own token and the next."""
     shard = w.dataset.shards[w.shard]
     starts, lengths, is_last = pieces_of(shard.doc_offsets, cache.spec.piece_length)
     ends = np.zeros(shard.num_tokens, dtype=bool)
@@ -97,11 +105,13 @@ def _misaligned(cache: Cache, w: Wanted) -> Iterator[str]:
         known = ~ends[low:high]
         following[known] = shard.tokens[np.flatnonzero(known) + low + 1]
         tags = token_tags(shard.tokens[low:high].astype(np.int64), following, np.arange(low, high))
-        bad = np.flatnonzero(tags != cache.plane("tag")[low:high])
+        bad = np.flatnonzero((tags != cache.plane("tag")[low:high]) & ~cache.missing_at(np.arange(low, high)))
         wrong += len(bad)
         first = low + int(bad[0]) if first < 0 and len(bad) else first
     if wrong:
-        yield f"{w.path}: {wrong} rows belong to other tokens than the shard's, the first is row {first}"
+        yield CorruptArtefact(
+            f"{w.path}: {wrong} rows belong to other tokens than the shard's, the first is row {first}", fix=ANEW
+        )
 
 
 def stats(recipe: Recipe) -> list[dict[str, Any]]:
@@ -195,7 +205,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             label = f"{r['teacher']}, {Path(r['path']).stem}, {r['piece_length']} tokens, T={temperature}"
             axes.plot(list(masses), list(masses.values()), marker="o", label=label)
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", xlabel="k likeliest tokens", ylabel="mean mass of the teacher", ylim=(0, 1.02))
+    axes.set(xlabel="k likeliest tokens", ylabel="mean mass of the teacher", ylim=(0, 1.02))
+    axes.set_xscale("symlog", linthresh=1)  # a sample may have no exact entry
     axes.set_title("How much of the teacher the cache's entries hold")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -223,7 +234,7 @@ def diff(recipe: Recipe, num_tokens: int = 8192) -> list[dict[str, Any]]:
         if w.teacher not in loaded:
             if settings.zero3:
                 raise UserError(
-                    f"teacher.{w.teacher}.zero3 is true, and diff runs a teacher on one device",
+                    f"{teacher_field(w.teacher)}.zero3 is true, and diff runs a teacher on one device",
                     fix="compare on a machine that holds it, with zero3=false",
                 )
             info = describe_teacher(settings.model)

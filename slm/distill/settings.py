@@ -8,6 +8,7 @@ phases:
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -52,6 +53,11 @@ class Teacher(Section):
         if self.zero3 and self.cache is None:
             raise ValueError("zero3 is for slm teacher: a teacher that runs beside the student is whole on each device")
         return self
+
+
+def teacher_field(name: str) -> str:
+    """Where a teacher stands in a recipe: one alone needs no name there."""
+    return "teacher" if name == "teacher" else f"teacher.{name}"
 
 
 Form = Literal["auto", "bucket", "sampled", "renormalised", "raw", "full"]
@@ -125,7 +131,8 @@ def describe_loss(loss: Loss, teachers: dict[str, Teacher]) -> list[str]:
     for name, weight in loss.mixing(teachers).items():
         cache = teachers[name].cache
         how = "runs beside the student" if cache is None else f"cache of kind {cache.kind}, k = {loss.k or cache.k}"
-        lines.append(f"  teacher {name}, weight {weight:g}: {teachers[name].model}, {how}")
+        there = "" if Path(teachers[name].model).exists() else " (not there yet)"
+        lines.append(f"  teacher {name}, weight {weight:g}: {teachers[name].model}{there}, {how}")
     return lines
 
 
@@ -159,7 +166,10 @@ def loss_problems(loss: Loss, teachers: dict[str, Teacher], at: str) -> list[str
     fitting = {"top_k": buckets, "sampled": ("sampled",), "online": ("full", *buckets)}[sort]
     if form not in fitting:
         what = "a teacher that runs online does not give" if sort == "online" else f"a {sort} cache does not hold"
-        problems.append(f"{at}.targets is {form}, which {what}: use {' or '.join(fitting)}, or another cache")
+        problems.append(
+            f"{at}.targets is {form}, which {what}: use {' or '.join(fitting)}"
+            + ("" if sort == "online" else ", or another cache")
+        )
     if form == "full" and loss.k is not None:
         problems.append(f"{at}.k is {loss.k}, which has no effect on targets: full: remove it")
     if loss.divergence != "forward" and form != "bucket":
@@ -189,17 +199,18 @@ def _range_problems(loss: Loss, at: str) -> list[str]:
 
 def _cache_problems(loss: Loss, name: str, cache: TeacherCache, form: str, at: str) -> list[str]:
     problems = []
-    wanted = {value for _, value in points(loss.temperature)}
+    wanted = {value for _, value in points(loss.temperature) if value > 0}
     if missing := sorted(wanted - set(cache.temperatures)):
         problems.append(
-            f"{at}.temperature asks for {', '.join(f'{t:g}' for t in missing)}, and teacher.{name}.cache.temperatures has "
+            f"{at}.temperature asks for {', '.join(f'{t:g}' for t in missing)}, and {teacher_field(name)}.cache.temperatures has "
             f"{', '.join(f'{t:g}' for t in cache.temperatures)}: the mass outside of the k entries at another temperature "
             "is not in the cache and cannot be worked out from it; declare it there before slm teacher runs (a cache that is "
-            f"there already stays as it is: give teacher.{name}.cache.folder another folder, or remove it)"
+            f"there already stays as it is: give {teacher_field(name)}.cache.folder another folder, or remove it)"
         )
     if loss.k is not None and loss.k > cache.k:
         problems.append(
-            f"{at}.k is {loss.k}, but teacher.{name}.cache.k is {cache.k}: use at most that, or cache more in another folder"
+            f"{at}.k is {loss.k}, but {teacher_field(name)}.cache.k is {cache.k}: use at most that, or cache more in another "
+            "folder"
         )
     if loss.k is not None and form == "sampled" and loss.k != cache.k:
         problems.append(

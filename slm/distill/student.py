@@ -20,7 +20,7 @@ import torch
 
 from slm.data.batches import Batch
 from slm.data.tokens import TokenDataset
-from slm.distill.cache import ANEW, Cache, CacheSpec, new_planes, partial_path
+from slm.distill.cache import REPAIR, Cache, CacheSpec, new_planes, partial_path
 from slm.distill.codec import RawTargets, token_tags
 from slm.distill.models import TeacherInfo, TeacherModel, check_teacher, describe_teacher, load_teacher
 from slm.distill.targets import top_k
@@ -36,7 +36,6 @@ log = logging.getLogger("slm")
 _LABEL_ERROR = 0.4
 _GUARDED_ROWS = 256  # of each batch
 _SAMPLED_ROWS = 4096  # looked at when a cache is opened
-_FIND = "slm teacher verify RECIPE --repair finds the damaged blocks, and slm teacher RECIPE makes them again"
 
 # A piece in a batch: (its first place in the flattened batch, source, shard, first token in the shard, tokens).
 PieceAddress = tuple[int, int, int, int, int]
@@ -90,13 +89,13 @@ class CachedTeacher:
         where = ", ".join(str(cache.path) for source, shard in sorted(shards) if (cache := self.caches[source][shard]))
         damaged = CorruptArtefact(
             f"{where}: rows of a batch hold what no teacher says (entries, masses or its loss do not fit together)",
-            fix=_FIND,
+            fix=REPAIR,
         )
         if not np.array_equal(tags, planes["tag"][known]):
             wrong = int((tags != planes["tag"][known]).sum())
             raise CorruptArtefact(
                 f"{where}: {wrong} of {len(known)} rows of a batch belong to other tokens than it holds",
-                fix=_FIND,
+                fix=REPAIR,
             )
         targets = known[labels[known] != IGNORE]
         if not len(targets):
@@ -178,10 +177,10 @@ def _check_rows(cache: Cache, dataset: TokenDataset, shard: int) -> None:
         raise CorruptArtefact(
             f"{cache.path}: {int(wrong.sum())} of {len(places)} rows looked at belong to other tokens (shifted, or of another "
             "shard)",
-            fix=ANEW,
+            fix=REPAIR,
         )
     if np.isnan(cache.plane("log_tail")[places]).any() or not np.isfinite(cache.plane("label")[places]).all():
-        raise CorruptArtefact(f"{cache.path}: holds a value that is not a number", fix=ANEW)
+        raise CorruptArtefact(f"{cache.path}: holds a value that is not a number", fix=REPAIR)
 
 
 def _report_missing(
@@ -192,6 +191,11 @@ def _report_missing(
         for cache, shard in zip(caches, dataset.shards, strict=False):
             total += shard.num_tokens
             missing += shard.num_tokens if cache is None else cache.num_missing_tokens
+    if missing == total:
+        raise UserError(
+            f"the cache of teacher {teacher} has no complete block yet, so phases.{phase.name} would learn from labels alone",
+            fix="slm teacher RECIPE; or set the phase's loss to type: ce",
+        )
     if missing:
         log.warning(
             "phases.%s: the cache of teacher %s lacks %.2f%% of the tokens, which are learned from their labels alone",

@@ -11,13 +11,13 @@ build.py's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slm.data.tokens import TokenDataset
-from slm.distill.cache import Cache, CacheSpec
-from slm.distill.settings import Teacher
+from slm.distill.cache import Cache, CacheSpec, partial_path, read_spec
+from slm.distill.settings import Teacher, teacher_field
 from slm.errors import UserError
 from slm.recipe import Phase, Recipe
 
@@ -146,12 +146,27 @@ def misfits(found: CacheSpec, wanted: CacheSpec) -> list[str]:
     return told
 
 
+def check_begun(w: Wanted, wanted: CacheSpec) -> None:
+    """Raises UserError if a cache that is not complete was begun with other settings than these."""
+    partial = partial_path(w.path)
+    if not partial.exists() or w.path.exists():
+        return
+    found = read_spec(partial)
+    problems = misfits(found, wanted) + [
+        f"it was begun with {field} {was}, and the recipe says {now}"
+        for field in ("k", "temperatures", "block_tokens", "seed")
+        if (was := getattr(found, field)) != (now := getattr(wanted, field))
+    ]
+    if problems:
+        raise misfit(replace(w, path=partial), problems[0])
+
+
 def misfit(w: Wanted, problem: str) -> UserError:
-    """A complete cache that does not serve the recipe: it may have cost days, so nothing overwrites it."""
+    """A cache that does not serve the recipe: it may have cost days, so nothing overwrites it."""
     return UserError(
         f"{w.path}: {problem}",
-        fix=f"put the recipe back; or set another teacher.{w.teacher}.cache.folder, or remove the file, and run slm teacher "
-        "RECIPE",
+        fix=f"put the recipe back; or set another {teacher_field(w.teacher)}.cache.folder, or remove the file, and run slm "
+        "teacher RECIPE",
     )
 
 

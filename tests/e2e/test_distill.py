@@ -325,7 +325,7 @@ class PhaseDataCopies(list):
     def __init__(self, data, micro_batch):
         from dataclasses import replace
 
-        found = data._make(0, 4, micro_batch, 0, 1)
+        found = data._make(0, 4, micro_batch, Share())
         names = ("tokens_BT", "labels_BT", "positions_BT", "piece_bounds")
         super().__init__(replace(b, **{n: getattr(b, n).clone() for n in names}) for b in found)
 
@@ -408,7 +408,8 @@ def test_what_is_not_there_or_not_whole_is_refused_before_the_first_step(recipe,
         assert told in refusal(path)
         if len(damage) == len(whole) and damage[0] == whole[0]:
             assert examine.verify(load_recipe(path))
-            assert slm("teacher", "verify", path).returncode == 4
+            done = slm("teacher", "verify", path)
+            assert (done.returncode, done.stderr.count("Fix:")) == (4, 1), done.stderr
     file.write_bytes(whole)
     assert examine.verify(load_recipe(path)) == []
 
@@ -610,7 +611,7 @@ def test_the_cache_of_another_teacher_is_not_taken_for_this_ones(recipe, world, 
     assert build(load_recipe(path)) == 0
     SLMForCausalLM(ModelConfig.preset("cpu-tiny", tie_word_embeddings=False), seed=8).save_pretrained(mine)
     assert "another teacher" in told(lambda: build(load_recipe(path)))
-    assert "another teacher" in examine.verify(load_recipe(path))[0]
+    assert "another teacher" in examine.verify(load_recipe(path))[0].problem
     assert "was made by another teacher" in refusal(path)
     shutil.rmtree(mine)  # a cache outlives its teacher
     open_phase_data(load_recipe(path), load_recipe(path).phases[0])
@@ -730,9 +731,9 @@ def test_damage_is_named_by_every_command_and_only_the_damaged_blocks_are_made_a
         assert f"block {last} (tokens" in done.stderr
         assert "Traceback" not in done.stderr
     done = slm("teacher", "verify", path, "--repair")
-    assert done.returncode == 4
+    assert done.returncode == 2  # nothing damaged is left
     assert f"block {last} (tokens" in done.stdout
-    assert "Fix: slm teacher RECIPE makes what is missing" in done.stderr
+    assert "Fix: slm teacher RECIPE, which makes the missing and the damaged blocks" in done.stderr
     missing = open_cache(w, allow_partial=True).missing
     assert np.flatnonzero(missing).tolist() == [last]
     assert build(load_recipe(path)) == 0
@@ -800,6 +801,7 @@ def test_the_words_of_the_command_are_checked(recipe, world, tmp_path):
         ([path, "--repair"], "it is for slm teacher verify"),
         ([path, f"teacher.model={tmp_path}"], "neither a config.json nor checkpoints"),
         ([path, "teacher.cache=null"], "teacher runs beside the student"),
+        ([path, f"teacher.cache.folder={path}"], "set another teacher.cache.folder"),
         (["stats", path], "does not exist"),
     ):
         done = slm("teacher", *words)
@@ -813,7 +815,7 @@ def test_a_lone_teacher_may_be_a_path_and_its_typos_are_its_own(recipe, world):
     assert loaded.teacher["teacher"].model == str(world / "teacher")
     message = told(lambda: load_recipe(recipe({"modle": str(world / "teacher"), "cache": TOP})))
     assert "2 problems" in message
-    assert "teacher.teacher.modle is not a field" in message
+    assert "- teacher.modle is not a field" in message
 
 
 def test_a_schedule_that_changes_on_resume_is_told_as_one_value(recipe, world, tmp_path, caplog):
@@ -822,3 +824,19 @@ def test_a_schedule_that_changes_on_resume_is_told_as_one_value(recipe, world, t
     assert train(load_recipe(path)) == 0
     assert train(load_recipe(path, ["phases.main.loss.alpha={0: 0.5, 1: 0.2}", "phases.main.tokens=4096"])) == 0
     assert "phases.main.loss.alpha was 0.1, is {'0.0': 0.5, '1.0': 0.2}" in caplog.text
+
+
+def test_a_cache_that_was_begun_with_other_settings_is_named_before_the_teacher_is_loaded(
+    recipe, world, tmp_path, caplog
+):
+    path = recipe(cached(world, tmp_path, **TOP))
+    assert build(load_recipe(path)) == 0
+    w = next(wanted_caches(load_recipe(path)))
+    open_cache(w).forget([0])
+    caplog.clear()
+    message = told(lambda: build(load_recipe(path, ["teacher.cache.block_tokens=1000"])))
+    assert "begun with block_tokens 900, and the recipe says 1000" in message
+    assert "loading" not in caplog.text
+    done = slm("teacher", "verify", path)
+    assert (done.returncode, done.stderr.count("Fix:")) == (2, 1), done.stderr
+    assert build(load_recipe(path)) == 0
