@@ -174,25 +174,18 @@ def evaluate(
     given = {name: value for name, value in fields.items() if value}
     if given and not recall:
         raise UserError(f"--{next(iter(given))} has no effect without --recall", fix="add --recall")
+    if plot is not None:
+        findings.check_picture(plot)
     folders = [str(path) for path in data or []]
     found, per_byte = evaluate_model(
         model, folders, seq_len, micro_batch, max_sequences, recall=given if recall else None, tokenizer=tokenizer
     )
     if plot is not None:
         findings.plot(found, plot)
-    results = findings.as_dict(found, per_byte)
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("source", "targets", "loss (nats)", "perplexity", "bits per byte")
-    for name, row in results["loss"][str(found.seq_len)].items():
-        bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-        table.add_row(name, f"{row['targets']:,}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", bits)
-    Console().print(table)
-    findings.draw(found, by_position=by_position)
+        typer.echo(json.dumps(findings.as_dict(found, per_byte), indent=2))
+    else:
+        findings.draw(found, per_byte, by_position=by_position)
 
 
 def _listed(text: str) -> list[str]:

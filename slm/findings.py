@@ -33,10 +33,10 @@ def as_dict(findings: Findings, bytes_per_token: Mapping[str, float] | None = No
     """
 
     def of(name: str, r: Result) -> dict[str, Any]:
-        row: dict[str, Any] = {"targets": r.num_targets, "loss": r.loss, "perplexity": r.perplexity}
+        row: dict[str, Any] = {"targets": r.num_targets, "loss": _number(r.loss), "perplexity": _number(r.perplexity)}
         if bytes_per_token is not None:
             known = bytes_per_token.get(name)
-            row["bits_per_byte"] = r.loss / math.log(2) / known if known else None
+            row["bits_per_byte"] = _number(r.loss / math.log(2) / known) if known else None
         return row | {"by_position": _buckets(r.by_position), "by_position_full": _buckets(r.by_position_full)}
 
     return {
@@ -51,7 +51,7 @@ def as_dict(findings: Findings, bytes_per_token: Mapping[str, float] | None = No
                 "samples": f.num_samples,
                 "exact": f.num_exact,
                 "accuracy": f.accuracy,
-                "answer_loss": f.loss,
+                "answer_loss": _number(f.loss),
             }
             for f in findings.recall
         ],
@@ -59,7 +59,12 @@ def as_dict(findings: Findings, bytes_per_token: Mapping[str, float] | None = No
 
 
 def _buckets(buckets: Iterable[Bucket]) -> list[dict[str, Any]]:
-    return [{"up_to": b.up_to, "targets": b.num_targets, "loss": b.loss} for b in buckets]
+    return [{"up_to": b.up_to, "targets": b.num_targets, "loss": _number(b.loss)} for b in buckets]
+
+
+def _number(value: float) -> float | None:
+    """JSON has no number that is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def shown(results: Mapping[str, Result]) -> list[tuple[str, Result]]:
@@ -83,7 +88,7 @@ def metrics_rows(findings: Findings) -> dict[str, float]:
         at = f"eval/{found[0].cell.task}/{found[0].cell.length}"
         rows |= {f"{at}/{f.cell.percent}": f.accuracy for f in found}
         rows |= {f"{at}/mean": mean_accuracy(found), f"{at}/worst": min(f.accuracy for f in found)}
-        rows[f"{at}/answer_loss"] = sum(f.loss_sum for f in found) / max(1, sum(f.num_tokens for f in found))
+        rows[f"{at}/answer_loss"] = answer_loss(found)
     return rows
 
 
@@ -97,6 +102,11 @@ def grids(recall: Iterable[Found]) -> list[list[Found]]:
 
 def mean_accuracy(found: list[Found]) -> float:
     return sum(f.num_exact for f in found) / max(1, sum(f.num_samples for f in found))
+
+
+def answer_loss(found: list[Found]) -> float:
+    """Nats per token of the answers."""
+    return sum(f.loss_sum for f in found) / max(1, sum(f.num_tokens for f in found))
 
 
 def report(metrics: MetricsLogger, run_dir: Path, phase: str, step: int, global_step: int, findings: Findings) -> None:
@@ -137,7 +147,7 @@ def sentences(findings: Findings) -> list[str]:
     for task in dict.fromkeys(f.cell.task for f in findings.recall):
         found = [grid for grid in grids(findings.recall) if grid[0].cell.task == task]
         parts = [
-            f"{g[0].cell.length} tokens {mean_accuracy(g):.0%} (worst depth {min(f.accuracy for f in g):.0%})"
+            f"{g[0].cell.length} tokens {percent(mean_accuracy(g))} (worst depth {percent(min(f.accuracy for f in g))})"
             for g in found
         ]
         lines.append(f"{_title(found[0][0].cell.keys)}: {', '.join(parts)}")
@@ -148,44 +158,52 @@ def _title(keys: int) -> str:
     return "pass key" if keys == 1 else f"recall, 1 of {keys} keys"
 
 
-def draw(findings: Findings, *, by_position: bool) -> None:
-    """On the terminal: loss by position, a column for each source; recall, a coloured grid for each number of keys."""
+def draw(findings: Findings, bytes_per_token: Mapping[str, float], *, by_position: bool) -> None:
+    """On the terminal: loss, a row for each source, and by position; recall, a coloured grid for each number of keys."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
+    named = shown(findings.main)
+    table = Table("source", "targets", "loss (nats)", "perplexity", "bits per byte")
+    for name, r in named:
+        bits = f"{r.loss / math.log(2) / known:.4f}" if (known := bytes_per_token.get(name)) else "-"
+        table.add_row(Text(name), f"{r.num_targets:,}", f"{r.loss:.4f}", f"{r.perplexity:.2f}", bits)
+    console.print(table)
     if by_position:
-        named = shown(findings.main)
-        table = Table("tokens seen", title="loss by position (nats)", title_justify="left")
+        title = f"loss (nats) by tokens seen; full: documents of {findings.seq_len:,} tokens and more"
+        table = Table(title=title, title_justify="left")
+        table.add_column("up to", justify="right", no_wrap=True)
         for name, _ in named:
             table.add_column(Text(name), justify="right")
-            table.add_column("of full pieces", justify="right")
+            table.add_column("full", justify="right")
         for up_to in sorted({b.up_to for _, r in named for b in r.by_position}):
             cells = []
             for _, r in named:
                 for buckets in (r.by_position, r.by_position_full):
                     loss = next((b.loss for b in buckets if b.up_to == up_to), None)
-                    cells.append("-" if loss is None else f"{loss:.4f}")
-            table.add_row(_span(up_to), *cells)
+                    cells.append("-" if loss is None else f"{loss:.3f}")
+            table.add_row(f"{up_to:,}", *cells)
         console.print(table)
     for keys in sorted({f.cell.keys for f in findings.recall}):
         columns = [grid for grid in grids(findings.recall) if grid[0].cell.keys == keys]
-        title = f"{_title(keys)}: exact answers of {columns[0][0].num_samples} in a cell"
-        table = Table("needle at", title=title, title_justify="left")
+        title = f"{_title(keys)}: exact answers of {columns[0][0].num_samples} in a cell, by length in tokens"
+        table = Table(title=title, title_justify="left")
+        table.add_column("needle at", no_wrap=True)
         for grid in columns:
-            table.add_column(f"{grid[0].cell.length:,} tokens", justify="right")
+            table.add_column(f"{grid[0].cell.length:,}", justify="right")
         for i, first in enumerate(columns[0]):
-            shares = [Text(f" {g[i].accuracy:.0%} ", style=f"black on {_colour(g[i].accuracy)}") for g in columns]
+            shares = [Text(f" {percent(g[i].accuracy)} ", style=f"black on {_colour(g[i].accuracy)}") for g in columns]
             table.add_row(_depth(first), *shares, end_section=i == len(columns[0]) - 1)
-        table.add_row("all", *[f"{mean_accuracy(g):.0%} " for g in columns])
-        losses = [sum(f.loss_sum for f in g) / max(1, sum(f.num_tokens for f in g)) for g in columns]
-        table.add_row("nats an answer's token", *[f"{loss:.3f} " for loss in losses])
+        table.add_row("all", *[f"{percent(mean_accuracy(g))} " for g in columns])
+        table.add_row("nats a token", *[f"{answer_loss(g):.3f} " for g in columns])
         console.print(table)
 
 
-def _span(up_to: int) -> str:
-    return f"{up_to:,}" if up_to < 3 else f"{up_to // 2 + 1:,} - {up_to:,}"
+def percent(share: float) -> str:
+    """Without decimals, but where they would hide that it is not quite all or nothing."""
+    return f"{share:.1%}" if 0 < share < 0.01 or 0.99 < share < 1 else f"{share:.0%}"
 
 
 def _depth(f: Found) -> str:
@@ -201,20 +219,30 @@ def _colour(share: float) -> str:
 # --- the picture ---------------------------------------------------------------------------------------------
 
 
-def plot(findings: Findings, path: Path) -> None:
-    """Loss by position, a line for each source, and a heat map of recall for each number of keys: PNG, SVG or PDF.
-
-    Raises EnvironmentProblem without matplotlib, UserError for a path that cannot be written.
-    """
+def check_picture(path: Path) -> None:
+    """Raises EnvironmentProblem without matplotlib, UserError for a path that cannot be written: before work is done."""
     try:
         import matplotlib
     except ImportError:
         raise EnvironmentProblem("the picture needs matplotlib", fix='pip install -e ".[plots]"') from None
     matplotlib.use("Agg")
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+        raise UserError(
+            f"--plot {path} is no picture that could be written",
+            fix="give a .png, .svg or .pdf in a folder that is there",
+        )
+
+
+def plot(findings: Findings, path: Path) -> None:
+    """Loss by position, a line for each source, and a heat map of recall for each number of keys: PNG, SVG or PDF.
+
+    Raises what check_picture does.
+    """
+    check_picture(path)
     from matplotlib import pyplot
 
     key_counts = sorted({f.cell.keys for f in findings.recall})
-    widths = [6.5, *(2.6 + 0.8 * sum(g[0].cell.keys == k for g in grids(findings.recall)) for k in key_counts)]
+    widths = [7.5, *(1.8 + 0.7 * sum(g[0].cell.keys == k for g in grids(findings.recall)) for k in key_counts)]
     figure, panels = pyplot.subplots(
         1, len(widths), figsize=(sum(widths), 4.6), width_ratios=widths, layout="constrained", squeeze=False
     )
@@ -225,46 +253,52 @@ def plot(findings: Findings, path: Path) -> None:
         figure.colorbar(image, ax=panels[0, 1:], label="share of exact answers", fraction=0.05)
     try:
         figure.savefig(path, dpi=150)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--plot {path}: {error}", fix="give a .png, .svg or .pdf in a folder that is there") from None
+    except OSError as error:
+        raise UserError(f"--plot {path}: {error}", fix="give a file that can be written") from None
     finally:
         pyplot.close(figure)
 
 
 def _plot_positions(axes: Any, findings: Findings) -> None:
-    for name, r in shown(findings.main):
-        if not r.by_position:
-            continue
-        (line,) = axes.plot(
-            [b.up_to for b in r.by_position],
-            [b.loss for b in r.by_position],
-            linestyle=":",
-            label=f"{name}, all documents",
-        )
-        full = r.by_position_full
-        label = f"{name}, those of {findings.seq_len:,} tokens and more"
-        if full:
-            axes.plot(
-                [b.up_to for b in full], [b.loss for b in full], color=line.get_color(), marker="o", ms=4, label=label
-            )
-    ticks = sorted({b.up_to for _, r in shown(findings.main) for b in r.by_position})
+    """From 16 tokens on, if there are longer documents: what comes before would flatten the rest."""
+    named = shown(findings.main)
+    longest = max((b.up_to for _, r in named for b in r.by_position), default=1)
+
+    def line(name: str, buckets: tuple[Bucket, ...], **style: Any) -> Any:
+        later = [b for b in buckets if b.up_to >= min(16, longest)]
+        return axes.plot([b.up_to for b in later], [b.loss for b in later], label=name, **style)[0]
+
+    for name, r in named:
+        first = line(f"{name}, all documents", r.by_position, linestyle=":")
+        if r.by_position_full:
+            label = f"{name}, those of {findings.seq_len:,} tokens and more"
+            line(label, r.by_position_full, color=first.get_color(), marker="o", markersize=4)
+    ticks = [t for t in (2**b for b in range(32)) if min(16, longest) <= t <= longest]
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{t:,}" if t < 1024 else f"{t // 1024}Ki" for t in ticks], fontsize=8)
+    axes.set_xticks(ticks, [f"{t}" if t < 1024 else f"{t // 1024}Ki" for t in ticks], fontsize=8)
     axes.minorticks_off()
     axes.set(xlabel="tokens seen (up to)", ylabel="loss (nats)", title="Held-out loss by position")
     axes.grid(alpha=0.3)
-    if ticks:
+    if named:
         axes.legend(fontsize=8)
 
 
 def _plot_recall(axes: Any, columns: list[list[Found]]) -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
     shares = [[g[i].accuracy for g in columns] for i in range(len(columns[0]))]
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    colours = LinearSegmentedColormap.from_list("recall", [_colour(i / 20) for i in range(21)])
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap=colours, aspect="auto")
+    axes.set_xticks([j + 0.5 for j in range(len(columns) - 1)], minor=True)
+    axes.set_yticks([i + 0.5 for i in range(len(shares) - 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
     for i, row in enumerate(shares):
         for j, share in enumerate(row):
-            axes.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8)
+            axes.text(j, i, percent(share), ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(columns)), [f"{g[0].cell.length:,}" for g in columns], fontsize=8)
     axes.set_yticks(range(len(shares)), [_depth(f) for f in columns[0]], fontsize=8)
     title = _title(columns[0][0].cell.keys)
-    axes.set(xlabel="length (tokens)", ylabel="needle at", title=title[0].upper() + title[1:])
+    axes.set(xlabel="length (tokens)", title=f"{title[0].upper()}{title[1:]} ({columns[0][0].num_samples} in a cell)")
+    axes.set_ylabel("needle at (of the text)")
     return image

@@ -223,14 +223,15 @@ def checked_lengths(form: Form, filler: Filler, seq_len: int) -> list[int]:
     most = max(s.keys)
     needles = form.needles(most, np.random.default_rng(s.seed))
     used = 1 + sum(len(n.needle) for n in needles) + len(needles[0].query) + len(needles[0].answer)
+    needed = -(-used * 4 // 3)  # other samples may take a few tokens more
     lengths = s.lengths_of(seq_len)
     if not s.lengths:
-        lengths = [length for length in lengths if length >= 2 * used or length == seq_len]
-    if lengths and lengths[0] < 2 * used:
+        lengths = [length for length in lengths if length >= needed or length == seq_len]
+    if lengths and lengths[0] < needed:
         raise UserError(
             f"recall.lengths has {lengths[0]}, of which {most} needle{'s' * (most > 1)} and the question take about {used} "
-            "tokens: that leaves less than half for the text around them",
-            fix=f"give lengths of {2 * used} or more (--lengths), fewer keys, or shorter templates",
+            "tokens: that leaves less than a quarter for the text around them",
+            fix=f"give lengths of {needed} or more (--lengths), fewer keys, or shorter templates",
         )
     if lengths and lengths[-1] > filler.num_tokens:
         raise UserError(
