@@ -1,6 +1,6 @@
 """What an evaluation found, put where people and programs see it: JSON, metrics.jsonl, tables, a picture.
 
-report(metrics, run_dir, "main", 400, 400, findings)    # also RUN/eval/main-00000400.json and .png
+report(metrics, run_dir, "main", 400, 400, findings, best=True)    # also RUN/eval/main-00000400.json and .png
 draw(findings); plot(findings, Path("grid.png"))
 """
 
@@ -109,7 +109,9 @@ def answer_loss(found: list[Found]) -> float:
     return sum(f.loss_sum for f in found) / max(1, sum(f.num_tokens for f in found))
 
 
-def report(metrics: MetricsLogger, run_dir: Path, phase: str, step: int, global_step: int, findings: Findings) -> None:
+def report(
+    metrics: MetricsLogger, run_dir: Path, phase: str, step: int, global_step: int, findings: Findings, best: bool
+) -> None:
     """Into metrics.jsonl, the log, and RUN/eval/PHASE-STEP.json; with a picture beside it if there is matplotlib and
     recall to show. `step` is the phase's. Before its first step metrics are named start/… instead of eval/…: the
     phase before ends at the same global step. On the first rank; a full disk never ends a run.
@@ -118,8 +120,8 @@ def report(metrics: MetricsLogger, run_dir: Path, phase: str, step: int, global_
     metrics.log(global_step, rows if step else {f"start{name.removeprefix('eval')}": x for name, x in rows.items()})
     if parallel.rank():
         return
-    for line in sentences(findings):
-        log.info("step %d %s", global_step, line)
+    for i, line in enumerate(sentences(findings)):
+        log.info("step %d %s%s", global_step, line, "; the best so far" if best and i == 0 else "")
     path = run_dir / "eval" / f"{phase}-{step:08d}.json"
     try:
         path.parent.mkdir(exist_ok=True)
