@@ -96,6 +96,11 @@ class Findings:
         """At the phase's own seq_len."""
         return self.losses[self.seq_len]
 
+    def lower_than(self, best: float | None) -> float | None:
+        """The loss over all sources if it is the first or lower than `best`; None if not, or if nothing was held out."""
+        overall = self.main[ALL]
+        return overall.loss if overall.num_targets and (best is None or overall.loss < best) else None
+
 
 def examine(
     scorer: Scorer,

@@ -175,7 +175,8 @@ def draw(findings: Findings, bytes_per_token: Mapping[str, float], *, by_positio
     console.print(table)
     if by_position:
         title = f"loss (nats) by tokens seen; full: documents of {findings.seq_len:,} tokens and more"
-        table = Table(title=title, title_justify="left")
+        console.print(title, highlight=False)  # as a table's title it would be cut to the table's width
+        table = Table()
         table.add_column("up to", justify="right", no_wrap=True)
         for name, _ in named:
             table.add_column(Text(name), justify="right")
@@ -191,7 +192,8 @@ def draw(findings: Findings, bytes_per_token: Mapping[str, float], *, by_positio
     for keys in sorted({f.cell.keys for f in findings.recall}):
         columns = [grid for grid in grids(findings.recall) if grid[0].cell.keys == keys]
         title = f"{_title(keys)}: exact answers of {columns[0][0].num_samples} in a cell, by length in tokens"
-        table = Table(title=title, title_justify="left")
+        console.print(title, highlight=False)
+        table = Table()
         table.add_column("needle at", no_wrap=True)
         for grid in columns:
             table.add_column(f"{grid[0].cell.length:,}", justify="right")

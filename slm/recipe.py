@@ -113,9 +113,9 @@ class Eval(Section):
     )
     recall: Recall | None = Field(None, description="pass keys hidden in held-out text; null for none, {} for defaults")
 
-    def recall_is_due(self, step: int) -> bool:
-        """At an evaluation after `step` steps of a phase, its last one aside."""
-        return self.recall is not None and step % (self.recall.every_steps or 1) == 0
+    def recall_is_due(self, step: int, num_steps: int) -> bool:
+        """At an evaluation after `step` of a phase's num_steps."""
+        return self.recall is not None and (step == num_steps or step % (self.recall.every_steps or 1) == 0)
 
 
 class Wandb(Section):

@@ -26,7 +26,7 @@ from slm.diagnostics import explained, start_profiler
 from slm.distill.student import Targets
 from slm.engine import Engine, StepResult, deepspeed_config, resolve_precision
 from slm.errors import EnvironmentProblem, SLMError, UserError
-from slm.evaluate import ALL, HeldOut, examine
+from slm.evaluate import HeldOut, examine
 from slm.findings import report
 from slm.inputs import (
     Position,
@@ -338,12 +338,11 @@ def run_phase(
     def measure() -> float | None:
         """Evaluates and logs what is found; returns the held-out loss if it is the lowest of the phase so far."""
         with timer.part("eval"):
-            with_recall = position.step == phase.num_steps or recipe.eval.recall_is_due(position.step)
-            found = examine(engine, look_at(phase), device, progress.evaluating, recall=with_recall)
-        overall = found.main[ALL]
-        best = overall.num_targets > 0 and (position.best_loss is None or overall.loss < position.best_loss)
-        report(run.metrics, run.run_dir, phase.name, position.step, position.global_step, found, best)
-        return overall.loss if best else None
+            recall = recipe.eval.recall_is_due(position.step, phase.num_steps)
+            found = examine(engine, look_at(phase), device, progress.evaluating, recall=recall)
+        lowest = found.lower_than(position.best_loss)
+        report(run.metrics, run.run_dir, phase.name, position.step, position.global_step, found, lowest is not None)
+        return lowest
 
     timer = StepTimer(device.type)
     batch_of = dict(global_batch=phase.global_batch, micro_batch=phase.micro_batch)
@@ -423,9 +422,7 @@ def run_phase(
             best = False
             every = recipe.eval.every_steps
             if last or (every and position.step % every == 0):
-                lowest = measure()
-                best = lowest is not None
-                if best:
+                if best := (lowest := measure()) is not None:
                     position = replace(position, best_loss=lowest)
 
             stopping = done.stop_requested and not last

@@ -68,6 +68,7 @@ def test_an_evaluation_of_nothing(tmp_path):
         found = Findings(16, {16: evaluate(lambda batch: batch.tokens_BT, sources, CPU)}, [])
         assert found.main[ALL] == Result(0, 0)
         assert sentences(found) == []
+        assert found.lower_than(None) is None
         assert as_dict(found)["recall"] == []
         assert [k for k in metrics_rows(found) if "position" in k] == []
 
@@ -88,6 +89,8 @@ def test_the_scorer_of_a_model_and_other_lengths(tmp_path):
     assert found.losses[16]["a"].loss > 0
     rows = metrics_rows(found)
     assert rows["eval/a/loss"] == found.main["a"].loss
+    assert found.lower_than(None) == found.lower_than(100.0) == found.main[ALL].loss
+    assert found.lower_than(found.main[ALL].loss) is None
     assert rows["eval@16/a/loss"] == found.losses[16]["a"].loss
     assert len(sentences(found)) == 2
 
