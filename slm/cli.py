@@ -173,23 +173,44 @@ def evaluate(
     seq_len: Annotated[int, typer.Option(min=0, help="tokens of a packed sequence; 0: as the model's last phase")] = 0,
     micro_batch: Annotated[int, typer.Option(min=1, help="sequences per forward pass")] = 4,
     max_sequences: Annotated[int, typer.Option(min=0, help="at most this many per source; 0: all")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    by_position: Annotated[bool, typer.Option("--by-position", help="also the loss by tokens seen")] = False,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="also pass keys hidden in the data, as eval.recall of the recipe says")
+    ] = False,
+    lengths: Annotated[str, typer.Option(metavar="N,N", help="recall: tokens of a sample, such as 1Ki,4Ki")] = "",
+    keys: Annotated[str, typer.Option(metavar="N,N", help="recall: needles in a sample, such as 1,4")] = "",
+    depths: Annotated[
+        int | None, typer.Option(min=1, help="recall: parts of the text that the needle stands in")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="recall: samples for each length, depth and keys")] = None,
+    tokenizer: TokenizerPath = "",
+    plot: Annotated[Path | None, typer.Option(help="draw both, as .png, .svg or .pdf")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs: everything, by position too")] = False,
 ) -> None:
-    """Loss and perplexity on held-out token shards."""
+    """Loss and perplexity on held-out token shards; by position, and what is found again in a long context."""
+    from slm import findings
     from slm.loading import evaluate_model
 
-    results = evaluate_model(model, [str(path) for path in data or []], seq_len, micro_batch, max_sequences)
+    fields = {"lengths": _listed(lengths), "keys": _listed(keys), "depths": depths, "samples": samples}
+    given = {name: value for name, value in fields.items() if value}
+    if given and not recall:
+        raise UserError(f"--{next(iter(given))} has no effect without --recall", fix="add --recall")
+    if plot is not None:
+        findings.check_picture(plot)
+    folders = [str(path) for path in data or []]
+    found, per_byte = evaluate_model(
+        model, folders, seq_len, micro_batch, max_sequences, recall=given if recall else None, tokenizer=tokenizer
+    )
+    if plot is not None:
+        findings.plot(found, plot)
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
+        typer.echo(json.dumps(findings.as_dict(found, per_byte), indent=2))
+    else:
+        findings.draw(found, per_byte, by_position=by_position)
 
-    table = Table("source", "targets", "loss (nats)", "perplexity", "bits per byte")
-    for name, row in results.items():
-        bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-        table.add_row(name, f"{row['targets']:,}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", bits)
-    Console().print(table)
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 @app.command()

@@ -33,7 +33,7 @@ from slm.data.batches import Batch
 from slm.errors import EnvironmentProblem, UserError
 from slm.losses import Distillation
 from slm.model.config import ModelConfig
-from slm.model.llama import Objective, SLMForCausalLM
+from slm.model.llama import Objective, SLMForCausalLM, Visit
 from slm.optim import parameter_groups
 from slm.recipe import Optim, Phase, data_parallel, gradient_accumulation
 from slm.strategy import read_deepspeed
@@ -232,6 +232,13 @@ class Engine:
         losses_BT = self._engine(batch.tokens_BT, batch.positions_BT, batch.piece_bounds, batch.labels_BT, each=True)
         self._engine.train()
         return losses_BT
+
+    @torch.no_grad()
+    def visit_logits(self, batch: Batch, visit: Visit) -> None:
+        """Calls visit(first token, logits [C, V]) for all tokens. Under ZeRO-3 all ranks must call it equally often."""
+        self._engine.eval()
+        self._engine(batch.tokens_BT, batch.positions_BT, batch.piece_bounds, visit=visit)
+        self._engine.train()
 
     def backward(self, loss_sum: torch.Tensor, num_targets: float) -> None:
         """Adds this micro-batch's share of the gradient of the mean over the step's num_targets (of all ranks).

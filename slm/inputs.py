@@ -23,10 +23,13 @@ from slm.data.tokens import TokenDataset
 from slm.distill.student import check_online, open_caches
 from slm.engine import Engine
 from slm.errors import UserError
+from slm.evaluate import HeldOut
 from slm.model.config import ModelConfig
 from slm.model.hf import read_config
 from slm.model.llama import initial_value
 from slm.parallel import Share
+from slm.recall.samples import Filler, Form, Grid
+from slm.recall.score import RecallBatches
 from slm.recipe import DocFilter, Phase, Recipe
 from slm.runtime import Ranks
 
@@ -132,20 +135,37 @@ def check_tokenizer(recipe: Recipe, data: PhaseData) -> None:
         )
 
 
-def validation_batches(
-    recipe: Recipe, phase: Phase, validation: dict[str, TokenDataset], ranks: Ranks
-) -> dict[str, EvaluationBatches]:
-    return {
-        name: EvaluationBatches(
-            dataset,
-            phase.seq_len,
-            phase.micro_batch,
-            Share.of(ranks.rank, ranks.world_size, phase.sequence_parallel),
-            recipe.eval.max_sequences or None,
-            0,
-        )
-        for name, dataset in validation.items()
-    }
+def open_recall(recipe: Recipe, validation: dict[str, TokenDataset]) -> dict[str, Grid]:
+    """The samples of eval.recall by phase; none where no length fits. Raises UserError where they cannot be made."""
+    settings = recipe.eval.recall
+    if settings is None:
+        return {}
+    from slm.tokenizer import load_tokenizer
+
+    form = Form(settings, load_tokenizer(recipe.tokenizer).encode)
+    filler = Filler([dataset for name, dataset in validation.items() if settings.filler in ("", name)])
+    grids = {phase.name: Grid(form, filler, phase.seq_len) for phase in recipe.phases}
+    return {name: grid for name, grid in grids.items() if grid.cells}
+
+
+def held_out(
+    recipe: Recipe, validation: dict[str, TokenDataset], recall: dict[str, Grid], ranks: Ranks, phase: Phase
+) -> HeldOut:
+    """What an evaluation of this phase looks at. Shorter sequences go through the model more at a time."""
+    grid = recall.get(phase.name)
+    share = Share.of(ranks.rank, ranks.world_size, phase.sequence_parallel)
+
+    def batches(seq_len: int) -> dict[str, EvaluationBatches]:
+        micro_batch = phase.micro_batch * (phase.seq_len // seq_len)
+        most = (recipe.eval.max_sequences * (phase.seq_len // seq_len)) or None
+        return {name: EvaluationBatches(d, seq_len, micro_batch, share, most) for name, d in validation.items()}
+
+    return HeldOut(
+        phase.seq_len,
+        batches(phase.seq_len),
+        {n: batches(n) for n in recipe.eval.seq_lens if n < phase.seq_len},
+        RecallBatches(grid, phase.micro_batch, share) if grid else None,
+    )
 
 
 def identity(recipe: Recipe, phase: Phase, data: PhaseData) -> dict[str, Any]:

@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress
 
 from slm import checkpoint, parallel
 from slm.data.batches import Batch, EvaluationBatches
 from slm.data.tokens import TokenDataset
 from slm.errors import EnvironmentProblem, UserError
-from slm.evaluate import ALL, evaluate
+from slm.evaluate import Findings, HeldOut, examine
 from slm.model.config import ModelConfig
-from slm.model.llama import SLMForCausalLM
+from slm.model.llama import SLMForCausalLM, Visit
+from slm.recall.samples import Filler, Form, Grid
+from slm.recall.score import RecallBatches
+from slm.recall.settings import Recall
 
 
 def load_model(path: str | Path, *, exact: bool = False) -> tuple[SLMForCausalLM, dict[str, Any]]:
@@ -80,22 +85,42 @@ def _check_tokenizer(path: str, state: dict[str, Any], what: str, fingerprint: s
         )
 
 
+class ModelScorer:
+    """A whole model on one device, as evaluations see it."""
+
+    def __init__(self, model: SLMForCausalLM) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> torch.Tensor:
+        return self._model(batch.tokens_BT, batch.positions_BT, batch.piece_bounds, batch.labels_BT, each=True)
+
+    @torch.no_grad()
+    def visit_logits(self, batch: Batch, visit: Visit) -> None:
+        self._model(batch.tokens_BT, batch.positions_BT, batch.piece_bounds, visit=visit)
+
+
 def evaluate_model(
-    path: str, folders: list[str], seq_len: int, micro_batch: int, max_sequences: int
-) -> dict[str, dict[str, float | None]]:
-    """{source: targets, loss, perplexity, bits_per_byte (None if unknown)} and the sum as `all`."""
+    path: str,
+    folders: list[str],
+    seq_len: int,
+    micro_batch: int,
+    max_sequences: int,
+    *,
+    recall: dict[str, Any] | None = None,
+    tokenizer: str = "",
+) -> tuple[Findings, dict[str, float]]:
+    """(what was found, bytes per token by source). recall: fields over those of the recipe's eval.recall; None for none."""
     model, state = load_model(path)
     recipe = state.get("recipe", {})
     sources = {Path(folder).as_posix(): folder for folder in folders} or recipe.get("data", {}).get("validation", {})
     if not sources:
         raise UserError(f"{path}: its recipe names no validation data", fix="name folders of token shards after MODEL")
-    seq_len = seq_len or (
-        recipe["phases"][-1]["seq_len"] if recipe else min(4096, model.config.max_position_embeddings)
-    )
-    if seq_len > model.config.max_position_embeddings:
+    context = model.config.max_position_embeddings
+    seq_len = seq_len or (recipe["phases"][-1]["seq_len"] if recipe else min(4096, context))
+    if seq_len > context:
         raise UserError(
-            f"--seq-len is {seq_len}, beyond the model's context of {model.config.max_position_embeddings}",
-            fix=f"give at most {model.config.max_position_embeddings}",
+            f"--seq-len is {seq_len}, beyond the model's context of {context}", fix=f"give at most {context}"
         )
     datasets = {name: TokenDataset(folder) for name, folder in sources.items()}
     for name, dataset in datasets.items():
@@ -106,29 +131,62 @@ def evaluate_model(
                 fix="evaluate on shards of the model's own tokenizer",
             )
         _check_tokenizer(path, state, name, dataset.tokenizer_fingerprint)
-    device = next(model.parameters()).device
     batches = {
         name: EvaluationBatches(dataset, seq_len, micro_batch, max_sequences=max_sequences or None)
         for name, dataset in datasets.items()
     }
+    samples = None
+    if recall is not None:
+        known = dict((recipe.get("eval") or {}).get("recall") or {})
+        if folders:  # the sources have other names then
+            known.pop("filler", None)
+        spec = tokenizer or recipe.get("tokenizer") or ("" if recipe else path)
+        grid = _recall_grid({**known, **recall}, datasets, seq_len, context, spec)
+        rows = max(1, micro_batch * seq_len // max(grid.lengths))
+        samples = RecallBatches(grid, rows)
+    total = sum(map(len, batches.values())) + (len(samples) if samples else 0)
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
+        task = progress.add_task("evaluating", total=total)
+        held_out = HeldOut(seq_len, batches, recall=samples)
+        device = next(model.parameters()).device
+        found = examine(ModelScorer(model), held_out, device, lambda done: progress.update(task, completed=done))
+    return found, {name: bytes_per_token(dataset) for name, dataset in datasets.items()}
 
-    @torch.no_grad()
-    def losses(batch: Batch) -> torch.Tensor:
-        return model(batch.tokens_BT, batch.positions_BT, batch.piece_bounds, batch.labels_BT, each=True)
 
-    shown = {name: track(b, description=f"evaluating {name}", transient=True) for name, b in batches.items()}
-    results = evaluate(losses, shown, device)
-    per_byte = {name: bytes_per_token(dataset) for name, dataset in datasets.items()}
-    return {
-        name: {
-            "targets": result.num_targets,
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.loss / 0.6931471805599453 / per_byte[name] if per_byte.get(name) else None,
-        }
-        for name, result in results.items()
-        if name != ALL or len(results) > 2
-    }
+def _recall_grid(
+    fields: dict[str, Any], datasets: dict[str, TokenDataset], seq_len: int, context: int, tokenizer: str
+) -> Grid:
+    """The samples of recall; lengths up to the model's context. Raises UserError."""
+    from slm.tokenizer import load_tokenizer
+
+    try:
+        settings = Recall.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(
+            "; ".join(f"recall: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())
+        ) from None
+    if too_long := [length for length in settings.lengths if length > context]:
+        raise UserError(
+            f"--lengths has {', '.join(map(str, too_long))}, beyond the model's context of {context} "
+            "(max_position_embeddings): it was never trained to look back so far",
+            fix=f"give at most {context}",
+        )
+    if settings.filler not in ("", *datasets):
+        raise UserError(f"recall.filler is {settings.filler!r}, none of {', '.join(datasets)}", fix="name one of them")
+    if not tokenizer:
+        raise UserError(
+            "recall writes needle and query as text, and the model's recipe names no tokenizer", fix="give --tokenizer"
+        )
+    loaded = load_tokenizer(tokenizer)
+    filler = Filler([dataset for name, dataset in datasets.items() if settings.filler in ("", name)])
+    made_with = filler.datasets[0].tokenizer_fingerprint
+    if loaded.fingerprint != made_with:
+        raise UserError(
+            f"the tokenizer {tokenizer} (fingerprint {loaded.fingerprint[:12]}) is not the one that the held-out shards were "
+            f"made with ({made_with[:12]}): the question would be other tokens than the text's",
+            fix="give the right one with --tokenizer",
+        )
+    return Grid(Form(settings, loaded.encode), filler, max([seq_len, *settings.lengths]))
 
 
 def bytes_per_token(dataset: TokenDataset) -> float:

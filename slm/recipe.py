@@ -22,6 +22,7 @@ from slm.distill.settings import Loss, Teacher, loss_problems
 from slm.errors import UserError
 from slm.fields import Count, Real, Section
 from slm.model.config import PRESETS, ModelConfig, RopeScaling
+from slm.recall.settings import Recall, recall_problems
 from slm.strategy import deepspeed_problems, resolve_deepspeed
 
 _NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.]*$"
@@ -100,8 +101,24 @@ class Checkpoint(Section):
 
 
 class Eval(Section):
+    """Held-out loss, also by position, at the phase's seq_len; and what is asked for beside it."""
+
     every_steps: Count = Field(0, ge=0, description="steps between evaluations; 0: only at the end of a phase")
-    max_sequences: Count = Field(0, ge=0, description="at most this many sequences per source; 0 for all")
+    max_sequences: Count = Field(
+        0, ge=0, description="at most this many sequences per source (as many tokens at other lengths); 0 for all"
+    )
+    at_start: bool = Field(
+        False, description="also before a phase's first step: what it makes of the model as it comes"
+    )
+    seq_lens: list[Annotated[Count, Field(gt=1)]] = Field(
+        [],
+        description="held-out loss at these lengths too, such as that of the phase before; a phase takes shorter ones",
+    )
+    recall: Recall | None = Field(None, description="pass keys hidden in held-out text; null for none, {} for defaults")
+
+    def recall_is_due(self, step: int, num_steps: int) -> bool:
+        """At an evaluation after `step` of a phase's num_steps."""
+        return self.recall is not None and (step == num_steps or step % (self.recall.every_steps or 1) == 0)
 
 
 class Wandb(Section):
@@ -170,9 +187,28 @@ class Recipe(Section):
         names = [phase.name for phase in self.phases]
         for name in sorted({n for n in names if names.count(n) > 1}):
             problems.append(f"phases: the name {name!r} is used twice; checkpoints are named by phase, so rename one")
+        problems += self._eval_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _eval_problems(self) -> list[str]:
+        seq_lens, validation = [phase.seq_len for phase in self.phases], list(self.data.validation)
+        problems = []
+        if too_long := [n for n in self.eval.seq_lens if n >= max(seq_lens)]:
+            problems.append(
+                f"eval.seq_lens has {', '.join(map(str, too_long))}, no shorter than the longest seq_len of a phase "
+                f"({max(seq_lens)}): no phase would measure it; leave it out (each phase measures its own seq_len)"
+            )
+        for phase in self.phases:
+            if cut := [n for n in self.eval.seq_lens if n < phase.seq_len and n % phase.sequence_parallel]:
+                problems.append(
+                    f"eval.seq_lens has {', '.join(map(str, cut))}, which phases.{phase.name}.sequence_parallel "
+                    f"{phase.sequence_parallel} does not divide: each rank has an equal part; use multiples of it"
+                )
+        if self.eval.recall is not None:
+            problems += recall_problems(self.eval.recall, self.eval.every_steps, seq_lens, validation, self.tokenizer)
+        return problems
 
     def _phase_problems(self, phase: Phase) -> list[str]:
         at = f"phases.{phase.name}"

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,21 +26,23 @@ from slm.diagnostics import explained, start_profiler
 from slm.distill.student import Targets
 from slm.engine import Engine, StepResult, deepspeed_config, resolve_precision
 from slm.errors import EnvironmentProblem, SLMError, UserError
-from slm.evaluate import ALL, Result, evaluate
+from slm.evaluate import HeldOut, examine
+from slm.findings import report
 from slm.inputs import (
     Position,
     check_init_from,
     check_tokenizer,
     check_vocabulary,
+    held_out,
     identity,
     load_initial_state,
     open_phase_data,
+    open_recall,
     origin,
     position_of,
     recipe_changes,
     remaining_phases,
     restore_state,
-    validation_batches,
 )
 from slm.metrics import MetricsLogger, StepTimer, memory_stats, mfu, peak_flops
 from slm.model.llama import Objective
@@ -162,7 +165,7 @@ def _train(
     folder = parallel.first_rank_decides(checkpoint.choose, run_dir)
     if folder is None:  # a run that has checkpoints of its own no longer needs what it began from
         parallel.together(check_init_from, recipe)
-    data, validation, identities = parallel.together(_open_inputs, recipe, ranks, device)
+    data, look_at, identities = parallel.together(_open_inputs, recipe, ranks, device)
     reader = checkpoint.Reader(folder) if folder else None
     position = position_of(reader, recipe, identities) if reader else Position()
     changes = recipe_changes(reader, recipe) if reader else []
@@ -180,7 +183,7 @@ def _train(
         run_phases(
             run,
             dict(data),
-            lambda phase: validation_batches(recipe, phase, validation, ranks),
+            look_at,
             position,
             reader,
             identities=identities,
@@ -195,8 +198,8 @@ def _train(
 
 def _open_inputs(
     recipe: Recipe, ranks: Ranks, device: torch.device
-) -> tuple[dict[str, PhaseData], dict[str, TokenDataset], dict[str, dict[str, Any]]]:
-    """Everything that can be wrong is found here, before anything is built: (data by phase, validation, identities)."""
+) -> tuple[dict[str, PhaseData], Callable[[Phase], HeldOut], dict[str, dict[str, Any]]]:
+    """Everything that can be wrong is found here, before anything is built: (data by phase, what to evaluate, identities)."""
     precision, _ = resolve_precision(recipe.precision, device)
     for phase in recipe.phases:
         # Refuses what would train wrongly.
@@ -205,7 +208,9 @@ def _open_inputs(
     validation = {name: TokenDataset(path) for name, path in recipe.data.validation.items()}
     check_vocabulary(recipe, [*data.values()], validation)
     check_tokenizer(recipe, data[recipe.phases[0].name])
-    return data, validation, {phase.name: identity(recipe, phase, data[phase.name]) for phase in recipe.phases}
+    recall = open_recall(recipe, validation)
+    look_at = partial(held_out, recipe, validation, recall, ranks)
+    return data, look_at, {phase.name: identity(recipe, phase, data[phase.name]) for phase in recipe.phases}
 
 
 def open_run(
@@ -238,7 +243,7 @@ def open_run(
 def run_phases(
     run: Run,
     data: dict[str, StepData],
-    validation: Callable[[Phase], Mapping[str, Iterable[Batch]]],
+    look_at: Callable[[Phase], HeldOut],
     position: Position,
     reader: checkpoint.Reader | None,
     *,
@@ -257,7 +262,7 @@ def run_phases(
             run,
             phase,
             data[phase.name],
-            lambda phase=phase: validation(phase),  # type: ignore[misc]
+            look_at,
             position,
             load=(lambda engine, reader=reader: restore_state(engine, reader)) if reader else start,  # type: ignore[misc]
             identity=identities[phase.name],
@@ -279,7 +284,7 @@ def run_phase(
     run: Run,
     phase: Phase,
     data: StepData,
-    validation: Callable[[], Mapping[str, Iterable[Batch]]],
+    look_at: Callable[[Phase], HeldOut],
     position: Position,
     *,
     load: Callable[[Engine], None],
@@ -328,6 +333,15 @@ def run_phase(
             "layout": {"world_size": world, "zero_stage": engine.stage, "sequence_parallel": phase.sequence_parallel},
         }
 
+    def measure() -> float | None:
+        """Evaluates and logs what is found; returns the held-out loss if it is the lowest of the phase so far."""
+        with timer.part("eval"):
+            recall = recipe.eval.recall_is_due(position.step, phase.num_steps)
+            found = examine(engine, look_at(phase), device, progress.evaluating, recall=recall)
+        lowest = found.lower_than(position.best_loss)
+        report(run.metrics, run.run_dir, phase.name, position.step, position.global_step, found, lowest is not None)
+        return lowest
+
     timer = StepTimer(device.type)
     share = parallel.Share.of(run.ranks.rank, world, phase.sequence_parallel)
     batch_of: dict[str, Any] = dict(global_batch=phase.global_batch, micro_batch=phase.micro_batch, share=share)
@@ -335,6 +349,8 @@ def run_phase(
     last_log, steps_since_log, totals = time.perf_counter(), 0, StepTotals()
     progress = StepProgress(f"{recipe.name}/{phase.name}", phase.num_steps, position.step, enabled=run.ranks.rank == 0)
     try:
+        if recipe.eval.at_start and position.step == 0:
+            measure()
         while position.step < phase.num_steps:
             with timer.part("data"):
                 batches = [b.to(device) for b in data.step_batches(position.step, **batch_of)]
@@ -405,13 +421,8 @@ def run_phase(
             best = False
             every = recipe.eval.every_steps
             if last or (every and position.step % every == 0):
-                with timer.part("eval"):
-                    results = evaluate(engine.token_losses, validation(), device, progress.evaluating)
-                if results[ALL].num_targets:
-                    best = position.best_loss is None or results[ALL].loss < position.best_loss
-                    if best:
-                        position = replace(position, best_loss=results[ALL].loss)
-                    _log_evaluation(run, step, results, best)
+                if best := (lowest := measure()) is not None:
+                    position = replace(position, best_loss=lowest)
 
             stopping = done.stop_requested and not last
             if best or last or stopping or position.step % recipe.checkpoint.every_steps == 0:
@@ -515,15 +526,3 @@ def _targets(recipe: Recipe, phase: Phase, data: StepData, device: torch.device)
     assert isinstance(data, PhaseData)
     dataset = next(iter(data.sources.values()))
     return Targets(recipe, phase, device, dataset.vocab_size)
-
-
-# --- what is seldom ------------------------------------------------------------------------------------------
-
-
-def _log_evaluation(run: Run, step: int, results: dict[str, Result], best: bool) -> None:
-    row = {f"eval/{name}/loss": r.loss for name, r in results.items()}
-    run.metrics.log(step, row)
-    if run.ranks.rank == 0:
-        named = {name: r for name, r in results.items() if name != ALL or len(results) > 2}
-        shown = ", ".join(f"{name} {r.loss:.4f} (perplexity {r.perplexity:.2f})" for name, r in named.items())
-        log.info("step %d held-out loss: %s%s", step, shown, "; the best so far" if best else "")

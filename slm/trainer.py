@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from slm.data.packing import best_fit
 from slm.distill.loss import DistillationLoss
 from slm.engine import Engine
 from slm.errors import UserError
+from slm.evaluate import HeldOut
 from slm.inputs import Position, position_of
 from slm.losses import IGNORE
 from slm.model.config import ModelConfig
@@ -284,7 +285,7 @@ class SLMTrainer:
                 position = run_phases(
                     run,
                     {"train": data},
-                    lambda phase: self._validation(phase, ranks.rank, ranks.world_size),
+                    lambda phase: self._held_out(phase, ranks.rank, ranks.world_size),
                     position,
                     reader,
                     identities=identities,
@@ -357,14 +358,15 @@ class SLMTrainer:
         weights = dict(self.model.named_parameters())
         engine.write_weights(lambda name, shape: weights[name].detach().cpu())
 
-    def _validation(self, phase: Phase, rank: int, world: int) -> Mapping[str, Iterable[Batch]]:
+    def _held_out(self, phase: Phase, rank: int, world: int) -> HeldOut:
         if self.eval_dataset is None:
-            return {}
+            return HeldOut(phase.seq_len, {})
         size = phase.micro_batch * world
         firsts = range(0, len(self.eval_dataset), size)
         mine = (first + rank * phase.micro_batch for first in firsts)
         dataset = self.eval_dataset
-        return {"eval": (dataset.batch(range(at, at + phase.micro_batch)) for at in mine)}
+        batches = (dataset.batch(range(at, at + phase.micro_batch)) for at in mine)
+        return HeldOut(phase.seq_len, {"eval": batches})
 
     def _objective(self) -> Objective | None:
         if not self.config.use_distillation:

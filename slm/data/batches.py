@@ -57,6 +57,14 @@ class Batch:
     num_known: int = 0  # targets whose rows are known
     present_N: torch.Tensor | None = None  # bool [B * T]: tokens whose rows are known; None: all are
 
+    @property
+    def is_one_piece_B(self) -> torch.Tensor:
+        """bool [B]: the sequence is one piece of one document, without padding (or, where it is empty, padding alone)."""
+        B = len(self.tokens_BT)
+        S = int(self.piece_bounds[-1]) // B
+        starts = self.piece_bounds[self.piece_bounds < B * S]
+        return torch.bincount(starts // S, minlength=B) == 1
+
     def part(self, number: int, of: int) -> Batch:
         """Of each sequence the `number`th of `of` equal parts, for ranks that share it; piece_bounds stay those of the whole."""
         if of == 1:
