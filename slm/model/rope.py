@@ -85,12 +85,22 @@ def angle_length(config: ModelConfig, length: torch.Tensor) -> torch.Tensor:
     return length.clamp(min=original)
 
 
-def piece_lengths(positions_BT: torch.Tensor, piece_bounds: torch.Tensor) -> torch.Tensor:
-    """The length of the piece that each token belongs to, int64 [B, T]: its last position + 1."""
-    positions_N = positions_BT.flatten()
+def piece_lengths(
+    positions_BT: torch.Tensor, piece_bounds: torch.Tensor, part: int = 0, of: int = 1
+) -> torch.Tensor:
+    """The length of the piece that each token belongs to, int64 [B, T]: its last position + 1.
+
+    With `of` > 1, positions_BT are the part-th of so many equal parts of each sequence, and piece_bounds those of the whole
+    sequences. The last position may then be on another rank: positions must count on without gaps.
+    """
+    B, T = positions_BT.shape
+    device = positions_BT.device
+    first_B1 = torch.arange(B, device=device)[:, None] * (T * of) + part * T
     ends = piece_bounds[1:].long()
-    piece_N = torch.searchsorted(ends, torch.arange(len(positions_N), device=ends.device), right=True)
-    return (positions_N[ends[piece_N] - 1] + 1).view(positions_BT.shape)
+    piece_BT = torch.searchsorted(ends, first_B1 + torch.arange(T, device=device), right=True)
+    if of > 1:
+        return piece_bounds.long().diff()[piece_BT]
+    return positions_BT.flatten()[ends[piece_BT] - 1] + 1
 
 
 def rotary_table(
