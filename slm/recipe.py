@@ -167,6 +167,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _cross_checks(self) -> Recipe:
         problems = [p for phase in self.phases for p in self._phase_problems(phase)]
+        scaling, context = self.model.rope_scaling, self.model.max_position_embeddings
+        if scaling is not None and (scaling.reach_tokens or context) < context:
+            problems.append(
+                f"model.rope_scaling says {scaling.told()}, but model.max_position_embeddings is {context}: nothing was "
+                "scaled for the positions beyond; set one to fit the other"
+            )
         names = [phase.name for phase in self.phases]
         for name in sorted({n for n in names if names.count(n) > 1}):
             problems.append(f"phases: the name {name!r} is used twice; checkpoints are named by phase, so rename one")
@@ -193,6 +199,7 @@ class Recipe(Section):
             problems.append(
                 f"{at}.seq_len is {phase.seq_len}, longer than model.max_position_embeddings {context}: raise that too"
             )
+        problems += self._rope_problems(phase)
         if phase.schedule.warmup_steps > phase.num_steps:
             problems.append(
                 f"{at}.schedule.warmup_steps is {phase.schedule.warmup_steps}, but the phase has only "
@@ -227,13 +234,38 @@ class Recipe(Section):
             )
         return problems + loss_problems(phase.loss, self.teacher, f"{at}.loss")
 
-    def model_of(self, phase: Phase) -> ModelConfig:
-        """The model as it is in a phase: rope_scaling is that of the last phase so far which gives one."""
-        config = self.model
-        for earlier in self.phases[: self.phases.index(phase) + 1]:
+    def _scaled(self, phase: Phase) -> tuple[str, RopeScaling | None]:
+        """The last phase so far that gives a scaling: its name, and that scaling; None if the model's own is in force."""
+        for earlier in reversed(self.phases[: self.phases.index(phase) + 1]):
             if earlier.rope_scaling is not None:
-                config = config.model_copy(update={"rope_scaling": earlier.rope_scaling})
-        return config
+                return earlier.name, earlier.rope_scaling
+        return "", None
+
+    def _rope_problems(self, phase: Phase) -> list[str]:
+        """What contradicts the length in the scaling that the phase gives, or keeps from an earlier one."""
+        name, scaling = self._scaled(phase)
+        if scaling is None:
+            return []  # the model's own is held against its max_position_embeddings
+        at, problems = f"phases.{name}.rope_scaling", []
+        if name == phase.name:
+            misfits = scaling.misfits(self.model.head_dim, self.model.max_position_embeddings)
+            problems = [f"{at}.{problem}" for problem in misfits]
+        if phase.seq_len > (scaling.reach_tokens or phase.seq_len):
+            least = -(-phase.seq_len // scaling.original_max_position_embeddings)
+            problems.append(
+                f"phases.{phase.name}.seq_len is {phase.seq_len}, but {at} says {scaling.told()}: nothing was scaled for the "
+                f"positions beyond; give a factor of at least {least}, or a seq_len of at most {scaling.reach_tokens}"
+            )
+        return problems
+
+    def model_of(self, phase: Phase) -> ModelConfig:
+        """The model as it is in a phase: rope_scaling is that of the last phase so far which gives one, and the context is
+        no longer than that reaches."""
+        _, scaling = self._scaled(phase)
+        if scaling is None:
+            return self.model
+        context = min(self.model.max_position_embeddings, scaling.reach_tokens or self.model.max_position_embeddings)
+        return self.model.model_copy(update={"rope_scaling": scaling, "max_position_embeddings": context})
 
     @property
     def run_dir(self) -> Path:

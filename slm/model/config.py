@@ -112,6 +112,13 @@ class RopeScaling(BaseModel):
             return 131072  # as Meta trained and published it, twice factor * original
         return round(self.factor * self.original_max_position_embeddings)
 
+    def told(self) -> str:
+        """reach_tokens with its reason, for a message."""
+        return (
+            f"factor {self.factor:g} x original_max_position_embeddings {self.original_max_position_embeddings} = "
+            f"{self.reach_tokens} tokens"
+        )
+
     def misfits(self, head_dim: int, max_position_embeddings: int) -> list[str]:
         """What contradicts a model of this head_dim and context."""
         problems = [
