@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from slm import strict_yaml
 from slm.distill.settings import Loss, Teacher, loss_problems
 from slm.errors import UserError
 from slm.fields import Count, Real, Section
@@ -170,8 +171,7 @@ class Recipe(Section):
         scaling, context = self.model.rope_scaling, self.model.max_position_embeddings
         if scaling is not None and (scaling.reach_tokens or context) < context:
             problems.append(
-                f"model.rope_scaling says {scaling.told()}, but model.max_position_embeddings is {context}: nothing was "
-                "scaled for the positions beyond; set one to fit the other"
+                f"model.max_position_embeddings is {context}, but model.rope_scaling says {scaling.told(context)}"
             )
         names = [phase.name for phase in self.phases]
         for name in sorted({n for n in names if names.count(n) > 1}):
@@ -248,13 +248,10 @@ class Recipe(Section):
             return []  # the model's own is held against its max_position_embeddings
         at, problems = f"phases.{name}.rope_scaling", []
         if name == phase.name:
-            misfits = scaling.misfits(self.model.head_dim, self.model.max_position_embeddings)
-            problems = [f"{at}.{problem}" for problem in misfits]
+            problems = [f"{at}.{p}" for p in scaling.misfits(self.model.head_dim, self.model.max_position_embeddings)]
         if phase.seq_len > (scaling.reach_tokens or phase.seq_len):
-            least = -(-phase.seq_len // scaling.original_max_position_embeddings)
             problems.append(
-                f"phases.{phase.name}.seq_len is {phase.seq_len}, but {at} says {scaling.told()}: nothing was scaled for the "
-                f"positions beyond; give a factor of at least {least}, or a seq_len of at most {scaling.reach_tokens}"
+                f"phases.{phase.name}.seq_len is {phase.seq_len}, but {at} says {scaling.told(phase.seq_len)}"
             )
         return problems
 
@@ -275,42 +272,11 @@ class Recipe(Section):
 # --- reading -------------------------------------------------------------------------------------------------
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """safe_load that notes a key given twice (YAML would silently keep the last)."""
-
-    duplicates: list[str]
-
-
-def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        line = key_node.start_mark.line + 1
-        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *base`, which construct_mapping puts in
-            continue
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(
-                problem="a key is a list or a mapping", problem_mark=key_node.start_mark
-            )
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            loader.duplicates.append(
-                f"line {line}: the key {key!r} stands there twice (first on line {seen[key]}); only one could count: "
-                "remove one of them"
-            )
-        seen[key] = line
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a YAML recipe, applies `a.b.c=value` overrides, checks everything. Raises UserError listing all problems."""
     path = Path(path)
     try:
-        loader = _StrictLoader(path.read_text(encoding="utf-8"))
-        loader.duplicates = []
-        tree = loader.get_single_data()
+        tree, duplicates = strict_yaml.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"the recipe {path} does not exist", fix="give the path of a YAML file, see recipes/") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -326,7 +292,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         _apply(tree, override)
     _resolve_deepspeed_paths(tree, path)
     recipe, problems = _validated(tree)
-    problems = loader.duplicates + problems + _deepspeed_problems(tree)
+    problems = duplicates + problems + _deepspeed_problems(tree)
     if recipe is None or problems:
         raise UserError(_listing(str(path), problems))
     return recipe

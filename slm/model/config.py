@@ -112,11 +112,15 @@ class RopeScaling(BaseModel):
             return 131072  # as Meta trained and published it, twice factor * original
         return round(self.factor * self.original_max_position_embeddings)
 
-    def told(self) -> str:
-        """reach_tokens with its reason, for a message."""
+    def told(self, wanted_tokens: int) -> str:
+        """Why a sequence of wanted_tokens is beyond reach_tokens, and what to do, for a message."""
+        original, least = (
+            self.original_max_position_embeddings,
+            -(-wanted_tokens // self.original_max_position_embeddings),
+        )
         return (
-            f"factor {self.factor:g} x original_max_position_embeddings {self.original_max_position_embeddings} = "
-            f"{self.reach_tokens} tokens"
+            f"factor {self.factor:g} x original_max_position_embeddings {original} = {self.reach_tokens} tokens: nothing was "
+            f"scaled for the positions beyond; give a factor of at least {least}, or a length of at most {self.reach_tokens}"
         )
 
     def misfits(self, head_dim: int, max_position_embeddings: int) -> list[str]:

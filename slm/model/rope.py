@@ -85,9 +85,7 @@ def angle_length(config: ModelConfig, length: torch.Tensor) -> torch.Tensor:
     return length.clamp(min=original)
 
 
-def piece_lengths(
-    positions_BT: torch.Tensor, piece_bounds: torch.Tensor, part: int = 0, of: int = 1
-) -> torch.Tensor:
+def piece_lengths(positions_BT: torch.Tensor, piece_bounds: torch.Tensor, part: int = 0, of: int = 1) -> torch.Tensor:
     """The length of the piece that each token belongs to, int64 [B, T]: its last position + 1.
 
     With `of` > 1, positions_BT are the part-th of so many equal parts of each sequence, and piece_bounds those of the whole

@@ -106,7 +106,7 @@ def test_rope_scaling_carries_on_to_later_phases(tmp_path, monkeypatch):
             {},
             [{"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 64}, None],
             "phases.b.seq_len is 256, but phases.a.rope_scaling says factor 2 x original_max_position_embeddings 64 = 128 "
-            "tokens: .*; give a factor of at least 4, or a seq_len of at most 128",
+            "tokens: .*; give a factor of at least 4, or a length of at most 128",
         ),
         (
             {},
@@ -129,8 +129,8 @@ def test_rope_scaling_carries_on_to_later_phases(tmp_path, monkeypatch):
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 64}},
             [None, None],
-            "model.rope_scaling says factor 2 x original_max_position_embeddings 64 = 128 tokens, but "
-            "model.max_position_embeddings is 256",
+            "model.max_position_embeddings is 256, but model.rope_scaling says factor 2 x "
+            "original_max_position_embeddings 64 = 128 tokens",
         ),
         ({"max_position_embeddings": 128}, [None, None], "phases.b.seq_len is 256, longer than model.max_position_embeddings"),
     ],

@@ -111,6 +111,9 @@ def test_piece_lengths_are_those_of_each_piece():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 90, 91, 0, 1]])
     bounds = torch.tensor([0, 3, 5, 6, 6, 10, 12, 12, 12], dtype=torch.int32)
     assert piece_lengths(positions, bounds).tolist() == [[3, 3, 3, 2, 2, 1], [92, 92, 92, 92, 2, 2]]
+    positions[1] = torch.tensor([0, 1, 2, 3, 0, 1])
+    parts = [piece_lengths(positions[:, 2 * i : 2 * i + 2], bounds, i, 3) for i in range(3)]  # of 3 ranks
+    assert torch.equal(torch.cat(parts, dim=1), piece_lengths(positions, bounds))
 
 
 @pytest.mark.parametrize(
