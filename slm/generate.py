@@ -21,6 +21,7 @@ import torch
 
 from slm import parallel
 from slm.errors import UserError
+from slm.model.attention import padded_bounds
 from slm.model.llama import KVCache, SLMForCausalLM
 
 log = logging.getLogger("slm")
@@ -188,12 +189,15 @@ def _forwards(
     done_B = torch.zeros_like(length_B, dtype=torch.bool)
     dtype = model.model.embed_tokens.weight.dtype
     cache = KVCache.empty(model.config, B, W, dtype, tokens_BW.device) if use_cache else None
+    if cache is not None and cache.tokens_BS is not None:
+        cache.tokens_BS.copy_(tokens_BW)  # angles follow each row's own length: the first forward makes keys and values
     for step in range(W if B else 0):
         last_B = length_B - 1
         if cache is None:
             yield True
-            logits_BV = model(tokens_BW[:, : min(W, longest_prompt + step)])[rows_B, last_B]
-        elif step == 0:
+            width = min(W, longest_prompt + step)
+            logits_BV = model(tokens_BW[:, :width], piece_bounds=padded_bounds(length_B, width))[rows_B, last_B]
+        elif step == 0 and cache.tokens_BS is None:
             logits_BV = yield from _prefill(model, tokens_BW[:, :longest_prompt], last_B, cache)
         else:
             yield True

@@ -25,7 +25,7 @@ from slm.engine import Engine
 from slm.errors import UserError
 from slm.evaluate import HeldOut
 from slm.model.config import ModelConfig
-from slm.model.hf import read_config
+from slm.model.hf import config_to_hf, read_config
 from slm.model.llama import initial_value
 from slm.parallel import Share
 from slm.recall.samples import Filler, Form, Grid
@@ -260,8 +260,9 @@ def _check_same_function(engine: Engine, path: str, reader: checkpoint.Reader | 
             "(tie_word_embeddings), would drop",
             fix="set model.tie_word_embeddings to false",
         )
+    other_angles = config_to_hf(theirs)["rope_parameters"] != config_to_hf(ours)["rope_parameters"]
     for field in ("rope_theta", "rope_scaling"):  # changed on purpose when a context is extended
-        if getattr(theirs, field) != getattr(ours, field):
+        if other_angles and getattr(theirs, field) != getattr(ours, field):
             log.warning(
                 "init_from: %s has %s %s, this run %s: its positions turn by other angles until it is trained to",
                 path,

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from slm import strict_yaml
 from slm.distill.settings import Loss, Teacher, loss_problems
 from slm.errors import UserError
 from slm.fields import Count, Real, Section
@@ -184,6 +185,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _cross_checks(self) -> Recipe:
         problems = [p for phase in self.phases for p in self._phase_problems(phase)]
+        scaling, context = self.model.rope_scaling, self.model.max_position_embeddings
+        if scaling is not None and (scaling.reach_tokens or context) < context:
+            problems.append(
+                f"model.max_position_embeddings is {context}, but model.rope_scaling says {scaling.told(context)}"
+            )
         names = [phase.name for phase in self.phases]
         for name in sorted({n for n in names if names.count(n) > 1}):
             problems.append(f"phases: the name {name!r} is used twice; checkpoints are named by phase, so rename one")
@@ -229,6 +235,7 @@ class Recipe(Section):
             problems.append(
                 f"{at}.seq_len is {phase.seq_len}, longer than model.max_position_embeddings {context}: raise that too"
             )
+        problems += self._rope_problems(phase)
         if phase.schedule.warmup_steps > phase.num_steps:
             problems.append(
                 f"{at}.schedule.warmup_steps is {phase.schedule.warmup_steps}, but the phase has only "
@@ -263,13 +270,35 @@ class Recipe(Section):
             )
         return problems + loss_problems(phase.loss, self.teacher, f"{at}.loss")
 
-    def model_of(self, phase: Phase) -> ModelConfig:
-        """The model as it is in a phase: rope_scaling is that of the last phase so far which gives one."""
-        config = self.model
-        for earlier in self.phases[: self.phases.index(phase) + 1]:
+    def _scaled(self, phase: Phase) -> tuple[str, RopeScaling | None]:
+        """The last phase so far that gives a scaling: its name, and that scaling; None if the model's own is in force."""
+        for earlier in reversed(self.phases[: self.phases.index(phase) + 1]):
             if earlier.rope_scaling is not None:
-                config = config.model_copy(update={"rope_scaling": earlier.rope_scaling})
-        return config
+                return earlier.name, earlier.rope_scaling
+        return "", None
+
+    def _rope_problems(self, phase: Phase) -> list[str]:
+        """What contradicts the length in the scaling that the phase gives, or keeps from an earlier one."""
+        name, scaling = self._scaled(phase)
+        if scaling is None:
+            return []  # the model's own is held against its max_position_embeddings
+        at, problems = f"phases.{name}.rope_scaling", []
+        if name == phase.name:
+            problems = [f"{at}.{p}" for p in scaling.misfits(self.model.head_dim, self.model.max_position_embeddings)]
+        if phase.seq_len > (scaling.reach_tokens or phase.seq_len):
+            problems.append(
+                f"phases.{phase.name}.seq_len is {phase.seq_len}, but {at} says {scaling.told(phase.seq_len)}"
+            )
+        return problems
+
+    def model_of(self, phase: Phase) -> ModelConfig:
+        """The model as it is in a phase: rope_scaling is that of the last phase so far which gives one, and the context is
+        no longer than that reaches."""
+        _, scaling = self._scaled(phase)
+        if scaling is None:
+            return self.model
+        context = min(self.model.max_position_embeddings, scaling.reach_tokens or self.model.max_position_embeddings)
+        return self.model.model_copy(update={"rope_scaling": scaling, "max_position_embeddings": context})
 
     @property
     def run_dir(self) -> Path:
@@ -279,42 +308,11 @@ class Recipe(Section):
 # --- reading -------------------------------------------------------------------------------------------------
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """safe_load that notes a key given twice (YAML would silently keep the last)."""
-
-    duplicates: list[str]
-
-
-def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        line = key_node.start_mark.line + 1
-        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *base`, which construct_mapping puts in
-            continue
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(
-                problem="a key is a list or a mapping", problem_mark=key_node.start_mark
-            )
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            loader.duplicates.append(
-                f"line {line}: the key {key!r} stands there twice (first on line {seen[key]}); only one could count: "
-                "remove one of them"
-            )
-        seen[key] = line
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a YAML recipe, applies `a.b.c=value` overrides, checks everything. Raises UserError listing all problems."""
     path = Path(path)
     try:
-        loader = _StrictLoader(path.read_text(encoding="utf-8"))
-        loader.duplicates = []
-        tree = loader.get_single_data()
+        tree, duplicates = strict_yaml.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"the recipe {path} does not exist", fix="give the path of a YAML file, see recipes/") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -330,7 +328,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         _apply(tree, override)
     _resolve_deepspeed_paths(tree, path)
     recipe, problems = _validated(tree)
-    problems = loader.duplicates + problems + _deepspeed_problems(tree)
+    problems = duplicates + problems + _deepspeed_problems(tree)
     if recipe is None or problems:
         raise UserError(_listing(str(path), problems))
     return recipe

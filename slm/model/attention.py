@@ -113,6 +113,13 @@ def cached_attention(
     return out_BHTD.transpose(1, 2)
 
 
+def padded_bounds(length_B: torch.Tensor, T: int) -> torch.Tensor:
+    """piece_bounds of rows of T tokens: a row's first length_B tokens are one piece, the padding behind it another."""
+    starts_B = torch.arange(len(length_B), device=length_B.device) * T
+    bounds = torch.stack([starts_B, starts_B + length_B], dim=1).flatten()
+    return torch.cat([bounds, bounds.new_tensor([len(length_B) * T])]).int()
+
+
 # --- CPU -----------------------------------------------------------------------------------------------------
 
 

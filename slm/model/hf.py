@@ -10,6 +10,7 @@ and the safetensors files, one or sharded with an index. Parameter names are alr
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slm.errors import CorruptArtefact, UserError
-from slm.model.config import ModelConfig, RopeScaling
+from slm.model.config import ROPE_FIELDS, ModelConfig, RopeScaling
+from slm.model.rope import attention_factor, effective_theta
 from slm.runtime import atomic_write
 
 if TYPE_CHECKING:
@@ -42,26 +44,43 @@ _SHAPE_FIELDS = (
 )
 
 
+# transformers calls dynamic's original context max_position_embeddings; the whole one stands beside it, for us alone.
+_DYNAMIC_CONTEXT = "extended_max_position_embeddings"
+
+
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json's content, readable by transformers 4 and 5."""
+    """config.json's content, readable by transformers 4 and 5; `ntk` and `theta` leave as the plain rotary embedding of
+    another rope_theta."""
+    fields = {field: getattr(config, field) for field in _SHAPE_FIELDS}
+    theta, scaling = effective_theta(config), config.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_scaling is not None and config.rope_scaling.rope_type != "default":
-        rope = config.rope_scaling.model_dump()
+    if scaling is not None and scaling.rope_type not in ("default", "ntk", "theta"):
+        rope = scaling.model_dump(mode="json", exclude_none=True)
+        original = rope["original_max_position_embeddings"]
+        if scaling.rope_type in ("linear", "dynamic"):
+            del rope["original_max_position_embeddings"]  # transformers knows none, and says so at every load
+        if scaling.rope_type == "dynamic":
+            fields |= {"max_position_embeddings": original, _DYNAMIC_CONTEXT: config.max_position_embeddings}
+        if scaling.rope_type == "longrope":
+            fields["original_max_position_embeddings"] = original  # where transformers 4 looks for it
+        if scaling.rope_type in ("yarn", "longrope"):
+            # Written out: transformers 4 derives longrope's from the contexts instead of `factor`.
+            rope["attention_factor"] = attention_factor(config)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        **{field: getattr(config, field) for field in _SHAPE_FIELDS},
-        "rope_theta": config.rope_theta,
+        **fields,
+        "rope_theta": theta,
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
-        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "rope_parameters": {**rope, "rope_theta": theta},
     }
 
 
 def config_from_hf(fields: dict[str, Any], path: object = "config.json") -> ModelConfig:
-    """Reads config.json's content. Raises UserError for what is not a plain Llama."""
+    """Reads config.json's content as transformers does. Raises UserError for what is not a plain Llama."""
     if fields.get("model_type") != "llama":
         raise UserError(
             f"{path}: model_type is {fields.get('model_type')!r}, but only 'llama' models run here",
@@ -70,19 +89,52 @@ def config_from_hf(fields: dict[str, Any], path: object = "config.json") -> Mode
     for field, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if fields.get(field, plain) != plain:
             raise UserError(f"{path}: {field} is {fields[field]!r}; this model has {plain!r} there and would differ")
-    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or fields.get("rope_theta", 10000.0)
-    rope_type = rope.pop("rope_type", None) or rope.pop("type", "default")
-    known = {k: v for k, v in rope.items() if k in RopeScaling.model_fields}
     shape = {k: fields[k] for k in _SHAPE_FIELDS if fields.get(k) is not None}
     shape.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
     shape.setdefault("tie_word_embeddings", False)
+    shape.setdefault("max_position_embeddings", 2048)
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    theta = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
     try:
-        scaling = None if rope_type == "default" else RopeScaling(rope_type=rope_type, **known)
+        scaling, context = _scaling_from_hf(rope, fields, shape["max_position_embeddings"], path)
+        shape["max_position_embeddings"] = context
         return ModelConfig(**shape, rope_theta=theta, rope_scaling=scaling)
     except ValidationError as error:
         details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(f"{path}: {details}") from None
+
+
+def _scaling_from_hf(
+    rope: dict[str, Any], fields: dict[str, Any], context: int, path: object
+) -> tuple[RopeScaling | None, int]:
+    """The scaling and the whole context, of config.json's rope_scaling or rope_parameters and its max_position_embeddings.
+
+    What transformers 5 fills in where it is missing (modeling_rope_utils.py, standardize_rope_params and the functions of
+    each type) is filled in here; fields that the type does not read are left out, as they have no effect there.
+    """
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise UserError(f"{path}: partial_rotary_factor is {partial}; this model turns whole heads and would differ")
+    if kind == "default":
+        return None, context
+    reads = ROPE_FIELDS.get(kind, ())
+    known = {k: v for k, v in rope.items() if k in reads and v is not None}
+    if kind == "dynamic":
+        known["original_max_position_embeddings"] = context
+        extended = max(context, int(context * known.get("factor", 1.0)))
+        return RopeScaling(rope_type=kind, **known), fields.get(_DYNAMIC_CONTEXT) or extended
+    if kind == "linear":  # what it was extended from is told nowhere and changes no angle
+        known["original_max_position_embeddings"] = max(2, math.ceil(context / known.get("factor", 1.0)))
+    elif "original_max_position_embeddings" in reads:
+        outside = fields.get("original_max_position_embeddings")
+        original = outside or known.get("original_max_position_embeddings") or context
+        known["original_max_position_embeddings"] = original
+        if kind in ("yarn", "longrope"):
+            known.setdefault("factor", max(1.0, context / original))
+    if "mscale" not in known or "mscale_all_dim" not in known:  # no effect of one alone
+        known = {k: v for k, v in known.items() if not k.startswith("mscale")}
+    return RopeScaling(rope_type=kind, **known), context
 
 
 def read_config(folder: str | Path) -> ModelConfig:

@@ -28,26 +28,44 @@ from torch.utils.checkpoint import checkpoint
 
 from slm import parallel
 from slm.losses import Distillation, chunk_tokens, linear_cross_entropy, linear_distillation, token_losses
-from slm.model.attention import cached_attention, packed_attention
+from slm.model.attention import cached_attention, packed_attention, padded_bounds
 from slm.model.config import ModelConfig
 from slm.model.lean import rms_norm, rotate, swiglu_down
-from slm.model.rope import inverse_frequencies, rotary_table
+from slm.model.rope import (
+    angle_length,
+    attention_factor,
+    follows_length,
+    inverse_frequencies,
+    piece_lengths,
+    rotary_table,
+)
 
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens so far: per layer [B, S, J, D]; `length_B` counts the filled slots of a row."""
+    """Keys and values of the tokens so far: per layer [B, S, J, D]; `length_B` counts the filled slots of a row.
+
+    Where angles follow the length (`dynamic`, `longrope`), also the tokens, and the angle_length that a row's keys and
+    values were made at (-1: none yet). They are made again from the tokens when that changes. Keeping keys before rotation
+    would not do: from the second layer on, all that is cached went through attention with the old angles.
+    """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     length_B: torch.Tensor
+    tokens_BS: torch.Tensor | None = None
+    made_at_B: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: torch.dtype, device: Any) -> KVCache:
         shape = (batch, slots, config.num_key_value_heads, config.head_dim)
         keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         values = [torch.zeros_like(k) for k in keys]
-        return cls(keys, values, torch.zeros(batch, dtype=torch.long, device=device))
+        length_B = torch.zeros(batch, dtype=torch.long, device=device)
+        if not follows_length(config):
+            return cls(keys, values, length_B)
+        tokens_BS = torch.zeros(batch, slots, dtype=torch.long, device=device)
+        return cls(keys, values, length_B, tokens_BS, torch.full_like(length_B, -1))
 
 
 # One layer's keys and values [B, S, J, D], the rows' lengths [B], and the slots in use after this call.
@@ -97,16 +115,18 @@ class Attention(nn.Module):
         q_BTHD = rotate(self.q_proj(x_BTE).view(B, T, -1, self.head_dim), *rope)
         k_BTJD = rotate(self.k_proj(x_BTE).view(B, T, -1, self.head_dim), *rope)
         v_BTJD = self.v_proj(x_BTE).view(B, T, -1, self.head_dim)
-        if cache is None:
-            assert piece_bounds is not None
-            out_BTHD = self.attend(q_BTHD, k_BTJD, v_BTJD, piece_bounds)
-        else:
+        if cache is not None:
             keys_BSJD, values_BSJD, length_B, filled = cache
             rows_B1 = torch.arange(B, device=x_BTE.device)[:, None]
             slots_BT = length_B[:, None] + torch.arange(T, device=x_BTE.device)
             keys_BSJD[rows_B1, slots_BT] = k_BTJD
             values_BSJD[rows_B1, slots_BT] = v_BTJD
+        if piece_bounds is None:
+            assert cache is not None
             out_BTHD = cached_attention(q_BTHD, keys_BSJD[:, :filled], values_BSJD[:, :filled], length_B)
+        else:
+            attend = self.attend if cache is None else packed_attention  # a cache is never shared
+            out_BTHD = attend(q_BTHD, k_BTJD, v_BTJD, piece_bounds)
         return self.o_proj(out_BTHD.reshape(B, T, -1))
 
 
@@ -204,6 +224,8 @@ class SLMForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         # A plain attribute, not a buffer: a buffer would be cast to bfloat16 with the weights.
         self._inv_freq_R = inverse_frequencies(config)
+        self._attention_factor = attention_factor(config)
+        self._share = parallel.Share()
         if seed is not None:
             self.init_weights(seed)
 
@@ -228,7 +250,7 @@ class SLMForCausalLM(nn.Module):
         tokens_BT, labels_BT: int64; a label is the next token, -100 where there is none.
         positions_BT: int64, restarting in each packed piece; counted from 0 (or from the cache's length) if absent.
         piece_bounds: int32 starts of the pieces in the flattened [B*T] (packed_attention); one piece a row if absent.
-        cache: filled and advanced by T; attention then sees the cache too.
+        cache: filled and advanced by T; attention then sees the cache too, unless piece_bounds are given.
         """
         x_BTE = self.hidden_states(tokens_BT, positions_BT, piece_bounds, cache)
         if self.objective is not None and labels_BT is not None and not each:
@@ -243,23 +265,38 @@ class SLMForCausalLM(nn.Module):
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         """What the head is applied to, [B, T, E], after the last norm; arguments as of `forward`."""
+        if cache is not None and cache.tokens_BS is not None and piece_bounds is None:
+            assert positions_BT is None, "where angles follow the length, a cache counts its positions itself"
+            x_BTE = self._remade(tokens_BT, cache)
+            if x_BTE is not None:
+                return x_BTE
         B, T = tokens_BT.shape
         device = tokens_BT.device
         if positions_BT is None:
             positions_BT = torch.arange(T, device=device).expand(B, T)
             if cache is not None:
                 positions_BT = positions_BT + cache.length_B[:, None]
-        if piece_bounds is None:
+        if piece_bounds is None and cache is None:
             piece_bounds = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
         if self._inv_freq_R.device != device:
             self._inv_freq_R = self._inv_freq_R.to(device)
-        rope = rotary_table(self._inv_freq_R, positions_BT)
+        inv_freq = self._inv_freq_R
+        if follows_length(self.config):
+            # With a cache, a row's tokens so far are one piece.
+            share = self._share if cache is None else parallel.Share()
+            length_BT = (
+                positions_BT[:, -1:] + 1
+                if piece_bounds is None
+                else piece_lengths(positions_BT, piece_bounds, share.sequence_rank, share.sequence_world)
+            )
+            inv_freq = inverse_frequencies(self.config, length_BT)
+        rope = rotary_table(inv_freq, positions_BT, self._attention_factor)
         x_BTE = self.model.embed_tokens(tokens_BT)
         filled = int(cache.length_B.max()) + T if cache is not None else 0
         for i, block in enumerate(self.model.layers):
             if cache is not None:
                 layer_cache = (cache.keys[i], cache.values[i], cache.length_B, filled)
-                x_BTE = block(x_BTE, rope, None, layer_cache)
+                x_BTE = block(x_BTE, rope, piece_bounds, layer_cache)
             elif self.recompute and torch.is_grad_enabled():
                 x_BTE = checkpoint(block, x_BTE, rope, piece_bounds, use_reentrant=False)
             else:
@@ -268,6 +305,26 @@ class SLMForCausalLM(nn.Module):
         if cache is not None:
             cache.length_B += T
         return x_BTE
+
+    def _remade(self, tokens_BT: torch.Tensor, cache: KVCache) -> torch.Tensor | None:
+        """hidden_states where these tokens change the angles of all before them: keys and values of every token are made
+        again, as in a forward without cache. None, with nothing done but the tokens noted, if the angles stay."""
+        assert cache.tokens_BS is not None
+        assert cache.made_at_B is not None
+        B, T = tokens_BT.shape
+        rows_B1 = torch.arange(B, device=tokens_BT.device)[:, None]
+        slots_BT = cache.length_B[:, None] + torch.arange(T, device=tokens_BT.device)
+        cache.tokens_BS[rows_B1, slots_BT] = tokens_BT
+        length_B = cache.length_B + T
+        made_at_B = angle_length(self.config, length_B)
+        if torch.equal(made_at_B, cache.made_at_B):
+            return None
+        longest = int(length_B.max())
+        cache.length_B, cache.made_at_B = torch.zeros_like(length_B), made_at_B
+        bounds = padded_bounds(length_B, longest)
+        x_BSE = self.hidden_states(cache.tokens_BS[:, :longest], piece_bounds=bounds, cache=cache)
+        cache.length_B = length_B
+        return x_BSE[rows_B1, slots_BT]
 
     def init_weights(self, seed: int) -> SLMForCausalLM:
         """Fills every parameter with `initial_value`; in place."""
@@ -279,6 +336,7 @@ class SLMForCausalLM(nn.Module):
     def share_sequences(self, degree: int) -> None:
         """From now on a batch holds this rank's part of each sequence, and piece_bounds are of the whole ones."""
         if degree > 1:
+            self._share = parallel.sequence_groups(degree).share
             attend = parallel.shared_attention(packed_attention, degree, self.config.num_key_value_heads)
             for block in self.model.layers:
                 attention: Any = block.self_attn

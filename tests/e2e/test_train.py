@@ -19,6 +19,7 @@ from slm.errors import UserError
 from slm.recipe import load_recipe
 from slm.train import train
 from tests.shards import make_dataset
+from tests.unit.test_rope import KINDS, scaling
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,6 +170,27 @@ def test_signal_saves_and_goes_on(recipe, tmp_path, name):
     stopped_at = max(rows(tmp_path / "run"))
     assert (tmp_path / "run" / "latest").resolve().name == f"main-{stopped_at:08d}"
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 75
+
+
+@pytest.mark.parametrize("last", ["dynamic", "longrope"])
+def test_a_phase_of_each_scaling(recipe, tmp_path, last):
+    """All eight in one run, each a phase; what the last one leaves is the same function in transformers."""
+    import transformers
+
+    from slm.loading import export_model, load_model
+
+    names = [*(kind for kind in KINDS if kind != last), last]
+    scalings = {name: scaling(name).model_dump(mode="json") for name in names}
+    one_step = {"tokens": 256, "seq_len": 128, "batch_tokens": 256}
+    path = recipe(phases=[{"name": name, **one_step, "rope_scaling": scalings[name]} for name in names])
+    assert train(load_recipe(path)) == 0
+    assert len(rows(tmp_path / "run")) == len(names)
+    export_model(str(tmp_path / "run" / "latest"), tmp_path / "hf")
+    ours, _ = load_model(str(tmp_path / "run" / "latest"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tokens = torch.arange(128)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens, use_cache=False).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_phases_and_mixture(recipe, data, tmp_path, caplog):

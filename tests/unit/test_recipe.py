@@ -99,6 +99,64 @@ def test_rope_scaling_carries_on_to_later_phases(tmp_path, monkeypatch):
     assert kinds[1].factor == 2.0
 
 
+@pytest.mark.parametrize(
+    ("model", "scalings", "message"),
+    [
+        (
+            {},
+            [{"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 64}, None],
+            "phases.b.seq_len is 256, but phases.a.rope_scaling says factor 2 x original_max_position_embeddings 64 = 128 "
+            "tokens: .*; give a factor of at least 4, or a length of at most 128",
+        ),
+        (
+            {},
+            [None, {"rope_type": "linear", "factor": 1.5, "original_max_position_embeddings": 128}],
+            "phases.b.seq_len is 256, .* 192 tokens",
+        ),
+        (
+            {},
+            [None, {"rope_type": "llama3", "factor": 8}],
+            "phases.b.rope_scaling.original_max_position_embeddings is 8192, longer than the model's .* 256",
+        ),
+        (
+            {},
+            [None, {"rope_type": "longrope", "factor": 4, "original_max_position_embeddings": 64,
+                    "short_factor": [1.0] * 4, "long_factor": [2.0] * 8}],
+            "phases.b.rope_scaling.short_factor has 4 numbers, but head_dim 16 has 8 pairs",
+        ),
+        ({}, [None, {"rope_type": "theta"}], "phases.b.rope_scaling: rope_theta is missing"),
+        ({}, [None, {"rope_type": "ntk", "factor": 4, "truncate": False}], "truncate is False, which has no effect"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 64}},
+            [None, None],
+            "model.max_position_embeddings is 256, but model.rope_scaling says factor 2 x "
+            "original_max_position_embeddings 64 = 128 tokens",
+        ),
+        ({"max_position_embeddings": 128}, [None, None], "phases.b.seq_len is 256, longer than model.max_position_embeddings"),
+    ],
+)  # fmt: skip
+def test_factor_and_length_that_contradict_each_other(tmp_path, model, scalings, message):
+    """Refused before anything starts: with value, field, consequence and fix."""
+    phases = [
+        {**GOOD["phases"][0], "name": name, "seq_len": seq_len, "rope_scaling": scaling}
+        for name, seq_len, scaling in zip("ab", (64, 256), scalings, strict=True)
+    ]
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(tmp_path, {**GOOD, "model": {"preset": "cpu-tiny", **model}, "phases": phases}))
+
+
+def test_a_phase_reaches_as_far_as_its_scaling(tmp_path, monkeypatch):
+    """The model of a phase has the context of its own scaling, so that what is exported of it says no more; without a
+    factor it is the whole one."""
+    monkeypatch.chdir(ROOT)
+    yarn = {"rope_type": "yarn", "original_max_position_embeddings": 64}
+    scalings = [None, {**yarn, "factor": 2}, {**yarn, "factor": 8}, {"rope_type": "theta", "rope_theta": "2e4"}]
+    phases = [{**GOOD["phases"][0], "name": f"p{i}", "rope_scaling": scaling} for i, scaling in enumerate(scalings)]
+    recipe = load_recipe(write(tmp_path, {**GOOD, "phases": phases}))
+    assert [recipe.model_of(phase).max_position_embeddings for phase in recipe.phases] == [256, 128, 256, 256]
+    assert recipe.model_of(recipe.phases[3]).rope_scaling.rope_theta == 20000.0
+
+
 def test_contradictions_name_both_sides(tmp_path):
     """Cross-checks say the numbers of both fields and what to write instead."""
     tree = json.loads(json.dumps(GOOD))
