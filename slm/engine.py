@@ -33,7 +33,7 @@ from slm.data.batches import Batch
 from slm.errors import EnvironmentProblem, UserError
 from slm.losses import Distillation
 from slm.model.config import ModelConfig
-from slm.model.llama import Objective, SLMForCausalLM
+from slm.model.llama import Block, Objective, SLMForCausalLM
 from slm.optim import parameter_groups
 from slm.recipe import Optim, Phase, gradient_accumulation
 from slm.strategy import read_deepspeed
@@ -148,7 +148,7 @@ class Engine:
         if offload:
             build_cpu_adam()
         module = self.module = self._build_model(config, ds_config)
-        module.recompute = phase.activation_checkpointing == "full"
+        self._set_recomputation(phase)
         module.objective = objective
         if compile_blocks:
             # Each phase compiles for its own shapes: next to those of the phase before, they would be made dynamic.
@@ -186,6 +186,22 @@ class Engine:
         with torch.device(self.device):
             model = SLMForCausalLM(config, seed=None).to(DTYPES[self.precision])
         return model
+
+    def _set_recomputation(self, phase: Phase) -> None:
+        import deepspeed
+
+        self.module.recompute = phase.activation_checkpointing
+        self.module.offload_activations = phase.offload_activations and self.device.type == "cuda"
+        if phase.offload_activations and self.device.type != "cuda":
+            log.info(
+                "phases.%s.offload_activations does nothing here: on a CPU activations are in host memory", phase.name
+            )
+        for block in self.module.model.layers:
+            block.mlp_tile_tokens = phase.mlp_tile_tokens
+        if phase.mlp_tile_tokens is not None and self.stage == 3:
+            # Tiles use the weights of several modules without calling these, so they are gathered for the block: once,
+            # not once a tile, and their gradients arrive whole.
+            deepspeed.utils.set_z3_leaf_modules(self.module, [Block])
 
     # --- one step ------------------------------------------------------------------------------------------
 

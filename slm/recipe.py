@@ -78,7 +78,13 @@ class Phase(Section):
     schedule: Schedule = Field(Schedule(), description="learning rate over the phase")
     lr: Real | None = Field(None, gt=0, description="peak learning rate of this phase; null for optim.lr")
     loss: Loss = Field(Loss(), description="what is minimised")
-    activation_checkpointing: Literal["none", "full"] = Field("none", description="full: recompute each block")
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        "none", description="full: keep each block's input; selective: attention's output too, which is not run again"
+    )
+    offload_activations: bool = Field(False, description="what checkpointing keeps waits in host memory (on a GPU)")
+    mlp_tile_tokens: Count | None = Field(
+        None, gt=0, description="norm and MLP in tiles of so many tokens, for extreme lengths; null for all at once"
+    )
     deepspeed: str = Field("ds_configs/zero1.json", description="ZeRO strategy: a DeepSpeed JSON file")
 
     @property
@@ -180,6 +186,11 @@ class Recipe(Section):
             problems.append(
                 f"{at}.micro_batch is {phase.micro_batch}, which does not divide the {phase.global_batch} sequences "
                 f"of a step (batch_tokens / seq_len)"
+            )
+        if phase.offload_activations and phase.activation_checkpointing == "none":
+            problems.append(
+                f"{at}.offload_activations is true, but activation_checkpointing is none: there are no checkpoints to "
+                f"move, everything is kept; set activation_checkpointing to full or selective"
             )
         context = self.model.max_position_embeddings
         if phase.seq_len > context:

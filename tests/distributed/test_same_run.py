@@ -23,6 +23,20 @@ LAYOUTS = {
     "two-zero2-accumulate2": (2, ["micro_batch=2", "deepspeed=zero2"]),
     "two-zero3-accumulate4": (2, ["micro_batch=1", "deepspeed=zero3"]),
     "two-zero3-recompute": (2, ["micro_batch=4", "deepspeed=zero3", "activation_checkpointing=full"]),
+    "two-zero3-selective": (2, ["micro_batch=4", "deepspeed=zero3", "activation_checkpointing=selective"]),
+    "two-zero3-tiles": (2, ["micro_batch=4", "deepspeed=zero3", "mlp_tile_tokens=100"]),
+    "two-zero3-selective-tiles-accumulate2": (
+        2,
+        ["micro_batch=2", "deepspeed=zero3", "activation_checkpointing=selective", "mlp_tile_tokens=50"],
+    ),
+    "two-zero3-recompute-tiles": (
+        2,
+        ["micro_batch=4", "deepspeed=zero3", "activation_checkpointing=full", "mlp_tile_tokens=50"],
+    ),
+    "two-zero2-selective-tiles": (
+        2,
+        ["micro_batch=4", "deepspeed=zero2", "activation_checkpointing=selective", "mlp_tile_tokens=50"],
+    ),
     "two-zero2-offload": (2, ["micro_batch=4", "deepspeed=zero2_offload"]),
     "two-zero3-offload": (2, ["micro_batch=4", "deepspeed=zero3_offload"]),
 }
