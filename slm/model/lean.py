@@ -137,7 +137,10 @@ class _Tiled(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.function, ctx.tile_tokens = function, tile_tokens
         ctx.save_for_backward(x_BTE, *weights)
-        x_NE, out_BTE = x_BTE.reshape(-1, x_BTE.shape[-1]), torch.empty_like(x_BTE, memory_format=torch.contiguous_format)
+        x_NE, out_BTE = (
+            x_BTE.reshape(-1, x_BTE.shape[-1]),
+            torch.empty_like(x_BTE, memory_format=torch.contiguous_format),
+        )
         out_NE = out_BTE.view(x_NE.shape)
         for start in range(0, len(x_NE), tile_tokens):
             rows = slice(start, start + tile_tokens)

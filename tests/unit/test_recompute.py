@@ -51,7 +51,9 @@ def same_bits(a, b):
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("policy", ["full", "selective"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_recomputation_changes_no_bit_and_selective_runs_attention_once(tiny_config, policy, offload, compiled, monkeypatch):
+def test_recomputation_changes_no_bit_and_selective_runs_attention_once(
+    tiny_config, policy, offload, compiled, monkeypatch
+):
     """Against no recomputation, eager and compiled, with what is kept copied to host buffers and back, or not."""
     monkeypatch.setattr("slm.model.recompute._SMALLEST_BYTES", 0)
     torch._dynamo.reset()
