@@ -196,7 +196,8 @@ class Engine:
             log.info(
                 "phases.%s.offload_activations does nothing here: on a CPU activations are in host memory", phase.name
             )
-        for block in self.module.model.layers:
+        blocks: Any = self.module.model.layers
+        for block in blocks:
             block.mlp_tile_tokens = phase.mlp_tile_tokens
         if phase.mlp_tile_tokens is not None and self.stage == 3:
             # Tiles use the weights of several modules without calling these, so they are gathered for the block: once,

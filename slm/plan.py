@@ -100,7 +100,7 @@ def describe(recipe: Recipe, world_size: int) -> str:
 
 
 def _recomputation(phase: Phase, memory: ActivationMemory) -> str:
-    words = [phase.activation_checkpointing]
+    words: list[str] = [phase.activation_checkpointing]
     if phase.mlp_tile_tokens is not None:
         words.append(f"MLP in tiles of {phase.mlp_tile_tokens:,} tokens")
     if phase.offload_activations:
