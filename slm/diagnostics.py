@@ -19,6 +19,8 @@ from slm.strategy import zero_stage
 
 log = logging.getLogger("slm")
 
+_TILE_TOKENS = 8192  # large enough for full-speed matrix products
+
 
 class OutOfMemory(SLMError):
     exit_code = 77
@@ -75,7 +77,13 @@ def _out_of_memory(run_dir: Path, rank: int, device_type: str, phase: Phase, err
     if phase.micro_batch > 1:
         turns.append(f"phases.{phase.name}.micro_batch {phase.micro_batch} -> {phase.micro_batch // 2} (same maths)")
     if phase.activation_checkpointing == "none":
-        turns.append(f"phases.{phase.name}.activation_checkpointing: full (a third more time, the same maths)")
+        turns.append(
+            f"phases.{phase.name}.activation_checkpointing: selective, or full (up to a third more time, the same maths)"
+        )
+    elif not phase.offload_activations and device_type == "cuda":
+        turns.append(f"phases.{phase.name}.offload_activations: true")
+    if phase.mlp_tile_tokens is None and phase.seq_len * phase.micro_batch > 2 * _TILE_TOKENS:
+        turns.append(f"phases.{phase.name}.mlp_tile_tokens: {_TILE_TOKENS}")
     stage = zero_stage(phase.deepspeed)
     if stage < 3:
         turns.append(f"phases.{phase.name}.deepspeed: ds_configs/zero{stage + 1}.json, or one with offload")

@@ -31,11 +31,12 @@ from pydantic import ValidationError
 from slm import parallel
 from slm.data.batches import Batch
 from slm.errors import EnvironmentProblem, UserError
+from slm.layout import data_parallel, gradient_accumulation
 from slm.losses import Distillation
 from slm.model.config import ModelConfig
-from slm.model.llama import Objective, SLMForCausalLM, Visit
+from slm.model.llama import Block, Objective, SLMForCausalLM, Visit
 from slm.optim import parameter_groups
-from slm.recipe import Optim, Phase, data_parallel, gradient_accumulation
+from slm.recipe import Optim, Phase
 from slm.strategy import read_deepspeed
 
 log = logging.getLogger("slm")
@@ -165,7 +166,7 @@ class Engine:
         if offload:
             build_cpu_adam()
         module = self.module = self._build_model(config, ds_config, groups_of_ranks)
-        module.recompute = phase.activation_checkpointing == "full"
+        self._set_recomputation(phase)
         module.objective = objective
         module.share_sequences(phase.sequence_parallel)
         if compile_blocks:
@@ -210,6 +211,23 @@ class Engine:
         with torch.device(self.device):
             model = SLMForCausalLM(config, seed=None).to(DTYPES[self.precision])
         return model
+
+    def _set_recomputation(self, phase: Phase) -> None:
+        import deepspeed
+
+        self.module.recompute = phase.activation_checkpointing
+        self.module.offload_activations = phase.offload_activations and self.device.type == "cuda"
+        if phase.offload_activations and self.device.type != "cuda":
+            log.info(
+                "phases.%s.offload_activations does nothing here: on a CPU activations are in host memory", phase.name
+            )
+        blocks: Any = self.module.model.layers
+        for block in blocks:
+            block.mlp_tile_tokens = phase.mlp_tile_tokens
+        if phase.mlp_tile_tokens is not None and self.stage == 3:
+            # Tiles use the weights of several modules without calling these, so they are gathered for the block: once,
+            # not once a tile, and their gradients arrive whole.
+            deepspeed.utils.set_z3_leaf_modules(self.module, [Block])
 
     # --- one step ------------------------------------------------------------------------------------------
 

@@ -19,13 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from slm.activations import chunk_tokens
 from slm.distill.divergence import DIVERGENCES, FORMS, Cost, cost
 
 IGNORE = -100  # label of a position that has no target
-
-# Elements of one chunk of logits. Large enough for full-speed matrix products, small beside the activations: 80 MiB in
-# float32 on a CPU, 768 MiB of bfloat16 and float32 together on a GPU.
-_CHUNK_ELEMENTS = {"cpu": 5 << 22, "cuda": 1 << 27}
 
 
 @dataclass(frozen=True)
@@ -74,11 +71,6 @@ class Distillation:
                     raise ValueError("the form bucket needs log_tail_N, the mass outside of the entries")
             elif self.divergence != "forward":
                 raise ValueError(f"{self.divergence} is for buckets: a dense target is the whole forward KL")
-
-
-def chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """Tokens per chunk: a multiple of 64, at least 64."""
-    return max(64, _CHUNK_ELEMENTS[device_type] // vocab_size // 64 * 64)
 
 
 def linear_cross_entropy(

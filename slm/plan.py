@@ -1,6 +1,6 @@
-"""Arithmetic of a run, before it costs anything: parameters, steps, batch, FLOPs. No torch.
+"""Arithmetic of a run, before it costs anything: parameters, steps, batch, FLOPs, activation memory. No torch.
 
-Owns the FLOP conventions used everywhere; does not know memory or time yet.
+Owns the FLOP conventions used everywhere; the memory's formula is in activations.py. Does not know time yet.
 
     print(describe(recipe, world_size=8))
 
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slm.activations import POLICIES, ActivationMemory, activation_memory
 from slm.distill.settings import describe_loss
+from slm.layout import gradient_accumulation
 from slm.model.config import ModelConfig
-from slm.recipe import Phase, Recipe, gradient_accumulation
+from slm.recipe import Phase, Recipe
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool) -> float:
@@ -45,11 +47,23 @@ class PhasePlan:
     gradient_accumulation: int
     flops_full: float
     flops_causal: float
+    activations: dict[str, ActivationMemory]  # of one rank on a GPU, by policy, with the phase's tiles and offloading
 
 
 def plan_phase(recipe: Recipe, phase: Phase, world_size: int) -> PhasePlan:
     """Raises UserError if world_size does not divide the batch."""
     tokens = phase.num_steps * phase.batch_tokens
+    activations = {
+        policy: activation_memory(
+            recipe.model,
+            phase.micro_batch * phase.seq_len // phase.sequence_parallel,
+            policy,
+            tile_tokens=phase.mlp_tile_tokens,
+            offload=phase.offload_activations and policy != "none",
+            value_bytes=4 if recipe.precision == "float32" else 2,
+        )
+        for policy in POLICIES
+    }
     return PhasePlan(
         name=phase.name,
         steps=phase.num_steps,
@@ -58,6 +72,7 @@ def plan_phase(recipe: Recipe, phase: Phase, world_size: int) -> PhasePlan:
         gradient_accumulation=gradient_accumulation(phase, world_size),
         flops_full=tokens * flops_per_token(recipe.model, phase.seq_len, causal=False),
         flops_causal=tokens * flops_per_token(recipe.model, phase.seq_len, causal=True),
+        activations=activations,
     )
 
 
@@ -78,9 +93,25 @@ def describe(recipe: Recipe, world_size: int) -> str:
             + f" x micro-batch {phase.micro_batch} x {plan.gradient_accumulation} accumulated",
             f"  training FLOPs: {plan.flops_causal:.3e} causal, {plan.flops_full:.3e} full convention "
             "(unpacked sequences; packed documents need less attention)",
+            f"  peak activations a rank, GPU, {'float32' if recipe.precision == 'float32' else '16 bits'}: "
+            + ", ".join(f"{policy} {_gib(m.peak_bytes)}" for policy, m in plan.activations.items())
+            + f" (this phase: {_recomputation(phase, plan.activations[phase.activation_checkpointing])})",
             f"  learning rate: {phase.schedule.type}, peak {phase.lr or recipe.optim.lr:g}, "
             f"{phase.schedule.warmup_steps:,} warm-up steps; loss {phase.loss.type}; DeepSpeed {phase.deepspeed}",
         ]
         if phase.loss.type == "distill":
             lines += [f"  {line}" for line in describe_loss(phase.loss, recipe.teacher)]
     return "\n".join(lines)
+
+
+def _recomputation(phase: Phase, memory: ActivationMemory) -> str:
+    words: list[str] = [phase.activation_checkpointing]
+    if phase.mlp_tile_tokens is not None:
+        words.append(f"MLP in tiles of {phase.mlp_tile_tokens:,} tokens")
+    if phase.offload_activations:
+        words.append(f"{_gib(memory.host_bytes)} in host memory")
+    return ", ".join(words)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB"

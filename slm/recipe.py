@@ -22,6 +22,7 @@ from slm import strict_yaml
 from slm.distill.settings import Loss, Teacher, loss_problems
 from slm.errors import UserError
 from slm.fields import Count, Real, Section
+from slm.layout import sequence_problems
 from slm.model.config import PRESETS, ModelConfig, RopeScaling
 from slm.recall.settings import Recall, recall_problems
 from slm.strategy import deepspeed_problems, resolve_deepspeed
@@ -83,7 +84,13 @@ class Phase(Section):
     sequence_parallel: Count = Field(
         1, gt=0, description="ranks that share each sequence (Ulysses); the others share the batch"
     )
-    activation_checkpointing: Literal["none", "full"] = Field("none", description="full: recompute each block")
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        "none", description="full: keep each block's input; selective: attention's output too, which is not run again"
+    )
+    offload_activations: bool = Field(False, description="what checkpointing keeps waits in host memory (on a GPU)")
+    mlp_tile_tokens: Count | None = Field(
+        None, gt=0, description="norm and MLP in tiles of so many tokens, for extreme lengths; null for all at once"
+    )
     deepspeed: str = Field("ds_configs/zero1.json", description="ZeRO strategy: a DeepSpeed JSON file")
 
     @property
@@ -230,6 +237,11 @@ class Recipe(Section):
                 f"of a step (batch_tokens / seq_len)"
             )
         problems += sequence_problems(self.model, phase.seq_len, phase.sequence_parallel, at)
+        if phase.offload_activations and phase.activation_checkpointing == "none":
+            problems.append(
+                f"{at}.offload_activations is true, but activation_checkpointing is none: there are no checkpoints to "
+                f"move, everything is kept; set activation_checkpointing to full or selective"
+            )
         context = self.model.max_position_embeddings
         if phase.seq_len > context:
             problems.append(
@@ -484,53 +496,3 @@ def _deepspeed_problems(tree: dict[str, Any]) -> list[str]:
     phases = tree["phases"] if isinstance(tree.get("phases"), list) else []
     paths = [phase.get("deepspeed") for phase in phases if isinstance(phase, dict)]
     return [p for path in dict.fromkeys(paths) if isinstance(path, str) for p in deepspeed_problems(path)]
-
-
-# --- world size ------------------------------------------------------------------------------------------
-
-
-def sequence_problems(model: ModelConfig, seq_len: int, degree: int, at: str) -> list[str]:
-    """Why `degree` ranks cannot share a sequence of this model, in words."""
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    if heads % degree or (kv_heads % degree and degree % kv_heads):
-        fitting = [d for d in range(1, heads + 1) if heads % d == 0 and (kv_heads % d == 0 or d % kv_heads == 0)]
-        return [
-            f"{at}.sequence_parallel is {degree}, but inside attention each rank has some of the {heads} heads for the whole "
-            f"sequence, and {degree} ranks cannot have equally many of them and of the {kv_heads} key/value heads: use "
-            f"{', '.join(map(str, fitting))}"
-        ]
-    if seq_len % degree:
-        return [
-            f"{at}.seq_len is {seq_len}, which sequence_parallel {degree} does not divide: each rank has an equal part"
-        ]
-    return []
-
-
-def data_parallel(phase: Phase, world_size: int) -> int:
-    """Ranks, or groups of sequence_parallel ranks, that share a batch. Raises UserError if they are not whole."""
-    if world_size % phase.sequence_parallel:
-        raise UserError(
-            f"phases.{phase.name}.sequence_parallel is {phase.sequence_parallel}, which does not divide the {world_size} "
-            "ranks: some would have no part of a sequence",
-            fix=f"start a multiple of {phase.sequence_parallel} ranks, or set sequence_parallel to a divisor of {world_size}",
-        )
-    return world_size // phase.sequence_parallel
-
-
-def gradient_accumulation(phase: Phase, world_size: int) -> int:
-    """Micro-batches per rank and step. Raises UserError if the world does not divide the batch."""
-    data_world, degree = data_parallel(phase, world_size), phase.sequence_parallel
-    per_forward = phase.micro_batch * data_world
-    if phase.global_batch % per_forward:
-        fitting = [
-            w * degree for w in range(1, phase.global_batch + 1) if phase.global_batch % (w * phase.micro_batch) == 0
-        ]
-        shared = f" / sequence_parallel {degree}" if degree > 1 else ""
-        raise UserError(
-            f"phases.{phase.name}: a step has {phase.global_batch} sequences (batch_tokens {phase.batch_tokens} / "
-            f"seq_len {phase.seq_len}), which {world_size} ranks{shared} x micro_batch {phase.micro_batch} do not divide, so "
-            "ranks would do unequal work",
-            fix=f"use {', '.join(map(str, fitting[:8]))} ranks, another micro_batch, or batch_tokens = a multiple of "
-            f"{per_forward * phase.seq_len}",
-        )
-    return phase.global_batch // per_forward

@@ -26,8 +26,9 @@ from slm.distill.models import TeacherInfo, TeacherModel, check_teacher, describ
 from slm.distill.targets import top_k
 from slm.distill.wanted import Wanted, cache_spec, cached_teachers, misfit, misfits, open_cache, wanted_of
 from slm.errors import CorruptArtefact, UserError
+from slm.layout import sequence_problems
 from slm.losses import IGNORE, DenseTarget, Distillation, SparseTarget
-from slm.recipe import Phase, Recipe, sequence_problems
+from slm.recipe import Phase, Recipe
 
 log = logging.getLogger("slm")
 

@@ -246,3 +246,15 @@ def _backward(ctx, grad, _grad_lse):
 
 
 _packed_attention_cpu.register_autograd(_backward, setup_context=_save_for_backward)
+
+# --- for selective recomputation (recompute.py) ---------------------------------------------------------------
+
+# The operators that compute attention's output and log-sum-exp, one for each path above.
+KERNELS = {
+    torch.ops.slm.packed_attention_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,  # what varlen_attn dispatches
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}

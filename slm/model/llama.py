@@ -14,6 +14,7 @@ transformers' LlamaForCausalLM, so weights move without renaming.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -24,13 +25,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from slm import parallel
 from slm.losses import Distillation, chunk_tokens, linear_cross_entropy, linear_distillation, token_losses
 from slm.model.attention import cached_attention, packed_attention, padded_bounds
 from slm.model.config import ModelConfig
-from slm.model.lean import rms_norm, rotate, swiglu_down
+from slm.model.lean import norm_mlp, rms_norm, rotate, swiglu_down, tiled
+from slm.model.recompute import BlockStore, checkpointed
 from slm.model.rope import (
     angle_length,
     attention_factor,
@@ -157,6 +158,7 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
+        self.mlp_tile_tokens: int | None = None  # the norm and the MLP take this many tokens at once; None: all
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -168,7 +170,11 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
         x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), rope, piece_bounds, cache)
-        return x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        if self.mlp_tile_tokens is None or x_BTE.shape[:2].numel() <= self.mlp_tile_tokens:
+            return x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        weights = norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        return x_BTE + tiled(functools.partial(norm_mlp, norm.eps), self.mlp_tile_tokens, x_BTE, *weights)
 
 
 class Head(nn.Linear):
@@ -215,7 +221,8 @@ class SLMForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config = config.shape()
-        self.recompute = False  # full activation checkpointing of each block
+        self.recompute = "none"  # activation checkpointing of each block: none, full or selective
+        self.offload_activations = False  # what it keeps waits in host memory
         self.objective: Objective | None = None  # a loss of the user's own, instead of cross-entropy
         with _no_default_init():
             self.model = Decoder(config)
@@ -293,12 +300,15 @@ class SLMForCausalLM(nn.Module):
         rope = rotary_table(inv_freq, positions_BT, self._attention_factor)
         x_BTE = self.model.embed_tokens(tokens_BT)
         filled = int(cache.length_B.max()) + T if cache is not None else 0
+        store: BlockStore | None = None
         for i, block in enumerate(self.model.layers):
             if cache is not None:
                 layer_cache = (cache.keys[i], cache.values[i], cache.length_B, filled)
                 x_BTE = block(x_BTE, rope, piece_bounds, layer_cache)
-            elif self.recompute and torch.is_grad_enabled():
-                x_BTE = checkpoint(block, x_BTE, rope, piece_bounds, use_reentrant=False)
+            elif self.recompute != "none" and torch.is_grad_enabled():
+                store = BlockStore(before=store) if self.offload_activations else None
+                bound = functools.partial(block, rope=rope, piece_bounds=piece_bounds)
+                x_BTE = checkpointed(bound, x_BTE, keep_attention=self.recompute == "selective", store=store)
             else:
                 x_BTE = block(x_BTE, rope, piece_bounds)
         x_BTE = self.model.norm(x_BTE)

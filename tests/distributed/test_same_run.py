@@ -24,6 +24,16 @@ LAYOUTS = {
     "two-zero2-accumulate2": (2, ["micro_batch=2", "deepspeed=zero2"]),
     "two-zero3-accumulate4": (2, ["micro_batch=1", "deepspeed=zero3"]),
     "two-zero3-recompute": (2, ["micro_batch=4", "deepspeed=zero3", "activation_checkpointing=full"]),
+    "two-gathered-selective": (2, ["micro_batch=4", "deepspeed=gathered", "activation_checkpointing=selective"]),
+    "two-gathered-tiles": (2, ["micro_batch=4", "deepspeed=gathered", "mlp_tile_tokens=100"]),
+    "two-gathered-selective-tiles-accumulate2": (
+        2,
+        ["micro_batch=2", "deepspeed=gathered", "activation_checkpointing=selective", "mlp_tile_tokens=50"],
+    ),
+    "two-gathered-recompute-tiles": (
+        2,
+        ["micro_batch=4", "deepspeed=gathered", "activation_checkpointing=full", "mlp_tile_tokens=50"],
+    ),
     "two-zero2-offload": (2, ["micro_batch=4", "deepspeed=zero2_offload"]),
     "two-zero3-offload": (2, ["micro_batch=4", "deepspeed=zero3_offload"]),
     # Ranks that share sequences (Ulysses). The model has 2 key/value heads: four ranks each get a copy of one.
@@ -34,6 +44,16 @@ LAYOUTS = {
         ["sequence_parallel=2", "micro_batch=8", "deepspeed=zero2", "activation_checkpointing=full"],
     ),
     "sequence2-zero3-accumulate4": (2, ["sequence_parallel=2", "micro_batch=2", "deepspeed=zero3"]),
+    "sequence2-gathered-selective-tiles": (
+        2,
+        [
+            "sequence_parallel=2",
+            "micro_batch=8",
+            "deepspeed=gathered",
+            "activation_checkpointing=selective",
+            "mlp_tile_tokens=50",
+        ],
+    ),
     "sequence2-zero3-whole-buckets": (2, ["sequence_parallel=2", "micro_batch=8", "deepspeed=zero3_whole_buckets"]),
     "sequence2-zero2-offload": (2, ["sequence_parallel=2", "micro_batch=8", "deepspeed=zero2_offload"]),
     "sequence4-zero1": (4, ["sequence_parallel=4", "micro_batch=8", "deepspeed=zero1"]),
@@ -89,6 +109,10 @@ def runs(tmp_path_factory):
     }
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree))
+    # ZeRO-3 leaves weights this small whole on every rank; here it must split and gather them.
+    gathered = json.loads((CONFIGS / "zero3.json").read_text())
+    gathered["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "gathered.json").write_text(json.dumps(gathered))
     # What users may set themselves, and where DeepSpeed divides gradients by something else.
     strategy = json.loads((CONFIGS / "zero3.json").read_text())
     strategy["zero_optimization"]["reduce_scatter"] = False

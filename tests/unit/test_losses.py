@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slm import losses
+from slm import activations, losses
 from slm.losses import IGNORE, linear_cross_entropy, token_losses
 
 
@@ -19,7 +19,7 @@ def reference(hidden, weight, labels, z_loss):
 @pytest.mark.parametrize("chunk_elements", [1 << 22, 64 * 300])
 def test_loss_and_gradients_equal_float64(monkeypatch, z_loss, chunk_elements):
     """One chunk or four, with ignored labels, scaled afterwards as train_step does: 1e-5 of the float64 value."""
-    monkeypatch.setitem(losses._CHUNK_ELEMENTS, "cpu", chunk_elements)
+    monkeypatch.setitem(activations.LOGITS_CHUNK_ELEMENTS, "cpu", chunk_elements)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(230, 48, generator=generator)
     weight = torch.randn(300, 48, generator=generator) * 0.3
@@ -41,7 +41,7 @@ def test_loss_and_gradients_equal_float64(monkeypatch, z_loss, chunk_elements):
 
 def test_gradcheck_small_chunks(monkeypatch):
     """A bfloat16 weight keeps its dtype in the gradient and sums chunks in float32."""
-    monkeypatch.setitem(losses._CHUNK_ELEMENTS, "cpu", 64 * 100)
+    monkeypatch.setitem(activations.LOGITS_CHUNK_ELEMENTS, "cpu", 64 * 100)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(256, 32, generator=generator).bfloat16().requires_grad_()
     weight = (torch.randn(100, 32, generator=generator) * 0.3).bfloat16().requires_grad_()

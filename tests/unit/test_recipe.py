@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from slm.activations import activation_memory, kept_bytes_per_token
 from slm.errors import UserError
 from slm.fields import parse_count
+from slm.layout import gradient_accumulation
 from slm.model.config import ModelConfig
 from slm.optim import learning_rate, parameter_groups
 from slm.plan import describe, flops_per_token, plan_phase
-from slm.recipe import Optim, Schedule, dump_recipe, gradient_accumulation, json_schema, load_recipe
+from slm.recipe import Optim, Schedule, dump_recipe, json_schema, load_recipe
 from slm.strategy import deepspeed_problems
 
 ROOT = Path(__file__).parents[2]
@@ -321,6 +323,38 @@ def test_plan_needs_no_torch():
     """`slm plan` answers on a machine without torch, so it never imports it."""
     code = "import sys; sys.modules['torch'] = None; import slm.plan, slm.recipe, slm.data.order, slm.cli, slm; print('ok')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "ok\n"
+
+
+def test_activation_memory_of_the_1b_shape():
+    """The Llama 3.2 1B shape by hand: 128K tokens, 16 bits; tiles and offloading make less."""
+    config = ModelConfig.preset("llama3.2-1b")
+    per_token = {
+        policy: 16 * kept_bytes_per_token(config, policy, tiled=False, value_bytes=2)
+        for policy in ("full", "selective")
+    }
+    assert per_token == {"full": 64 * 1024, "selective": 130 * 1024}
+    m = activation_memory(config, 2**17, "selective")
+    assert m.kept_bytes == 130 * 1024 * 2**17
+    tiles = activation_memory(config, 2**17, "selective", tile_tokens=8192)
+    away = activation_memory(config, 2**17, "selective", tile_tokens=8192, offload=True)
+    assert (tiles.kept_bytes, away.host_bytes, away.kept_bytes) == (m.kept_bytes, m.kept_bytes, m.kept_bytes // 8)
+    assert m.peak_bytes - tiles.peak_bytes > 2**32
+    assert tiles.peak_bytes - away.peak_bytes > 2**33
+
+
+def test_offloading_nothing_is_refused(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="there are no checkpoints to move"):
+        load_recipe("recipes/quickstart.yaml", ["phases.main.offload_activations=true"])
+    phase = load_recipe(
+        "recipes/quickstart.yaml",
+        [
+            "phases.main.activation_checkpointing=full",
+            "phases.main.offload_activations=true",
+            "phases.main.mlp_tile_tokens=8Ki",
+        ],
+    ).phases[0]
+    assert (phase.offload_activations, phase.mlp_tile_tokens) == (True, 8192)
 
 
 def test_plan_counts(tmp_path, monkeypatch):
