@@ -84,7 +84,7 @@ def make_shards(
         write_job(output, job)
     units = group(cut(files, unit_bytes), unit_bytes)
     if engine != "reference" and loaded.use_fast_engine(_first_texts(units, reading)):
-        settings = replace(settings, fast_differences=loaded.fast_differences)
+        settings = replace(settings, fast=True)
         info["engine"] = loaded.info()["engine"]
     elif engine == "gigatoken":
         raise UserError(

@@ -53,7 +53,7 @@ class Settings:
     min_tokens: int = 0
     max_tokens: int | None = None
     deduplicate: bool = False
-    fast_differences: str | None = None  # None: the reference engine (SLMTokenizer.use_fast_engine)
+    fast: bool = False  # with SLMTokenizer.use_fast_engine
 
     @property
     def units(self) -> Path:
@@ -302,8 +302,8 @@ def _start_worker(settings: Settings) -> None:
     os.environ["RAYON_NUM_THREADS"] = "1"
     threading.Thread(target=_die_with_parent, daemon=True).start()
     tokenizer = load_tokenizer(settings.tokenizer)
-    if settings.fast_differences is not None:
-        tokenizer.use_fast_engine(differ=settings.fast_differences)
+    if settings.fast:
+        tokenizer.use_fast_engine()
     _worker = (tokenizer, settings)
 
 
