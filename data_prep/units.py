@@ -63,24 +63,33 @@ class Settings:
 class Split:
     """What a unit's shard of one split is made of; no file before the first document."""
 
-    def __init__(self, folder: Path, name: str, vocab_size: int, stack: ExitStack) -> None:
-        self._folder, self._name, self._vocab_size, self._stack = folder, name, vocab_size, stack
+    def __init__(self, folder: Path, name: str, tokenizer: SLMTokenizer, stack: ExitStack) -> None:
+        self._folder, self._name, self._vocab_size, self._stack = folder, name, len(tokenizer), stack
+        # Of each document (no BOS where the tokenizer has none).
+        self._before = np.array([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=np.int32)
+        self._after = np.array([tokenizer.eos_token_id], dtype=np.int32)
+        self.num_added = len(self._before) + len(self._after)
         self.writer: ShardWriter | None = None
         self.text_bytes = 0
-        self.docs: Counter[int] = Counter()  # by the power of two at or below their tokens
-        self.tokens: Counter[int] = Counter()
+        self._parts: list[np.ndarray] = []  # of documents that are not written yet
+        self._doc_tokens: list[int] = []
         self._origins = array("q")  # two numbers a document
 
     def add(self, ids: np.ndarray, text_bytes: int, origin: tuple[int, int]) -> None:
-        """origin: (which piece of the unit, where in it)."""
+        """ids: without BOS and EOS. origin: (which piece of the unit, where in it)."""
+        self._parts += (self._before, ids, self._after)
+        self._doc_tokens.append(len(ids) + self.num_added)
+        self.text_bytes += text_bytes
+        self._origins.extend(origin)
+
+    def write(self) -> None:
+        """What was added: many documents at once, for each call of numpy costs as much as the copying of a short one."""
+        if not self._parts:
+            return
         if self.writer is None:
             self.writer = self._stack.enter_context(ShardWriter(self._folder, self._name, vocab_size=self._vocab_size))
-        self.writer.add(ids)
-        self.text_bytes += text_bytes
-        bucket = 1 << (len(ids).bit_length() - 1)
-        self.docs[bucket] += 1
-        self.tokens[bucket] += len(ids)
-        self._origins.extend(origin)
+        self.writer.add_many(np.concatenate(self._parts), self._doc_tokens)
+        self._parts, self._doc_tokens = [], []
 
     def report(self, pieces: Sequence[Piece], engine: str) -> dict[str, Any] | None:
         """Writes NAME.src, int64 [num_docs, 2], so that a document can be traced to its line; the shard's entry."""
@@ -107,8 +116,18 @@ class Split:
             "engine": engine,  # a run that goes on may have another
             "sources": sources,
         }
-        lengths = {str(b): [self.docs[b], self.tokens[b]] for b in sorted(self.docs)}
-        return {"shard": entry, "text_bytes": self.text_bytes, "length_histogram": lengths}
+        return {
+            "shard": entry,
+            "text_bytes": self.text_bytes,
+            "length_histogram": length_histogram(np.array(self.writer.doc_tokens)),
+        }
+
+
+def length_histogram(doc_tokens: np.ndarray) -> dict[str, list[int]]:
+    """[documents, tokens] by the power of two at or below a document's tokens."""
+    powers = np.frexp(doc_tokens)[1] - 1  # exact: a float64 holds these lengths
+    docs, tokens = np.bincount(powers), np.bincount(powers, weights=doc_tokens)
+    return {str(1 << power): [int(docs[power]), int(tokens[power])] for power in np.flatnonzero(docs).tolist()}
 
 
 class _Reader:
@@ -163,23 +182,29 @@ def encode_unit(tokenizer: SLMTokenizer, settings: Settings, index: int, pieces:
     filtered: Counter[str] = Counter()
     num_duplicates = number = 0
     with ExitStack() as stack:
-        splits = {s: Split(settings.output / s, name, len(tokenizer), stack) for s in SPLITS}
+        train, validation = (Split(settings.output / s, name, tokenizer, stack) for s in SPLITS)
         for batch in _batches(reader.documents()):
-            for ids, (text, origin) in zip(_encode(tokenizer, [text for text, _ in batch]), batch, strict=True):
+            for ids, (text, origin) in zip(tokenizer.encode_batch([text for text, _ in batch]), batch, strict=True):
                 number += 1
+                num_tokens = len(ids) + train.num_added
                 if number - 1 in dropped:
                     num_duplicates += 1
-                elif len(ids) < settings.min_tokens:
+                elif num_tokens < settings.min_tokens:
                     filtered[f"fewer than {settings.min_tokens} tokens"] += 1
-                elif settings.max_tokens is not None and len(ids) > settings.max_tokens:
+                elif settings.max_tokens is not None and num_tokens > settings.max_tokens:
                     filtered[f"more than {settings.max_tokens} tokens"] += 1
                 else:
                     data = text.encode()
-                    held_out = is_validation(hashlib.sha256(data).digest(), settings.validation_fraction)
-                    splits[SPLITS[held_out]].add(ids, len(data), origin)
+                    held_out = is_validation(data, settings.validation_fraction)
+                    (validation if held_out else train).add(ids, len(data), origin)
+            train.write()
+            validation.write()
     # Examples name their place in `lines`: how many lines of the file came before is known when all units are.
     report: dict[str, Any] = {
-        "splits": {s: splits[s].report(pieces, tokenizer.info()["engine"]) for s in SPLITS},
+        "splits": {
+            s: split.report(pieces, tokenizer.info()["engine"])
+            for s, split in zip(SPLITS, (train, validation), strict=True)
+        },
         "read": reader.num_read,
         "rejected": dict(sorted(reader.rejected.items())),
         "replaced": dict(sorted(reader.replaced.items())),
@@ -203,9 +228,9 @@ def hash_unit(settings: Settings, index: int, pieces: Sequence[Piece]) -> None:
     atomic_write(hashes_path(settings.units, index), b"".join(digests))
 
 
-def is_validation(digest: bytes, fraction: float) -> bool:
+def is_validation(text: bytes, fraction: float) -> bool:
     """Decided by the text's SHA-256: copies of a document are on the same side, in any order and any run."""
-    return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
+    return fraction > 0 and int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < fraction * 2.0**64
 
 
 def _batches(documents: Iterable[tuple[str, tuple[int, int]]]) -> Iterator[list[tuple[str, tuple[int, int]]]]:
@@ -218,14 +243,6 @@ def _batches(documents: Iterable[tuple[str, tuple[int, int]]]) -> Iterator[list[
             batch, room = [], _BATCH_BYTES
     if batch:
         yield batch
-
-
-def _encode(tokenizer: SLMTokenizer, texts: list[str]) -> Iterator[np.ndarray]:
-    """BOS … EOS for each text (no BOS where the tokenizer has none)."""
-    before = np.array([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=np.int32)
-    after = np.array([tokenizer.eos_token_id], dtype=np.int32)
-    for ids in tokenizer.encode_batch(texts):
-        yield np.concatenate([before, ids, after])
 
 
 def report_path(units: Path, index: int) -> Path:

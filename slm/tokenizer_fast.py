@@ -64,6 +64,7 @@ class FastEncoder:
         self._differs = np.zeros(sys.maxunicode + 1, dtype=bool)
         self._is_tried[0xD800:0xE000] = self._differs[0xD800:0xE000] = True  # no text has them
         self._try(np.arange(0x80))
+        self._ascii_differs = bool(self._differs[:0x80].any())
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # A loop: its own batch goes through another array type and is slower on one core.
@@ -71,7 +72,7 @@ class FastEncoder:
 
     def _must_avoid(self, text: str) -> bool:
         if text.isascii():
-            return bool(self._differs[:0x80].any())
+            return self._ascii_differs
         for at in range(0, len(text), 1 << 20):
             codes = np.frombuffer(text[at : at + (1 << 20)].encode("utf-32-le", "surrogatepass"), "<u4")
             if not self._is_tried[codes].all():
@@ -86,12 +87,12 @@ class FastEncoder:
         self._is_tried[codes] = True
 
     def _encode_probes(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.asarray(self._probe.encode(text)) for text in texts]
+        return [self._probe.encode(text) for text in texts]
 
     def _encode(self, text: str) -> np.ndarray:
         if self._must_avoid(text):
             return self._reference([text])[0]
-        return np.asarray(self._tokenizer.encode(text)).astype(np.int32)
+        return self._tokenizer.encode(text).view(np.int32)
 
 
 def fast_encoder(engine: RanksEngine) -> FastEncoder | None:
