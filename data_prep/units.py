@@ -1,10 +1,10 @@
-"""One unit of work: a fixed part of the corpus becomes one shard of each split, and a report; the worker processes.
+"""One unit of work: a fixed part of the corpus becomes one shard of each split, and a report; the worker processes and threads.
 
 Owns what is done to a unit and by whom on this machine; which units there are is shards.py's, who takes which claims.py's.
 A unit depends on nothing but the corpus and the settings, so any number of workers gives the same bytes. Its report,
 units/NNNNN.json, is its last file: a unit without one is done again.
 
-    report = encode_unit(tokenizer, settings, index, pieces)
+    report = encode_unit(tokenizer, settings, index, pieces, threading.Event())
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,11 +130,15 @@ def length_histogram(doc_tokens: np.ndarray) -> dict[str, list[int]]:
     return {str(1 << power): [int(docs[power]), int(tokens[power])] for power in np.flatnonzero(docs).tolist()}
 
 
+class Stopped(Exception):
+    """Another thread has failed, or Ctrl-C was heard: what is under way is left, and done again another time."""
+
+
 class _Reader:
     """A unit's records, counted: documents out, and the others by reason."""
 
-    def __init__(self, settings: Settings, pieces: Sequence[Piece]) -> None:
-        self._settings, self._pieces = settings, pieces
+    def __init__(self, settings: Settings, pieces: Sequence[Piece], stop: threading.Event) -> None:
+        self._settings, self._pieces, self._stop = settings, pieces, stop
         self.num_read = self.bad_tree_files = self.bad_tree_bytes = 0
         self.rejected: Counter[str] = Counter()
         self.replaced: Counter[str] = Counter()
@@ -146,6 +150,8 @@ class _Reader:
         for index, piece in enumerate(self._pieces):
             line = 0
             for record in read_piece(piece, self._settings.reading):
+                if self._stop.is_set():
+                    raise Stopped
                 line = record.line
                 self.num_read += 1
                 if record.problem:
@@ -171,9 +177,11 @@ class _Reader:
             self.bad_tree_files, self.bad_tree_bytes = self.bad_tree_files + 1, self.bad_tree_bytes + piece.file.size
 
 
-def encode_unit(tokenizer: SLMTokenizer, settings: Settings, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Writes the shards of one unit and, last, its report, which it returns."""
-    reader = _Reader(settings, pieces)
+def encode_unit(
+    tokenizer: SLMTokenizer, settings: Settings, index: int, pieces: Sequence[Piece], stop: threading.Event
+) -> dict[str, Any]:
+    """Writes the shards of one unit and, last, its report, which it returns. Raises Stopped soon after stop is set."""
+    reader = _Reader(settings, pieces, stop)
     name = f"shard-{index:05d}"
     for split in SPLITS:  # of a worker that was killed here
         for leftover in (settings.output / split).glob(f".{name}.*.tmp"):
@@ -221,9 +229,9 @@ def encode_unit(tokenizer: SLMTokenizer, settings: Settings, index: int, pieces:
     return report
 
 
-def hash_unit(settings: Settings, index: int, pieces: Sequence[Piece]) -> None:
+def hash_unit(settings: Settings, index: int, pieces: Sequence[Piece], stop: threading.Event) -> None:
     """Writes the hashes of a unit's documents, in order, for finding duplicates before anything is encoded."""
-    reader = _Reader(settings, pieces)
+    reader = _Reader(settings, pieces, stop)
     digests = (hashlib.sha256(text.encode()).digest()[:HASH_BYTES] for text, _ in reader.documents())
     atomic_write(hashes_path(settings.units, index), b"".join(digests))
 
@@ -265,26 +273,32 @@ def earlier_report(settings: Settings, index: int) -> dict[str, Any] | None:
         return None
 
 
-# --- worker processes ----------------------------------------------------------------------------------------
+# --- worker processes and threads --------------------------------------------------------------------------------
 
 
 class Pool:
-    """Worker processes of this machine, or none: with one, the work is done here when it is submitted."""
+    """Worker processes of this machine; or threads of this process; or neither: the work is then done when it is submitted."""
 
-    def __init__(self, settings: Settings, tokenizer: SLMTokenizer, processes: int) -> None:
-        self.processes, self._settings, self._tokenizer = processes, settings, tokenizer
+    def __init__(self, settings: Settings, tokenizer: SLMTokenizer, processes: int, threads: int) -> None:
+        self.workers, self._settings, self._tokenizer = max(processes, threads), settings, tokenizer
         self._before = set(multiprocessing.active_children())
-        self._pool: ProcessPoolExecutor | None = None
+        self._stop = threading.Event()
+        self._pool: Executor | None = None
         if processes > 1:
             # spawn, not fork: the tokenizers' own threads do not survive a fork.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(settings,))
+        elif threads > 1:
+            self._pool = ThreadPoolExecutor(threads, "units")
 
     def submit(self, stage: str, index: int, pieces: Sequence[Piece]) -> Future[Any]:
-        if self._pool is not None:
+        if isinstance(self._pool, ProcessPoolExecutor):
             return self._pool.submit(_work, stage, index, pieces)
+        here = (self._tokenizer, self._settings, stage, index, pieces, self._stop)
+        if self._pool is not None:
+            return self._pool.submit(_do, *here)
         future: Future[Any] = Future()
-        future.set_result(_do(self._tokenizer, self._settings, stage, index, pieces))
+        future.set_result(_do(*here))
         return future
 
     def __enter__(self) -> Pool:
@@ -294,15 +308,24 @@ class Pool:
         if self._pool is None:
             return
         if kind is not None:  # what is under way is ended, and done again another time
+            self._stop.set()
             for child in set(multiprocessing.active_children()) - self._before:
                 child.terminate()
-        self._pool.shutdown(wait=kind is None, cancel_futures=kind is not None)
+        wait = kind is None or isinstance(self._pool, ThreadPoolExecutor)
+        self._pool.shutdown(wait=wait, cancel_futures=kind is not None)
 
 
-def _do(tokenizer: SLMTokenizer, settings: Settings, stage: str, index: int, pieces: Sequence[Piece]) -> Any:
+def _do(
+    tokenizer: SLMTokenizer,
+    settings: Settings,
+    stage: str,
+    index: int,
+    pieces: Sequence[Piece],
+    stop: threading.Event,
+) -> Any:
     if stage == "hash":
-        return hash_unit(settings, index, pieces)
-    return encode_unit(tokenizer, settings, index, pieces)
+        return hash_unit(settings, index, pieces, stop)
+    return encode_unit(tokenizer, settings, index, pieces, stop)
 
 
 _worker: tuple[SLMTokenizer, Settings] | None = None  # of a worker process
@@ -334,4 +357,4 @@ def _die_with_parent() -> None:
 
 def _work(stage: str, index: int, pieces: Sequence[Piece]) -> Any:
     assert _worker is not None
-    return _do(*_worker, stage, index, pieces)
+    return _do(*_worker, stage, index, pieces, threading.Event())

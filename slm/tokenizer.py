@@ -184,13 +184,15 @@ class SLMTokenizer:
             return (self._fast or self._engine).encode_batch(texts)
         return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
-    def use_fast_engine(self, texts: Iterable[str] = ()) -> bool:
+    def use_fast_engine(self, texts: Iterable[str] = (), *, in_threads: bool = False) -> bool:
         """Lets `encode_batch` run on gigatoken if it is installed and encodes HARD_TEXTS and `texts` exactly as the engine
         so far; whether it does. Only byte-level BPE has a faster engine; without one `texts` are not looked at.
+
+        in_threads: several threads will call `encode_batch` at once.
         """
         if not isinstance(self._engine, RanksEngine) or self._added_pattern is not None:
             return False
-        fast = fast_encoder(self._engine)
+        fast = fast_encoder(self._engine, in_threads)
         if fast is None:
             return False
         different = first_difference(fast.encode_batch, self._engine.encode_batch, [*HARD_TEXTS, *texts])

@@ -10,6 +10,7 @@ caller's own.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 
@@ -45,14 +46,15 @@ HARD_TEXTS = (
 class FastEncoder:
     """encode_batch as that of `engine`, several times faster; `version` names the library. Texts with a character that the two
     cut differently go to `engine`. Each character is tried before the first text with it is encoded: of all that there are a
-    corpus has few."""
+    corpus has few. in_threads: several threads are to encode at once."""
 
-    def __init__(self, engine: RanksEngine) -> None:
+    def __init__(self, engine: RanksEngine, in_threads: bool = False) -> None:
         from importlib.metadata import version
 
         import gigatoken
 
         self.version = f"gigatoken {version('gigatoken')}"
+        self._in_threads = in_threads
         # Without added tokens, which gigatoken would find inside ordinary text.
         self._tokenizer = gigatoken.Tokenizer.from_json(orjson.dumps(engine.content({}, {}, None)))
         self._reference = engine.encode_batch
@@ -67,8 +69,22 @@ class FastEncoder:
         self._ascii_differs = bool(self._differs[:0x80].any())
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # A loop: its own batch goes through another array type and is slower on one core.
-        return [self._encode(text) for text in texts]
+        avoided = [self._must_avoid(text) for text in texts]
+        encoded = iter(self._encode([text for text, avoid in zip(texts, avoided, strict=True) if not avoid]))
+        return [
+            self._reference([text])[0] if avoid else next(encoded).view(np.int32)
+            for text, avoid in zip(texts, avoided, strict=True)
+        ]
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        if (
+            not self._in_threads
+        ):  # a loop: its own batch goes through another library, whose import takes a fifth of a second
+            return [self._tokenizer.encode(text) for text in texts]
+        # Its own batch lets other threads of Python run; two at once wait for each other, as they share what it remembers.
+        rows = self._tokenizer.encode_batch(texts, parallel=False).layout
+        ids = rows.content.data
+        return [ids[start:end] for start, end in itertools.pairwise(rows.offsets.data.tolist())]
 
     def _must_avoid(self, text: str) -> bool:
         if text.isascii():
@@ -89,15 +105,10 @@ class FastEncoder:
     def _encode_probes(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._probe.encode(text) for text in texts]
 
-    def _encode(self, text: str) -> np.ndarray:
-        if self._must_avoid(text):
-            return self._reference([text])[0]
-        return self._tokenizer.encode(text).view(np.int32)
 
-
-def fast_encoder(engine: RanksEngine) -> FastEncoder | None:
+def fast_encoder(engine: RanksEngine, in_threads: bool = False) -> FastEncoder | None:
     try:
-        return FastEncoder(engine)
+        return FastEncoder(engine, in_threads)
     except Exception:  # not installed; or of any class, for a pattern that it does not know
         return None
 

@@ -200,7 +200,7 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path, slm_data, trained):
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_workers_end_with_their_parent(tmp_path, trained, stop, code):
     """No worker is left behind, waiting for ever, when the main process is killed or hears Ctrl-C."""
-    corpus = write_jsonl(tmp_path / "a.jsonl", texts_of(12_000, words=400))
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts_of(3000, words=400))
     command = [sys.executable, "-m", "data_prep.cli", "shards", corpus, "--tokenizer", trained, "--shard-bytes", "30k"]
     process = subprocess.Popen(
         [*map(str, command), "--processes", "2", "--output", str(tmp_path / "o")], cwd=REPOSITORY

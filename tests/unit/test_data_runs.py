@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -235,3 +236,32 @@ def test_one_process_alone_never_waits(corpus, trained, tmp_path, monkeypatch):
     shards.make_shards([corpus], str(trained), tmp_path / "out", processes=1, shard_bytes=20_000)
     assert len(list((tmp_path / "out" / "train").glob("*.bin"))) > 3
     assert not slept
+
+
+def test_the_threads_of_one_process_end_together(corpus, trained, tmp_path, monkeypatch):
+    """Two threads write what one writes; when one fails the other leaves its unit, and the same command goes on."""
+    monkeypatch.setattr(shards, "_cores", lambda: 2)
+    encode, num_calls = SLMTokenizer.encode_batch, 0
+    other_has_begun = threading.Event()
+
+    def failing(self, texts):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 4:
+            assert other_has_begun.wait(timeout=30)
+            raise OSError("as a failing disk")
+        if num_calls > 4:
+            other_has_begun.set()
+            time.sleep(0.1)
+        return encode(self, texts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SLMTokenizer, "encode_batch", failing)
+        with pytest.raises(OSError, match="failing disk"):
+            shards.make_shards([corpus], str(trained), tmp_path / "out", processes=1, shard_bytes=20_000)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("units")]
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    shards.make_shards([corpus], str(trained), tmp_path / "out", processes=1, shard_bytes=20_000)
+    monkeypatch.setattr(shards, "_cores", lambda: 1)
+    shards.make_shards([corpus], str(trained), tmp_path / "alone", processes=1, shard_bytes=20_000)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
