@@ -287,7 +287,9 @@ class Pool:
         if processes > 1:
             # spawn, not fork: the tokenizers' own threads do not survive a fork.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(settings,))
+            # Byte-level BPE is sent, which takes a tenth of the time of reading its file; a user's class may not be sendable.
+            sent = tokenizer if tokenizer.kind == "bpe" else None
+            self._pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(settings, sent))
         elif threads > 1:
             self._pool = ThreadPoolExecutor(threads, "units")
 
@@ -331,7 +333,7 @@ def _do(
 _worker: tuple[SLMTokenizer, Settings] | None = None  # of a worker process
 
 
-def _start_worker(settings: Settings) -> None:
+def _start_worker(settings: Settings, tokenizer: SLMTokenizer | None) -> None:
     global _worker
     import signal
 
@@ -341,7 +343,8 @@ def _start_worker(settings: Settings) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
     os.environ["RAYON_NUM_THREADS"] = "1"
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    tokenizer = load_tokenizer(settings.tokenizer)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(settings.tokenizer)
     if settings.fast:
         tokenizer.use_fast_engine()
     _worker = (tokenizer, settings)

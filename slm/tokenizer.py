@@ -156,6 +156,10 @@ class SLMTokenizer:
             "pad_id": self.pad_token_id,
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which asks use_fast_engine itself."""
+        return {**self.__dict__, "_fast": None}
+
     def __repr__(self) -> str:
         return f"SLMTokenizer({self.kind}, {len(self)} tokens)"
 

@@ -112,6 +112,9 @@ class RanksEngine(Engine):
         self.max_id = max(self._bytes)
         self._encoding = tiktoken.Encoding("slm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RanksEngine, (self._ranks, self.pattern)
+
     def encode(self, text: str, allow_special: bool) -> list[int]:
         return self._encode_array(text).tolist()
 
