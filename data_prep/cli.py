@@ -109,7 +109,9 @@ def shards(
     tokenizer: Annotated[str, typer.Option(help="a tokenizer's folder or file, or module:Class")],
     output: Annotated[Path, typer.Option(help="folder for train/ and validation/")],
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out, by their hash")] = 0.02,
-    processes: Annotated[int | None, typer.Option(help="default: one a core; any number gives the same bytes")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="default: one a core; one alone uses two; any number gives the same bytes")
+    ] = None,
     text_key: TextKey = "text",
     max_bad_fraction: MaxBad = 0.01,
     on_bad: Annotated[

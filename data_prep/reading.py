@@ -268,7 +268,7 @@ def _text_record(text: Any, reading: Reading, line: int, at: int, problem: str =
             if reading.on_bad != "replace":
                 return Record(None, LONE_SURROGATE, line, at)
             text, problem = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), LONE_SURROGATE
-    if not text.strip():
+    if not text or text.isspace():
         return Record(None, EMPTY, line, at)
     return Record(text, problem, line, at)
 

@@ -83,8 +83,10 @@ def make_shards(
     else:
         write_job(output, job)
     units = group(cut(files, unit_bytes), unit_bytes)
-    if engine != "reference" and loaded.use_fast_engine(_first_texts(units, reading)):
-        settings = replace(settings, fast_differences=loaded.fast_differences)
+    num_processes = min(_processes(processes, share), len(units))
+    threads = _threads(num_processes, share, loaded)
+    if engine != "reference" and loaded.use_fast_engine(_first_texts(units, reading), in_threads=threads > 1):
+        settings = replace(settings, fast=True)
         info["engine"] = loaded.info()["engine"]
     elif engine == "gigatoken":
         raise UserError(
@@ -101,7 +103,7 @@ def make_shards(
         if _is_complete(output):  # another process was faster
             return _finished(output)
         settings.units.mkdir(exist_ok=True)
-        with Pool(settings, loaded, min(_processes(processes, share), len(units))) as pool:
+        with Pool(settings, loaded, num_processes, threads) as pool:
             reports = _all_stages(pool, settings, units, share, max_bad_fraction)
         with claim(settings.units / "manifest.lock"):
             if _is_complete(output):
@@ -214,8 +216,17 @@ def _check(settings: Settings, processes: int | None, max_bad: float, shard_byte
 def _processes(wanted: int | None, share: Share) -> int:
     if wanted is None and share.comm is not None:
         return 1  # the ranks are the processes
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return wanted or available
+    return wanted or _cores()
+
+
+def _threads(processes: int, share: Share, tokenizer: SLMTokenizer) -> int:
+    """One process alone uses a second core: while one thread encodes, which needs no lock of Python's, another reads, counts
+    and writes. A third would wait for that lock. Not with a class of a user's, which may not stand two threads."""
+    return 2 if processes == 1 and share.count == 1 and _cores() > 1 and tokenizer.kind == "bpe" else 1
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _load(spec: str) -> tuple[SLMTokenizer, dict[str, Any]]:
@@ -300,7 +311,7 @@ def _stage(
             left = len(pending)
             taken = {index for index, _ in running.values()}
             for index in [i for i in pending if i not in taken]:
-                if len(running) > pool.processes:  # one more than can run: no worker waits for its next
+                if len(running) > pool.workers:  # one more than can run: no worker waits for its next
                     break
                 if done(index) is not None:
                     finish(index)

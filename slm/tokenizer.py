@@ -43,10 +43,8 @@ from slm.tokenizer_engines import (
 from slm.tokenizer_fast import (
     HARD_TEXTS,
     FastEncoder,
-    characters_that_differ,
     fast_encoder,
     first_difference,
-    probe_ranks,
 )
 
 log = logging.getLogger("slm")
@@ -158,6 +156,10 @@ class SLMTokenizer:
             "pad_id": self.pad_token_id,
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which asks use_fast_engine itself."""
+        return {**self.__dict__, "_fast": None}
+
     def __repr__(self) -> str:
         return f"SLMTokenizer({self.kind}, {len(self)} tokens)"
 
@@ -186,22 +188,15 @@ class SLMTokenizer:
             return (self._fast or self._engine).encode_batch(texts)
         return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
-    def use_fast_engine(self, texts: Iterable[str] = (), differ: str | None = None) -> bool:
+    def use_fast_engine(self, texts: Iterable[str] = (), *, in_threads: bool = False) -> bool:
         """Lets `encode_batch` run on gigatoken if it is installed and encodes HARD_TEXTS and `texts` exactly as the engine
         so far; whether it does. Only byte-level BPE has a faster engine; without one `texts` are not looked at.
 
-        differ: what `fast_differences` gave where it was asked before; None finds it out.
+        in_threads: several threads will call `encode_batch` at once.
         """
         if not isinstance(self._engine, RanksEngine) or self._added_pattern is not None:
             return False
-        if differ is None:
-            probe = RanksEngine(probe_ranks(), self._engine.pattern)
-            prober = fast_encoder(str(probe.files({}, {}, None, Path())["tokenizer.json"]))
-            if prober is None:
-                return False
-            differ = characters_that_differ(prober.encode_batch, probe.encode_batch)
-        own = str(self._engine.files({}, {}, None, Path())["tokenizer.json"])
-        fast = fast_encoder(own, differ, self._engine.encode_batch)
+        fast = fast_encoder(self._engine, in_threads)
         if fast is None:
             return False
         different = first_difference(fast.encode_batch, self._engine.encode_batch, [*HARD_TEXTS, *texts])
@@ -215,11 +210,6 @@ class SLMTokenizer:
             return False
         self._fast = fast
         return True
-
-    @property
-    def fast_differences(self) -> str:
-        """Characters whose texts the fast engine leaves to the reference."""
-        return self._fast.differ if self._fast else ""
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text. An id without a token, and bytes that are no UTF-8, become U+FFFD."""

@@ -112,6 +112,9 @@ class RanksEngine(Engine):
         self.max_id = max(self._bytes)
         self._encoding = tiktoken.Encoding("slm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RanksEngine, (self._ranks, self.pattern)
+
     def encode(self, text: str, allow_special: bool) -> list[int]:
         return self._encode_array(text).tolist()
 
@@ -145,7 +148,12 @@ class RanksEngine(Engine):
     def files(
         self, special: dict[str, int], added: dict[str, int], bos_id: int | None, folder: Path
     ) -> dict[str, bytes | str]:
-        spelled = {token: "".join(_BYTE_CHARACTERS[b] for b in token) for token in self._ranks}
+        content = self.content(special, added, bos_id)
+        return {"tokenizer.json": json.dumps(content, indent=1, ensure_ascii=False) + "\n"}
+
+    def content(self, special: dict[str, int], added: dict[str, int], bos_id: int | None) -> dict[str, Any]:
+        """Of its tokenizer.json."""
+        spelled = {token: token.decode("latin-1").translate(_CHARACTER_OF_BYTE) for token in self._ranks}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         content: dict[str, Any] = {
@@ -183,7 +191,7 @@ class RanksEngine(Engine):
                 "pair": [*first, {"Sequence": {"id": "B", "type_id": 1}}],
                 "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
             }
-        return {"tokenizer.json": json.dumps(content, indent=1, ensure_ascii=False) + "\n"}
+        return content
 
 
 def _byte_characters() -> list[str]:
@@ -193,8 +201,9 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in visible else chr(next(others)) for byte in range(256)]
 
 
-_BYTE_CHARACTERS = _byte_characters()
-_CHARACTER_BYTES = {character: byte for byte, character in enumerate(_BYTE_CHARACTERS)}
+_CHARACTER_OF_BYTE = dict(enumerate(_byte_characters()))
+# For str.translate: a character that stands for no byte becomes one that latin-1 refuses.
+_BYTE_OF_CHARACTER = dict.fromkeys(range(256), 0xFFFF) | {ord(c): byte for byte, c in _CHARACTER_OF_BYTE.items()}
 
 
 def all_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
@@ -204,8 +213,11 @@ def all_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     listed (as in the tokenizer.json of Llama 3) both give the same ids.
     """
     for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        yield from sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        cuts = range(1, len(token))
+        pairs = [(left, right) for i in cuts if (left := token[:i]) in ranks and (right := token[i:]) in ranks]
+        if len(pairs) > 1:
+            pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        yield from pairs
 
 
 def ranks_of_json(content: dict[str, Any]) -> tuple[str, dict[bytes, int]] | None:
@@ -237,10 +249,11 @@ def ranks_of_json(content: dict[str, Any]) -> tuple[str, dict[bytes, int]] | Non
     try:
         if len(set(vocab.values())) != len(vocab):
             raise ValueError("two tokens of its vocabulary have the same id")
-        ranks = {bytes([_CHARACTER_BYTES[c] for c in token]): id_ for token, id_ in vocab.items()}
+        spelled = {token: token.translate(_BYTE_OF_CHARACTER).encode("latin-1") for token in vocab}
+        ranks = {spelled[token]: id_ for token, id_ in vocab.items()}
         pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
-        merges = [tuple(bytes([_CHARACTER_BYTES[c] for c in part]) for part in pair) for pair in pairs]
-    except KeyError:
+        merges = [tuple(map(spelled.__getitem__, pair)) for pair in pairs]
+    except (KeyError, UnicodeEncodeError):
         return None
     if any(bytes([byte]) not in ranks for byte in range(256)) or set(merges) != set(all_merges(ranks)):
         return None
@@ -271,7 +284,7 @@ def train_ranks(texts: Iterable[str], num_tokens: int) -> dict[bytes, int]:
     )
     tokenizer.train_from_iterator(_nonempty(texts), trainer)
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return {bytes([_CHARACTER_BYTES[c] for c in token]): rank for rank, (token, _) in enumerate(vocab)}
+    return {token.translate(_BYTE_OF_CHARACTER).encode("latin-1"): rank for rank, (token, _) in enumerate(vocab)}
 
 
 def _nonempty(texts: Iterable[str]) -> Iterator[str]:

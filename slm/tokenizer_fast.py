@@ -1,19 +1,23 @@
 """gigatoken in place of tiktoken for encoding many texts, where it is installed and gives the very same ids.
 
-Owns that optional library and the proof that it may be used: every character there is, cut by the same pattern (those that the
-two libraries' versions of Unicode see differently are left to the reference), a fixed set of hard strings, and texts of the
+Owns that optional library and the proof that it may be used: every character of the texts, cut by the same pattern (those that
+the two libraries' versions of Unicode see differently are left to the reference), a fixed set of hard strings, and texts of the
 caller's own.
 
-    encoder = fast_encoder(tokenizer_json)          # None: not installed, or it cannot read this tokenizer
+    encoder = fast_encoder(engine)                  # None: not installed, or it cannot read this tokenizer
     difference = first_difference(encoder, reference_encode_batch, texts)
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import orjson
+
+from slm.tokenizer_engines import RanksEngine
 
 EncodeBatch = Callable[[Sequence[str]], list[np.ndarray]]
 
@@ -40,43 +44,71 @@ HARD_TEXTS = (
 
 
 class FastEncoder:
-    """encode_batch as RanksEngine's, several times faster. `version` names the library; texts with one of the characters in
-    `differ` go to `reference`."""
+    """encode_batch as that of `engine`, several times faster; `version` names the library. Texts with a character that the two
+    cut differently go to `engine`. Each character is tried before the first text with it is encoded: of all that there are a
+    corpus has few. in_threads: several threads are to encode at once."""
 
-    def __init__(self, tokenizer_json: str, differ: str = "", reference: EncodeBatch | None = None) -> None:
+    def __init__(self, engine: RanksEngine, in_threads: bool = False) -> None:
         from importlib.metadata import version
 
         import gigatoken
 
         self.version = f"gigatoken {version('gigatoken')}"
-        self.differ, self._reference = differ, reference
+        self._in_threads = in_threads
+        # Without added tokens, which gigatoken would find inside ordinary text.
+        self._tokenizer = gigatoken.Tokenizer.from_json(orjson.dumps(engine.content({}, {}, None)))
+        self._reference = engine.encode_batch
+        probe = RanksEngine(probe_ranks(), engine.pattern)
+        self._probe_reference = probe.encode_batch
+        self._probe = gigatoken.Tokenizer.from_json(orjson.dumps(probe.content({}, {}, None)))
+        # A table: Python's re tries a class of so many characters one after the other, which takes longer than encoding.
+        self._is_tried = np.zeros(sys.maxunicode + 1, dtype=bool)
         self._differs = np.zeros(sys.maxunicode + 1, dtype=bool)
-        self._differs[np.array([*map(ord, differ)], dtype=np.int64)] = True
-        self._tokenizer = gigatoken.Tokenizer.from_json(tokenizer_json)
+        self._is_tried[0xD800:0xE000] = self._differs[0xD800:0xE000] = True  # no text has them
+        self._try(np.arange(0x80))
+        self._ascii_differs = bool(self._differs[:0x80].any())
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # A loop: its own batch goes through another array type and is slower on one core.
-        return [self._encode(text) for text in texts]
+        avoided = [self._must_avoid(text) for text in texts]
+        encoded = iter(self._encode([text for text, avoid in zip(texts, avoided, strict=True) if not avoid]))
+        return [
+            self._reference([text])[0] if avoid else next(encoded).view(np.int32)
+            for text, avoid in zip(texts, avoided, strict=True)
+        ]
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        if (
+            not self._in_threads
+        ):  # a loop: its own batch goes through another library, whose import takes a fifth of a second
+            return [self._tokenizer.encode(text) for text in texts]
+        # Its own batch lets other threads of Python run; two at once wait for each other, as they share what it remembers.
+        rows = self._tokenizer.encode_batch(texts, parallel=False).layout
+        ids = rows.content.data
+        return [ids[start:end] for start, end in itertools.pairwise(rows.offsets.data.tolist())]
 
     def _must_avoid(self, text: str) -> bool:
-        # A table: Python's re tries a class of so many characters one after the other, which takes longer than encoding.
-        if not self.differ or text.isascii():
-            return False
-        parts = (text[at : at + (1 << 20)] for at in range(0, len(text), 1 << 20))
-        codes = (np.frombuffer(part.encode("utf-32-le", "surrogatepass"), "<u4") for part in parts)
-        return any(self._differs[part].any() for part in codes)
+        if text.isascii():
+            return self._ascii_differs
+        for at in range(0, len(text), 1 << 20):
+            codes = np.frombuffer(text[at : at + (1 << 20)].encode("utf-32-le", "surrogatepass"), "<u4")
+            if not self._is_tried[codes].all():
+                self._try(np.unique(codes[~self._is_tried[codes]]))
+            if self._differs[codes].any():
+                return True
+        return False
 
-    def _encode(self, text: str) -> np.ndarray:
-        if self._must_avoid(text):
-            assert self._reference is not None
-            return self._reference([text])[0]
-        return np.asarray(self._tokenizer.encode(text)).astype(np.int32)
+    def _try(self, codes: np.ndarray) -> None:
+        different = characters_that_differ(self._encode_probes, self._probe_reference, [*map(chr, codes.tolist())])
+        self._differs[[*map(ord, different)]] = True
+        self._is_tried[codes] = True
+
+    def _encode_probes(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._probe.encode(text) for text in texts]
 
 
-def fast_encoder(tokenizer_json: str, differ: str = "", reference: EncodeBatch | None = None) -> FastEncoder | None:
-    """tokenizer_json: without added tokens, which gigatoken would find inside ordinary text."""
+def fast_encoder(engine: RanksEngine, in_threads: bool = False) -> FastEncoder | None:
     try:
-        return FastEncoder(tokenizer_json, differ, reference)
+        return FastEncoder(engine, in_threads)
     except Exception:  # not installed; or of any class, for a pattern that it does not know
         return None
 
@@ -89,23 +121,18 @@ def probe_ranks() -> dict[bytes, int]:
     return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
 
 
-def characters_that_differ(fast: EncodeBatch, reference: EncodeBatch) -> str:
-    """The characters that two encoders over probe_ranks cut differently, of all that there are: libraries know different
-    versions of Unicode. About a second."""
+def characters_that_differ(fast: EncodeBatch, reference: EncodeBatch, characters: Sequence[str]) -> str:
+    """Those that two encoders over probe_ranks cut differently: libraries know different versions of Unicode."""
 
     def probe(character: str) -> str:
         return f"{character}a {character}1 {character}\" '{character}a "
 
     found = []
-    # Planes 4 to 13 have no characters in any version, 15 and 16 none but private ones.
-    for start in [*range(0, 0x40000, 4096), 0xE0000]:
-        block = [chr(c) for c in range(start, start + 4096) if not 0xD800 <= c < 0xE000]
-        texts = ["".join(map(probe, block[i : i + 64])) for i in range(0, len(block), 64)]
-        for i, (got, wanted) in enumerate(zip(fast(texts), reference(texts), strict=True)):
-            if not np.array_equal(got, wanted):
-                found += [
-                    c for c in block[64 * i : 64 * i + 64] if first_difference(fast, reference, [probe(c)]) is not None
-                ]
+    groups = [characters[i : i + 64] for i in range(0, len(characters), 64)]
+    texts = ["".join(map(probe, group)) for group in groups]
+    for group, got, wanted in zip(groups, fast(texts), reference(texts), strict=True):
+        if not np.array_equal(got, wanted):
+            found += [c for c in group if first_difference(fast, reference, [probe(c)]) is not None]
     return "".join(found)
 
 

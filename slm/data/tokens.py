@@ -96,25 +96,30 @@ class ShardWriter:
         self._temporary = self.folder / f".{name}.bin.{os.getpid()}.tmp"
         self._file = open(self._temporary, "wb")
         self._sha256 = hashlib.sha256()
-        self._doc_tokens: list[int] = []
+        self.doc_tokens: list[int] = []
 
     def add(self, ids: np.ndarray) -> None:
         """Appends one document, BOS … EOS included."""
+        self.add_many(ids, [len(ids)])
+
+    def add_many(self, ids: np.ndarray, doc_tokens: list[int]) -> None:
+        """Appends documents that stand back to back in ids, of doc_tokens tokens each."""
         ids = np.asarray(ids)
         # An id that the dtype cannot hold would be wrapped to another one without a word.
-        if not len(ids) or ids.min() < 0 or ids.max() >= self.vocab_size:
+        if not doc_tokens or min(doc_tokens) < 1 or ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"a document is empty or has ids outside the vocabulary of {self.vocab_size}")
-        data = ids.astype(self.dtype).tobytes()
+        assert sum(doc_tokens) == len(ids)
+        data = ids.astype(self.dtype).data
         self._sha256.update(data)
         self._file.write(data)
-        self._doc_tokens.append(len(ids))
+        self.doc_tokens += doc_tokens
 
     def close(self) -> dict[str, Any]:
         """Makes the shard visible: fsync, rename, the index last. Returns its manifest entry."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        doc_tokens = np.array(self._doc_tokens, dtype=np.int64)
+        doc_tokens = np.array(self.doc_tokens, dtype=np.int64)
         index = encode_index(doc_tokens, self.dtype)
         os.replace(self._temporary, self.folder / f"{self.name}.bin")
         atomic_write(self.folder / f"{self.name}.idx", index)

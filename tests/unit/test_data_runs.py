@@ -5,9 +5,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep import shards
@@ -169,23 +171,32 @@ def test_each_shard_names_the_engine_that_made_it(tmp_path, slm_data, trained):
 
 
 def test_characters_of_another_unicode_version_go_to_the_reference(trained):
-    """gigatoken's letters are not all tiktoken's. Which differ is found out for every character; their texts are encoded alike
-    all the same, in neighbourhoods where it shows."""
+    """gigatoken's letters are not all tiktoken's. Which differ is found out for each character before its first text; the texts
+    of all are encoded alike, in neighbourhoods where it shows."""
     from slm.tokenizer_engines import RanksEngine
-    from slm.tokenizer_fast import characters_that_differ, probe_ranks
+    from slm.tokenizer_fast import FastEncoder, characters_that_differ, probe_ranks
 
     engine = RanksEngine(probe_ranks())
-    assert characters_that_differ(engine.encode_batch, engine.encode_batch) == ""
+    characters = [chr(c) for c in [*range(0x40000), *range(0xE0000, 0xE1000)] if not 0xD800 <= c < 0xE000]
+    assert characters_that_differ(engine.encode_batch, engine.encode_batch, characters) == ""
 
     def letters_unknown(texts):  # as an older Unicode would see two letters
         return engine.encode_batch([text.replace("é", "\ue000").replace("漢", "\ue000") for text in texts])
 
-    assert characters_that_differ(letters_unknown, engine.encode_batch) == "é漢"
+    assert characters_that_differ(letters_unknown, engine.encode_batch, characters) == "é漢"
     tokenizer = load_tokenizer(trained)
     assert tokenizer.use_fast_engine()
-    for character in (*tokenizer.fast_differences[:40], "é", "漢"):
-        text = f'x = [None, "{character}", 1{character}2, {character}{character} \'{character}s\n]'
-        assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)
+
+    def around(character):
+        return f'x = [None, "{character}", 1{character}2, {character}{character} \'{character}s\n]'
+
+    differing = characters_that_differ(FastEncoder(engine)._encode_probes, engine.encode_batch, characters)
+    assert differing  # so that the test tests something
+    for character in (*differing[:40], *differing[-40:], "é", "漢"):
+        assert tokenizer.encode_batch([around(character)])[0].tolist() == tokenizer.encode(around(character))
+    texts = ["".join(map(around, characters[i : i + 256])) for i in range(0, len(characters), 256)]
+    for fast, reference in zip(tokenizer.encode_batch(texts), tokenizer._engine.encode_batch(texts), strict=True):
+        assert np.array_equal(fast, reference)
 
 
 def test_an_engine_that_disagrees_is_not_used(trained, monkeypatch, caplog):
@@ -225,3 +236,32 @@ def test_one_process_alone_never_waits(corpus, trained, tmp_path, monkeypatch):
     shards.make_shards([corpus], str(trained), tmp_path / "out", processes=1, shard_bytes=20_000)
     assert len(list((tmp_path / "out" / "train").glob("*.bin"))) > 3
     assert not slept
+
+
+def test_the_threads_of_one_process_end_together(corpus, trained, tmp_path, monkeypatch):
+    """Two threads write what one writes; when one fails the other leaves its unit, and the same command goes on."""
+    monkeypatch.setattr(shards, "_cores", lambda: 2)
+    encode, num_calls = SLMTokenizer.encode_batch, 0
+    other_has_begun = threading.Event()
+
+    def failing(self, texts):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 4:
+            assert other_has_begun.wait(timeout=30)
+            raise OSError("as a failing disk")
+        if num_calls > 4:
+            other_has_begun.set()
+            time.sleep(0.1)
+        return encode(self, texts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SLMTokenizer, "encode_batch", failing)
+        with pytest.raises(OSError, match="failing disk"):
+            shards.make_shards([corpus], str(trained), tmp_path / "out", processes=1, shard_bytes=20_000)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("units")]
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    shards.make_shards([corpus], str(trained), tmp_path / "out", processes=1, shard_bytes=20_000)
+    monkeypatch.setattr(shards, "_cores", lambda: 1)
+    shards.make_shards([corpus], str(trained), tmp_path / "alone", processes=1, shard_bytes=20_000)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
