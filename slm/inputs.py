@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slm import checkpoint
 from slm.data.batches import EvaluationBatches, PhaseData
 from slm.data.selection import Selection, by_length, by_share, without
@@ -24,6 +26,7 @@ from slm.distill.student import check_online, open_caches
 from slm.engine import Engine
 from slm.errors import UserError
 from slm.evaluate import HeldOut
+from slm.gate import parts
 from slm.model.config import ModelConfig
 from slm.model.hf import config_to_hf, read_config
 from slm.model.llama import initial_value
@@ -119,6 +122,33 @@ def check_vocabulary(recipe: Recipe, data: list[PhaseData], validation: dict[str
         )
 
 
+def check_lengths(recipe: Recipe, data: dict[str, PhaseData], validation: dict[str, TokenDataset]) -> None:
+    """Raises UserError if a phase that extends the context has no document to learn it from, or its gate none to judge it by."""
+    longest_before = 0
+    for phase in recipe.phases:
+        longest = data[phase.name].longest_piece
+        if longest < phase.seq_len:
+            problem = (
+                f"phases.{phase.name}.seq_len is {phase.seq_len}, and its longest document has {longest} tokens: attention "
+                "stays within a document, so nothing in it teaches to look back so far"
+            )
+            if longest_before and phase.seq_len > longest_before:
+                raise UserError(
+                    problem,
+                    fix=f"give it longer documents (mixture, filters.SOURCE.min_doc_tokens), or seq_len up to {longest}",
+                )
+            log.warning("%s", problem)
+        longest_before = max(longest_before, phase.seq_len)
+        if phase.gate is not None and phase.gate.position_rise is not None:
+            held_out = max(int(np.diff(s.doc_offsets).max(initial=0)) for d in validation.values() for s in d.shards)
+            if held_out < phase.seq_len:
+                raise UserError(
+                    f"phases.{phase.name}.gate.position_rise looks at held-out documents that fill its {phase.seq_len} tokens, "
+                    f"and the longest of data.validation has {held_out}",
+                    fix="hold out longer documents, or leave position_rise out",
+                )
+
+
 def check_tokenizer(recipe: Recipe, data: PhaseData) -> None:
     """Text is generated and exported with recipe.tokenizer: it must be the one that made the tokens."""
     if not recipe.tokenizer:
@@ -185,7 +215,7 @@ def position_of(reader: checkpoint.Reader, recipe: Recipe, identities: dict[str,
     """Where a checkpoint of this very run stands. Raises UserError if the recipe no longer fits it."""
     position = Position(**reader.state["position"])
     phase = next((p for p in recipe.phases if p.name == position.phase), None)
-    if phase is not None and position.step > phase.num_steps:
+    if phase is not None and position.step > parts(phase)[-1].stop:
         raise UserError(
             f"phases.{phase.name}.tokens comes to {phase.num_steps} steps, but the run has already done {position.step} of "
             "them, and steps cannot be taken back",
@@ -198,7 +228,7 @@ def position_of(reader: checkpoint.Reader, recipe: Recipe, identities: dict[str,
             f"the run's checkpoints are of another model: {'; '.join(changed)}",
             fix="put it back, or start a new run (another `name`)",
         )
-    if phase is not None and 0 < position.step < phase.num_steps:
+    if phase is not None and 0 < position.step < parts(phase)[-1].stop:
         was = {**reader.state["identity"], **_of_phase(reader.state["recipe"], phase.name)}
         now = {**identities[phase.name], **_of_phase(recipe.model_dump(mode="json"), phase.name)}
         changed = [f"{key} was {was.get(key)}, is {now[key]}" for key in now if was.get(key) != now[key]]
@@ -325,7 +355,10 @@ def _warn_of_longer_phases(reader: checkpoint.Reader, recipe: Recipe) -> None:
 
 
 def remaining_phases(recipe: Recipe, position: Position) -> list[Phase]:
-    """The phases that are not complete, in order. Raises UserError if the checkpoint's phase is not in the recipe."""
+    """The phases that are not complete, or whose gate is still to be looked at, in order.
+
+    Raises UserError if the checkpoint's phase is not in the recipe.
+    """
     names = [phase.name for phase in recipe.phases]
     if not position.phase:
         return list(recipe.phases)
@@ -335,7 +368,8 @@ def remaining_phases(recipe: Recipe, position: Position) -> list[Phase]:
             fix="put it back, or start a new run with init_from",
         )
     at = names.index(position.phase)
-    return recipe.phases[at + (position.step >= recipe.phases[at].num_steps) :]
+    over = position.step >= recipe.phases[at].num_steps and recipe.phases[at].gate is None
+    return recipe.phases[at + over :]
 
 
 def origin(recipe: Recipe) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from slm.activations import POLICIES, ActivationMemory, activation_memory
 from slm.distill.settings import describe_loss
+from slm.gate import ASKED
 from slm.layout import gradient_accumulation
 from slm.model.config import ModelConfig
 from slm.recipe import Phase, Recipe
@@ -99,6 +100,14 @@ def describe(recipe: Recipe, world_size: int) -> str:
             f"  learning rate: {phase.schedule.type}, peak {phase.lr or recipe.optim.lr:g}, "
             f"{phase.schedule.warmup_steps:,} warm-up steps; loss {phase.loss.type}; DeepSpeed {phase.deepspeed}",
         ]
+        if phase.gate is not None:
+            asked = ", ".join(f"{name} {value:g}" for name in ASKED if (value := getattr(phase.gate, name)) is not None)
+            then = (
+                f"{phase.gate.repeats} x {phase.gate.repeat_tokens:,} tokens more"
+                if phase.gate.repeat_tokens
+                else "the run stops"
+            )
+            lines.append(f"  gate at its end: {asked}; else {then}")
         if phase.loss.type == "distill":
             lines += [f"  {line}" for line in describe_loss(phase.loss, recipe.teacher)]
     return "\n".join(lines)

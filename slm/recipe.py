@@ -22,6 +22,7 @@ from slm import strict_yaml
 from slm.distill.settings import Loss, Teacher, loss_problems
 from slm.errors import UserError
 from slm.fields import Count, Real, Section
+from slm.gate import Gate, gate_problems
 from slm.layout import sequence_problems
 from slm.model.config import PRESETS, ModelConfig, RopeScaling
 from slm.recall.settings import Recall, recall_problems
@@ -92,6 +93,7 @@ class Phase(Section):
         None, gt=0, description="norm and MLP in tiles of so many tokens, for extreme lengths; null for all at once"
     )
     deepspeed: str = Field("ds_configs/zero1.json", description="ZeRO strategy: a DeepSpeed JSON file")
+    gate: Gate | None = Field(None, description="what the evaluation at its end must show before the run goes on")
 
     @property
     def global_batch(self) -> int:
@@ -280,6 +282,8 @@ class Recipe(Section):
             problems.append(
                 f"{at}.mixture has weights {phase.mixture}: one below a millionth would hardly ever be drawn; use 0 instead"
             )
+        before = self.phases[: self.phases.index(phase)]
+        problems += gate_problems(phase, before, self.eval, list(self.data.validation))
         return problems + loss_problems(phase.loss, self.teacher, f"{at}.loss")
 
     def _scaled(self, phase: Phase) -> tuple[str, RopeScaling | None]:

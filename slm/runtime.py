@@ -40,6 +40,7 @@ EXIT_CODES = {
     75: "stopped by a signal after saving; start again to go on (EX_TEMPFAIL)",
     76: "diverged: the loss is not finite",
     77: "out of memory",
+    78: "a phase did not pass its gate",
 }
 
 # A launcher that waits for this attempt names a file here: it then knows how the attempt ended also when

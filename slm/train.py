@@ -19,18 +19,19 @@ from typing import Any, Protocol
 
 import torch
 
-from slm import checkpoint, parallel, plan
+from slm import checkpoint, gate, parallel, plan
 from slm.data.batches import Batch, PhaseData
 from slm.data.tokens import TokenDataset
 from slm.diagnostics import explained, start_profiler
 from slm.distill.student import Targets
-from slm.engine import Engine, StepResult, deepspeed_config, resolve_precision
-from slm.errors import EnvironmentProblem, SLMError, UserError
+from slm.engine import Engine, deepspeed_config, resolve_precision
+from slm.errors import SLMError, UserError
 from slm.evaluate import HeldOut, examine
-from slm.findings import report
+from slm.findings import as_dict, report
 from slm.inputs import (
     Position,
     check_init_from,
+    check_lengths,
     check_tokenizer,
     check_vocabulary,
     held_out,
@@ -50,6 +51,7 @@ from slm.optim import learning_rate
 from slm.progress import StepProgress
 from slm.recipe import Phase, Recipe, dump_recipe
 from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
+from slm.step import SaveFailed, StepTotals, train_step
 from slm.strategy import zero_stage
 
 log = logging.getLogger("slm")
@@ -60,13 +62,6 @@ _SKIPS_BEFORE_GIVING_UP = 10  # updates in a row whose gradient was not finite
 
 class Stopped(Exception):
     """A signal asked the run to stop; it has saved and will go on by the same command."""
-
-
-class SaveFailed(EnvironmentProblem):
-    """A checkpoint could not be written, by this rank or another."""
-
-    def __init__(self) -> None:
-        super().__init__("a checkpoint could not be written by another rank, which says why")
 
 
 class Diverged(SLMError):
@@ -208,6 +203,7 @@ def _open_inputs(
     validation = {name: TokenDataset(path) for name, path in recipe.data.validation.items()}
     check_vocabulary(recipe, [*data.values()], validation)
     check_tokenizer(recipe, data[recipe.phases[0].name])
+    check_lengths(recipe, data, validation)
     recall = open_recall(recipe, validation)
     look_at = partial(held_out, recipe, validation, recall, ranks)
     return data, look_at, {phase.name: identity(recipe, phase, data[phase.name]) for phase in recipe.phases}
@@ -253,28 +249,69 @@ def run_phases(
 ) -> Position:
     """Runs what is left of the recipe's phases; the state goes from one to the next through its last checkpoint.
 
-    `reader` is the checkpoint that `position` is of; without one, `start` fills the first engine.
+    `reader` is the checkpoint that `position` is of; without one, `start` fills the first engine. Raises GateFailed.
     """
     for phase in remaining_phases(run.recipe, position):
+        # What the evaluation before this phase found, for its gate.
+        before = reader.state.get("before" if phase.name == position.phase else "findings") if reader else None
         if phase.name != position.phase:
             position = replace(position, phase=phase.name, step=0, best_loss=None)
-        position = run_phase(
-            run,
-            phase,
-            data[phase.name],
-            look_at,
-            position,
-            load=(lambda engine, reader=reader: restore_state(engine, reader)) if reader else start,  # type: ignore[misc]
-            identity=identities[phase.name],
-            objective=objective,
-        )
-        run.saver.wait()
-        parallel.barrier()
-        reader = checkpoint.Reader(run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step))
+        shortfall: list[str] = []
+        for part in gate.parts(phase):
+            if position.step > part.stop:  # it fell short, and is being repeated
+                continue
+            if position.step < part.stop:
+                position = run_phase(
+                    run,
+                    phase,
+                    data[phase.name],
+                    look_at,
+                    position,
+                    part,
+                    load=(lambda engine, reader=reader: restore_state(engine, reader)) if reader else start,  # type: ignore[misc]
+                    identity=identities[phase.name],
+                    before=before,
+                    objective=objective,
+                )
+                run.saver.wait()
+                parallel.barrier()
+                reader = checkpoint.Reader(
+                    run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step)
+                )
+            assert reader is not None
+            shortfall = _judge(run, phase, reader, before)
+            if not shortfall:
+                break
+        if shortfall:
+            raise gate.GateFailed(
+                f"phase {phase.name} ends at step {position.step} and does not pass its gate:\n  - "
+                + "\n  - ".join(shortfall),
+                fix=f"train it longer (phases.{phase.name}.tokens or gate.repeat_tokens), or ask for less; the same command "
+                f"goes on from there. All numbers: {run.run_dir}/eval",
+            )
     run.metrics.event("done", step=position.global_step)
     parallel.barrier()
     log.info("done: %d steps, %s document tokens; %s", position.global_step, f"{position.tokens:,}", run.run_dir)
     return position
+
+
+def _judge(run: Run, phase: Phase, reader: checkpoint.Reader, before: dict[str, Any] | None) -> list[str]:
+    """What the end of a phase falls short of, by the evaluation in its checkpoint; the verdict goes to the log and events."""
+    if phase.gate is None:
+        return []
+    earlier = run.recipe.phases[: run.recipe.phases.index(phase)]
+    short, held = gate.shortfalls(phase, earlier, reader.state.get("findings") or {}, before)
+    run.metrics.event("gate", phase=phase.name, passed=not short, short=short, held=held)
+    if run.ranks.rank == 0:
+        for text, passed in [(t, True) for t in held] + [(t, False) for t in short]:
+            log.log(
+                logging.INFO if passed else logging.WARNING,
+                "gate of %s, %s: %s",
+                phase.name,
+                "held" if passed else "short",
+                text,
+            )
+    return short
 
 
 # --- a phase -------------------------------------------------------------------------------------------------
@@ -286,12 +323,15 @@ def run_phase(
     data: StepData,
     look_at: Callable[[Phase], HeldOut],
     position: Position,
+    part: range,
     *,
     load: Callable[[Engine], None],
     identity: dict[str, Any],
+    before: dict[str, Any] | None = None,
     objective: Objective | None = None,
 ) -> Position:
-    """Trains from `position` to the end of the phase; every save, evaluation and log line happens here.
+    """Trains from `position` to the end of this part of the phase (gate.parts); every save, evaluation and log line happens
+    here. before: what the evaluation before the phase found, which checkpoints carry along.
 
     Raises Stopped after saving when a signal came, Diverged, OutOfMemory, UserError.
     """
@@ -316,6 +356,9 @@ def run_phase(
     except RuntimeError as error:
         raise explained(error, run.run_dir, run.ranks.rank, device.type, phase) from error
 
+    latest: dict[str, Any] | None = None  # what the newest evaluation found
+    measured_at = -1
+
     def save(name: str, **options: Any) -> None:
         with timer.part("save"):
             run.saver.save(engine.fragments(), engine.shapes, state(), name=name, **options)
@@ -331,13 +374,17 @@ def run_phase(
             "model": config.model_dump(mode="json"),
             "recipe": recipe.model_dump(mode="json"),
             "layout": {"world_size": world, "zero_stage": engine.stage, "sequence_parallel": phase.sequence_parallel},
+            "findings": latest if measured_at == position.step else None,
+            "before": before,
         }
 
     def measure() -> float | None:
         """Evaluates and logs what is found; returns the held-out loss if it is the lowest of the phase so far."""
+        nonlocal latest, measured_at
         with timer.part("eval"):
-            recall = recipe.eval.recall_is_due(position.step, phase.num_steps)
+            recall = recipe.eval.recall_is_due(position.step, part.stop)
             found = examine(engine, look_at(phase), device, progress.evaluating, recall=recall)
+        latest, measured_at = as_dict(found), position.step
         lowest = found.lower_than(position.best_loss)
         report(run.metrics, run.run_dir, phase.name, position.step, position.global_step, found, lowest is not None)
         return lowest
@@ -347,15 +394,15 @@ def run_phase(
     batch_of: dict[str, Any] = dict(global_batch=phase.global_batch, micro_batch=phase.micro_batch, share=share)
     peak = peak_flops(device)
     last_log, steps_since_log, totals = time.perf_counter(), 0, StepTotals()
-    progress = StepProgress(f"{recipe.name}/{phase.name}", phase.num_steps, position.step, enabled=run.ranks.rank == 0)
+    progress = StepProgress(f"{recipe.name}/{phase.name}", part.stop, position.step, enabled=run.ranks.rank == 0)
     try:
         if recipe.eval.at_start and position.step == 0:
             measure()
-        while position.step < phase.num_steps:
+        while position.step < part.stop:
             with timer.part("data"):
                 batches = [b.to(device) for b in data.step_batches(position.step, **batch_of)]
-            lr = learning_rate(phase.schedule, phase.lr or recipe.optim.lr, position.step, phase.num_steps)
-            fraction = position.step / phase.num_steps
+            lr = learning_rate(phase.schedule, phase.lr or recipe.optim.lr, position.step - part.start, len(part))
+            fraction = min(1.0, position.step / phase.num_steps)
             done = train_step(
                 engine,
                 batches,
@@ -375,7 +422,7 @@ def run_phase(
             )
             steps_since_log += 1
             totals = totals.plus(done)
-            step, last = position.global_step, position.step == phase.num_steps
+            step, last = position.global_step, position.step == part.stop
             if run.profiler is not None:
                 run.profiler.step()
 
@@ -440,83 +487,6 @@ def run_phase(
         progress.close()
     engine.close()
     return position
-
-
-# --- a step --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """One step's outcome. loss_sum is this rank's; the counts are of all ranks."""
-
-    loss_sum: torch.Tensor
-    num_targets: float
-    num_tokens: float
-    pairs_full: float
-    pairs_causal: float
-    stop_requested: bool
-    result: StepResult
-    # Distillation, this rank's sums: CE, T^2 * divergence, targets that the teachers are known for, each one's own loss.
-    parts: torch.Tensor
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    num_tokens: float = 0.0
-    pairs_full: float = 0.0
-    pairs_causal: float = 0.0
-
-    def plus(self, done: StepDone) -> StepTotals:
-        return StepTotals(
-            self.num_tokens + done.num_tokens, self.pairs_full + done.pairs_full, self.pairs_causal + done.pairs_causal
-        )
-
-
-def train_step(
-    engine: Engine,
-    batches: list[Batch],
-    lr: float,
-    timer: StepTimer,
-    targets: Targets | None = None,
-    fraction: float = 0.0,
-    *,
-    stop_requested: bool = False,
-    save_failed: bool = False,
-) -> StepDone:
-    """One optimiser step over this rank's micro-batches: the gradient of the mean loss over all ranks' targets.
-
-    The targets of all micro-batches and ranks are counted before the first forward, so the division is the same
-    however the step is split. The ranks also agree here on whether to stop, and
-    raise SaveFailed together if a checkpoint could not be written on one of them.
-    """
-    num_targets, num_tokens, pairs_full, pairs_causal, stop, failed = parallel.reduce_sum(
-        [
-            sum(b.num_targets for b in batches),
-            sum(b.num_tokens for b in batches),
-            sum(b.attention_pairs_full for b in batches),
-            sum(b.attention_pairs for b in batches),
-            float(stop_requested),
-            float(save_failed),
-        ]
-    )
-    if failed:
-        raise SaveFailed
-    loss_sum = torch.zeros((), device=batches[0].tokens_BT.device)
-    parts = torch.zeros(3 + len(batches[0].teacher_nll), device=loss_sum.device)
-    for batch in batches:
-        with timer.part("teacher"):
-            distillation = targets.of(batch, fraction) if targets else None
-        with timer.part("forward"):
-            micro_loss, of_micro_batch = engine.forward(batch, distillation)
-        if distillation is not None:
-            parts[:2] += of_micro_batch
-            parts[2:] += torch.tensor([batch.num_known, *batch.teacher_nll], device=parts.device)
-        with timer.part("backward"):
-            engine.backward(micro_loss, max(1.0, num_targets))
-        loss_sum += micro_loss.detach()
-    with timer.part("optimizer"):
-        result = engine.step(lr)
-    return StepDone(loss_sum, num_targets, num_tokens, pairs_full, pairs_causal, stop > 0, result, parts)
 
 
 def _targets(recipe: Recipe, phase: Phase, data: StepData, device: torch.device) -> Targets | None:

@@ -273,6 +273,11 @@ class PhaseData:
         """Of one epoch of every source."""
         return sum(s.plan.num_sequences for s in self._sources)
 
+    @property
+    def longest_piece(self) -> int:
+        """Tokens of the longest stretch of one document in a sequence."""
+        return max(int(s.plan.piece_length.max(initial=0)) for s in self._sources)
+
     def report(self) -> dict[str, dict[str, int]]:
         """Per source: documents, sequences, and tokens packed, padded, dropped and filtered (PackingPlan)."""
         return {

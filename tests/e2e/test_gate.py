@@ -1,0 +1,175 @@
+"""A phase's gate as a user meets it: it holds, it stops the run, it repeats the phase; and what it cannot be asked."""
+
+import json
+
+import pytest
+import yaml
+
+from slm import SLMTokenizer
+from slm.errors import UserError
+from slm.gate import parts, shortfalls
+from slm.recipe import load_recipe
+from slm.train import train
+from tests.shards import make_dataset
+
+
+@pytest.fixture
+def recipe(tmp_path, one_rank):
+    """A function: the second phase's gate, and changes of the tree -> the recipe's path."""
+    tokenizer = SLMTokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name, seed in (("tokens", 0), ("held-out", 5)):
+        lengths = [300, 90, 260, 40] * (2 if name == "held-out" else 12)
+        make_dataset(tmp_path / name, seed=seed, lengths=lengths, vocab_size=259, fingerprint=tokenizer.fingerprint)
+    phase = {"tokens": 6 * 256, "batch_tokens": 256, "micro_batch": 2, "schedule": {"warmup_steps": 2}}
+    scaling = {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 64}
+    tree = {
+        "name": "t",
+        "output": str(tmp_path / "run"),
+        "model": {"preset": "cpu-tiny", "vocab_size": 264},
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "data": {"sources": {"a": str(tmp_path / "tokens")}, "validation": {"a": str(tmp_path / "held-out")}},
+        "optim": {"lr": 1e-3},
+        "phases": [
+            {**phase, "name": "short", "seq_len": 64},
+            {**phase, "name": "long", "seq_len": 128, "rope_scaling": scaling},
+            {**phase, "name": "after", "seq_len": 128},
+        ],
+        "eval": {
+            "seq_lens": [64],
+            "recall": {
+                "lengths": [64], "depths": 2, "samples": 2, "needle": "<{name}{value}>", "query": "<{name}",
+                "names": [128, 191], "name_length": 1, "values": [192, 255], "value_length": 1,
+            },
+        },
+    }  # fmt: skip
+
+    def write(gate, **changes):
+        tree["phases"][1]["gate"] = gate
+        path = tmp_path / "r.yaml"
+        path.write_text(yaml.safe_dump({**tree, **changes}))
+        return path
+
+    return write
+
+
+def steps_of(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["phase"], line["lr"]) for line in lines if "phase" in line and "lr" in line]
+
+
+def verdicts(run):
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [event for event in events if event["kind"] == "gate"]
+
+
+def test_a_gate_that_holds_lets_the_run_go_on(recipe, tmp_path):
+    """Each number of the verdict is that of the evaluations of the two phases' ends."""
+    gate = {"short_loss_rise": 5.0, "passkey": 0.0, "position_rise": 5.0}
+    assert train(load_recipe(recipe(gate))) == 0
+    (verdict,) = verdicts(tmp_path / "run")
+    assert verdict["passed"]
+    before, after = (
+        json.loads((tmp_path / "run" / "eval" / f"{p}-00000006.json").read_text()) for p in ("short", "long")
+    )
+    then, now = (found["loss"]["64"]["a"]["loss"] for found in (before, after))
+    assert f"{now:.4f}, before the phase {then:.4f}: {now - then:+.4f} nats" in verdict["held"][0]
+    assert [name for name, _ in steps_of(tmp_path / "run")] == ["short"] * 6 + ["long"] * 6 + ["after"] * 6
+    assert train(load_recipe(recipe(gate))) == 0  # nothing is left
+    assert len(steps_of(tmp_path / "run")) == 18
+
+
+def test_a_gate_that_fails_stops_the_run_until_less_is_asked_or_more_is_trained(recipe, tmp_path, caplog):
+    """Exit code 78 with the numbers, again by the same command without a step; a looser gate goes on from the stored
+    numbers; a longer phase trains on."""
+    run = tmp_path / "run"
+    assert train(load_recipe(recipe({"passkey": 1.0}))) == 78
+    assert "pass key: worst 0.0% (64 tokens, depth 0 %" in caplog.text
+    assert "the same command" in caplog.text
+    assert json.loads((run / "exit.json").read_text())["code"] == 78
+    assert len(steps_of(run)) == 12
+    assert train(load_recipe(recipe({"passkey": 1.0}))) == 78
+    assert len(steps_of(run)) == 12
+    longer = load_recipe(recipe({"passkey": 1.0}), ["phases.long.tokens=2048"])
+    assert train(longer) == 78
+    assert len(steps_of(run)) == 14
+    assert train(load_recipe(recipe({"passkey": 0.0}), ["phases.long.tokens=2048"])) == 0
+    assert [name for name, _ in steps_of(run)][-6:] == ["after"] * 6
+
+
+def test_a_phase_is_repeated_as_the_recipe_says(recipe, tmp_path, monkeypatch):
+    """For repeat_tokens, twice, each time with the schedule from its beginning and other data; then the run stops. Stopped
+    in the middle of a repetition, it goes on there."""
+    gate = {"passkey": 1.0, "repeat_tokens": 700, "repeats": 2}
+    loaded = load_recipe(recipe(gate))
+    assert [list(part) for part in parts(loaded.phases[1])] == [[0, 1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert train(loaded) == 78
+    found = [lr for name, lr in steps_of(tmp_path / "run") if name == "long"]
+    assert len(found) == 12
+    assert found[6:9] == found[9:12] != found[:3]
+    assert found[6] == pytest.approx(5e-4)  # the first of two warm-up steps
+    assert [v["passed"] for v in verdicts(tmp_path / "run")] == [False] * 3
+    # The same from a checkpoint in the middle of the first repetition.
+    import shutil
+
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "long-00000012")
+    shutil.rmtree(checkpoints / "long-00000009")
+    (tmp_path / "run" / "latest").unlink()
+    assert train(load_recipe(recipe({**gate, "passkey": 0.0}))) == 0  # by the numbers of step 6
+    assert [name for name, _ in steps_of(tmp_path / "run")][-6:] == ["after"] * 6
+
+
+@pytest.mark.parametrize(
+    ("gate", "changes", "message"),
+    [
+        ({}, {}, "asks for nothing"),
+        ({"passkey": 0.9}, {"eval": {}}, "no evaluation measures it: give eval.recall with 1 among"),
+        ({"multi_key": 0.9}, {}, "give eval.recall with more than 1 among its keys"),
+        ({"short_loss_rise": 0.1}, {"eval": {}}, "add 64 to eval.seq_lens"),
+        ({"short_loss_rise": 0.1, "short_seq_len": 32}, {}, "add 32 to eval.seq_lens"),
+        ({"position_rise": 0.0}, {"data": None}, "data.validation is empty"),
+        ({"position_rise": 0.0, "position_early": 65}, {}, "give a smaller position_early"),
+        ({"passkey": 2}, {}, "less than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_a_gate_without_its_evaluation_is_refused(recipe, tmp_path, gate, changes, message):
+    if "data" in changes:
+        changes = {"data": {"sources": {"a": str(tmp_path / "tokens")}}, "eval": {}}
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe(gate, **changes))
+    assert message in str(caught.value)
+
+
+def test_a_gate_of_the_first_phase_needs_a_number_to_compare_with(recipe):
+    path = recipe({"short_loss_rise": 0.1})
+    tree = yaml.safe_load(path.read_text())
+    tree["phases"] = tree["phases"][1:2]
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match="no phase comes before this one: give short_seq_len and short_loss_before"):
+        load_recipe(path)
+    tree["phases"][0]["gate"] |= {"short_seq_len": 64, "short_loss_before": 5.5}
+    path.write_text(yaml.safe_dump(tree))
+    phase = load_recipe(path).phases[0]
+    found = {"loss": {"64": {"a": {"loss": 5.55, "targets": 9}}, "128": {"a": {"loss": 5.0, "targets": 9}}}}
+    short, held = shortfalls(phase, [], found, None)
+    assert (len(short), len(held)) == (0, 1)
+    found["loss"]["64"]["a"]["loss"] = 5.7
+    short, held = shortfalls(phase, [], found, None)
+    assert short == [
+        "held-out loss at 64 tokens 5.7000, before the phase 5.5000: +0.2000 nats, at most +0.1 is allowed"
+    ]
+
+
+def test_an_extension_without_long_documents_is_refused(recipe, tmp_path, caplog):
+    """And a gate on positions that no held-out document reaches."""
+    path = recipe({"passkey": 0.0})
+    filters = {"a": {"max_doc_tokens": 100}}
+    assert train(load_recipe(path, [f"phases.long.filters={json.dumps(filters)}"])) == 2
+    assert "phases.long.seq_len is 128, and its longest document has 90 tokens" in caplog.text
+    make_dataset(
+        tmp_path / "held-out", seed=5, lengths=[90, 40] * 12, vocab_size=259,
+        fingerprint=SLMTokenizer().fingerprint,
+    )  # fmt: skip
+    assert train(load_recipe(recipe({"position_rise": 0.0}))) == 2
+    assert "the longest of data.validation has 90" in caplog.text
