@@ -82,6 +82,12 @@ def train(
     profile: Annotated[
         str, typer.Option(metavar="A:B", help="trace steps A to B of this attempt into RUN/profile")
     ] = "",
+    until: Annotated[
+        str,
+        typer.Option(
+            metavar="PHASE", help="leave at the end of this phase: the next job goes on, on other ranks if need be"
+        ),
+    ] = "",
 ) -> None:
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
     from slm.recipe import load_recipe
@@ -90,7 +96,7 @@ def train(
     steps = _steps(profile)
     from slm.train import train as run
 
-    sys.exit(run(loaded, profile_steps=steps))
+    sys.exit(run(loaded, profile_steps=steps, until=until))
 
 
 def _steps(text: str) -> range:

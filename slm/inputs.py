@@ -126,6 +126,9 @@ def check_lengths(recipe: Recipe, data: dict[str, PhaseData], validation: dict[s
     """Raises UserError if a phase that extends the context has no document to learn it from, or its gate none to judge it by."""
     longest_before = 0
     for phase in recipe.phases:
+        if phase.name not in data:  # of another job
+            longest_before = max(longest_before, phase.seq_len)
+            continue
         longest = data[phase.name].longest_piece
         if longest < phase.seq_len:
             problem = (
@@ -149,13 +152,13 @@ def check_lengths(recipe: Recipe, data: dict[str, PhaseData], validation: dict[s
                 )
 
 
-def check_tokenizer(recipe: Recipe, data: PhaseData) -> None:
+def check_tokenizer(recipe: Recipe, data: list[PhaseData]) -> None:
     """Text is generated and exported with recipe.tokenizer: it must be the one that made the tokens."""
-    if not recipe.tokenizer:
+    if not recipe.tokenizer or not data:
         return
     from slm.tokenizer import load_tokenizer
 
-    made_with = next(iter(data.sources.values())).tokenizer_fingerprint
+    made_with = next(iter(data[0].sources.values())).tokenizer_fingerprint
     found = load_tokenizer(recipe.tokenizer).fingerprint
     if found != made_with:
         raise UserError(
@@ -354,14 +357,19 @@ def _warn_of_longer_phases(reader: checkpoint.Reader, recipe: Recipe) -> None:
             )
 
 
-def remaining_phases(recipe: Recipe, position: Position) -> list[Phase]:
-    """The phases that are not complete, or whose gate is still to be looked at, in order.
+def remaining_phases(recipe: Recipe, position: Position, until: str = "") -> list[Phase]:
+    """The phases that are not complete, or whose gate is still to be looked at, in order, up to that named `until`.
 
-    Raises UserError if the checkpoint's phase is not in the recipe.
+    Raises UserError if the checkpoint's phase, or `until`, is not in the recipe.
     """
     names = [phase.name for phase in recipe.phases]
+    if until and until not in names:
+        raise UserError(
+            f"--until is {until!r}, which is no phase of the recipe ({', '.join(names)})", fix="name one of them"
+        )
+    end = names.index(until) + 1 if until else len(names)
     if not position.phase:
-        return list(recipe.phases)
+        return recipe.phases[:end]
     if position.phase not in names:
         raise UserError(
             f"the run's last checkpoint is of phase {position.phase!r}, which the recipe no longer has ({', '.join(names)})",
@@ -369,7 +377,7 @@ def remaining_phases(recipe: Recipe, position: Position) -> list[Phase]:
         )
     at = names.index(position.phase)
     over = position.step >= recipe.phases[at].num_steps and recipe.phases[at].gate is None
-    return recipe.phases[at + over :]
+    return recipe.phases[at + over : end]
 
 
 def origin(recipe: Recipe) -> str:

@@ -11,6 +11,7 @@ Recomputation is never counted. Embedding look-up is free; the head, tied or not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slm.activations import POLICIES, ActivationMemory, activation_memory
@@ -77,15 +78,15 @@ def plan_phase(recipe: Recipe, phase: Phase, world_size: int) -> PhasePlan:
     )
 
 
-def describe(recipe: Recipe, world_size: int) -> str:
-    """The plan of a run in words, one fact a line."""
+def describe(recipe: Recipe, world_size: int, phases: Sequence[Phase] | None = None) -> str:
+    """The plan of a run, or of some of its phases, in words, one fact a line."""
     config = recipe.model
     lines = [
         f"run {recipe.name} -> {recipe.run_dir}",
         f"model: {config.num_parameters():,} parameters ({config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"{config.num_attention_heads} heads over {config.num_key_value_heads} kv heads, vocabulary {config.vocab_size:,})",
     ]
-    for phase in recipe.phases:
+    for phase in recipe.phases if phases is None else phases:
         plan = plan_phase(recipe, phase, world_size)
         lines += [
             f"phase {phase.name}: {plan.steps:,} steps x {phase.batch_tokens:,} tokens = {plan.tokens:,} tokens",

@@ -93,8 +93,10 @@ class StepData(Protocol):
 # --- the run -------------------------------------------------------------------------------------------------
 
 
-def train(recipe: Recipe, *, profile_steps: range = range(0)) -> int:
+def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "") -> int:
     """Runs or resumes a recipe on this rank; returns the exit code and leaves it in RUN/exit.json.
+
+    until: the name of the phase at whose end this job is over; the last one if empty.
 
     A mistake of the user's and a broken file are printed as messages; anything else with its traceback.
     """
@@ -110,7 +112,7 @@ def train(recipe: Recipe, *, profile_steps: range = range(0)) -> int:
         lock = _take_run_dir(recipe, ranks)
         run_dir = recipe.run_dir
         setup_logging(ranks.rank, run_dir)
-        _train(recipe, ranks, device, run_dir, stop, profile_steps)
+        _train(recipe, ranks, device, run_dir, stop, profile_steps, until)
         code, reason = 0, "done"
     except Stopped as error:
         code, reason = EXIT_STOPPED, str(error)
@@ -154,21 +156,29 @@ def _take_run_dir(recipe: Recipe, ranks: Ranks) -> RunLock | None:
 
 
 def _train(
-    recipe: Recipe, ranks: Ranks, device: torch.device, run_dir: Path, stop: StopRequest, profile_steps: range
+    recipe: Recipe,
+    ranks: Ranks,
+    device: torch.device,
+    run_dir: Path,
+    stop: StopRequest,
+    profile_steps: range,
+    until: str,
 ) -> None:
     # Rank 0 chooses where to go on, for all.
     folder = parallel.first_rank_decides(checkpoint.choose, run_dir)
     if folder is None:  # a run that has checkpoints of its own no longer needs what it began from
         parallel.together(check_init_from, recipe)
-    data, look_at, identities = parallel.together(_open_inputs, recipe, ranks, device)
     reader = checkpoint.Reader(folder) if folder else None
+    # Phases that are over, and those of later jobs, may want other data and numbers of ranks than are here.
+    phases = remaining_phases(recipe, Position(**reader.state["position"]) if reader else Position(), until)
+    data, look_at, identities = parallel.together(_open_inputs, recipe, phases, ranks, device)
     position = position_of(reader, recipe, identities) if reader else Position()
     changes = recipe_changes(reader, recipe) if reader else []
     if ranks.rank == 0:
-        if remaining_phases(recipe, position):  # where nothing is left to train, it stays the recipe of what was
+        if phases:  # where nothing is left to train, it stays the recipe of what was
             atomic_write(run_dir / "recipe.yaml", dump_recipe(recipe))
-        log.info("%s", plan.describe(recipe, ranks.world_size))
-        for phase in recipe.phases:
+        log.info("%s", plan.describe(recipe, ranks.world_size, phases))
+        for phase in phases:
             log.info("phase %s data: %s", phase.name, data[phase.name].describe())
         log.info("going on from %s" if folder else "starting from %s", folder or origin(recipe))
     run = open_run(recipe, ranks, device, run_dir, stop, position, profile_steps)
@@ -177,6 +187,7 @@ def _train(
     try:
         run_phases(
             run,
+            phases,
             dict(data),
             look_at,
             position,
@@ -192,21 +203,21 @@ def _train(
 
 
 def _open_inputs(
-    recipe: Recipe, ranks: Ranks, device: torch.device
+    recipe: Recipe, phases: list[Phase], ranks: Ranks, device: torch.device
 ) -> tuple[dict[str, PhaseData], Callable[[Phase], HeldOut], dict[str, dict[str, Any]]]:
     """Everything that can be wrong is found here, before anything is built: (data by phase, what to evaluate, identities)."""
     precision, _ = resolve_precision(recipe.precision, device)
-    for phase in recipe.phases:
+    for phase in phases:
         # Refuses what would train wrongly.
         deepspeed_config(phase, recipe.optim, precision, ranks.world_size, device.type)
-    data = {phase.name: open_phase_data(recipe, phase) for phase in recipe.phases}
+    data = {phase.name: open_phase_data(recipe, phase) for phase in phases}
     validation = {name: TokenDataset(path) for name, path in recipe.data.validation.items()}
     check_vocabulary(recipe, [*data.values()], validation)
-    check_tokenizer(recipe, data[recipe.phases[0].name])
+    check_tokenizer(recipe, [*data.values()])
     check_lengths(recipe, data, validation)
     recall = open_recall(recipe, validation)
     look_at = partial(held_out, recipe, validation, recall, ranks)
-    return data, look_at, {phase.name: identity(recipe, phase, data[phase.name]) for phase in recipe.phases}
+    return data, look_at, {phase.name: identity(recipe, phase, data[phase.name]) for phase in phases}
 
 
 def open_run(
@@ -238,6 +249,7 @@ def open_run(
 
 def run_phases(
     run: Run,
+    phases: list[Phase],
     data: dict[str, StepData],
     look_at: Callable[[Phase], HeldOut],
     position: Position,
@@ -247,11 +259,11 @@ def run_phases(
     start: Callable[[Engine], None],
     objective: Objective | None = None,
 ) -> Position:
-    """Runs what is left of the recipe's phases; the state goes from one to the next through its last checkpoint.
+    """Runs these phases, what is left of the recipe's; the state goes from one to the next through its last checkpoint.
 
     `reader` is the checkpoint that `position` is of; without one, `start` fills the first engine. Raises GateFailed.
     """
-    for phase in remaining_phases(run.recipe, position):
+    for phase in phases:
         # What the evaluation before this phase found, for its gate.
         before = reader.state.get("before" if phase.name == position.phase else "findings") if reader else None
         if phase.name != position.phase:
@@ -291,6 +303,8 @@ def run_phases(
             )
     run.metrics.event("done", step=position.global_step)
     parallel.barrier()
+    if phases and phases[-1] != run.recipe.phases[-1]:
+        log.info("phase %s is over (--until); the next job goes on with the one after it", phases[-1].name)
     log.info("done: %d steps, %s document tokens; %s", position.global_step, f"{position.tokens:,}", run.run_dir)
     return position
 

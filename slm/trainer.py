@@ -34,7 +34,7 @@ from slm.distill.loss import DistillationLoss
 from slm.engine import Engine
 from slm.errors import UserError
 from slm.evaluate import HeldOut
-from slm.inputs import Position, position_of
+from slm.inputs import Position, position_of, remaining_phases
 from slm.losses import IGNORE
 from slm.model.config import ModelConfig
 from slm.model.llama import Objective, SLMForCausalLM
@@ -284,6 +284,7 @@ class SLMTrainer:
             try:
                 position = run_phases(
                     run,
+                    remaining_phases(recipe, position),
                     {"train": data},
                     lambda phase: self._held_out(phase, ranks.rank, ranks.world_size),
                     position,

@@ -173,3 +173,21 @@ def test_an_extension_without_long_documents_is_refused(recipe, tmp_path, caplog
     )  # fmt: skip
     assert train(load_recipe(recipe({"position_rise": 0.0}))) == 2
     assert "the longest of data.validation has 90" in caplog.text
+
+
+def test_phase_by_phase_as_separate_jobs(recipe, tmp_path, caplog):
+    """--until leaves at a phase's end; what later phases need does not matter yet, and what earlier ones needed no more. The
+    steps are those of one job."""
+    path = recipe({"passkey": 0.0})
+    assert train(load_recipe(path, [f"output={tmp_path}/whole"])) == 0
+    beyond = ["phases.after.sequence_parallel=2"]  # of a job with more ranks
+    assert train(load_recipe(path, beyond), until="short") == 0
+    assert "phase short is over (--until)" in caplog.text
+    assert train(load_recipe(path, ["phases.short.sequence_parallel=2", *beyond]), until="long") == 0
+    assert train(load_recipe(path)) == 0
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
+    losses = [[e["loss"] for e in map(json.loads, (tmp_path / r / "metrics.jsonl").read_text().splitlines()) if "loss" in e]
+              for r in ("run", "whole")]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert train(load_recipe(path), until="nowhere") == 2
+    assert "no phase of the recipe (short, long, after)" in caplog.text
