@@ -58,7 +58,9 @@ def _note_exit(code: int, reason: str) -> None:
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option(min=1, help="number of devices")] = 1,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="number of devices; as many as share a sequence, if not given")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Check a recipe and say what it comes to: parameters, steps, batch, FLOPs. Needs no data and no GPU."""
@@ -68,6 +70,7 @@ def plan(
     from slm.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    ranks = ranks or max(phase.sequence_parallel for phase in loaded.phases)
     if not as_json:
         typer.echo(describe(loaded, ranks))
         return

@@ -101,6 +101,14 @@ def describe(recipe: Recipe, world_size: int, phases: Sequence[Phase] | None = N
             f"  learning rate: {phase.schedule.type}, peak {phase.lr or recipe.optim.lr:g}, "
             f"{phase.schedule.warmup_steps:,} warm-up steps; loss {phase.loss.type}; DeepSpeed {phase.deepspeed}",
         ]
+        if phase.rope_scaling is not None:
+            scaling = phase.rope_scaling
+            by = (
+                f", factor {scaling.factor:g} over {scaling.original_max_position_embeddings:,}"
+                if scaling.factor > 1
+                else ""
+            )
+            lines.append(f"  rotary embedding from here on: {scaling.rope_type}{by}")
         if phase.gate is not None:
             asked = ", ".join(f"{name} {value:g}" for name in ASKED if (value := getattr(phase.gate, name)) is not None)
             then = (
