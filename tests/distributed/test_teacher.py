@@ -57,7 +57,8 @@ def test_ranks_leave_what_one_process_leaves(tmp_path, monkeypatch):
 
 
 def test_distillation_is_the_same_run_on_two_ranks(tmp_path, monkeypatch):
-    """From one cache, with a tied head: one process at stage 0 against two ranks at stages 1, 2 and 3."""
+    """From one cache, with a tied head: one process at stage 0 against two ranks at stages 1, 2 and 3, and against ranks that
+    share each sequence; and so with a live teacher, over the whole vocabulary and on its likeliest entries."""
     monkeypatch.chdir(ROOT)
     make_dataset(tmp_path / "a", num_shards=1)
     SLMForCausalLM(ModelConfig.preset("cpu-tiny", initializer_range=0.15), seed=7).save_pretrained(tmp_path / "teacher")
@@ -72,7 +73,17 @@ def test_distillation_is_the_same_run_on_two_ranks(tmp_path, monkeypatch):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         return np.array([[r["loss"], r["loss/ce"], r["loss/distill"], r["grad_norm"]] for r in rows if "loss" in r])
 
-    train_many([(path, options("one", 0))], 1, timeout_seconds=200)
-    train_many([(path, options(f"two{stage}", stage)) for stage in (1, 2, 3)], 2, timeout_seconds=200)
-    for stage in (1, 2, 3):
-        np.testing.assert_allclose(losses(f"two{stage}"), losses("one"), rtol=2e-5)
+    live = {name: ["teacher.cache=null", *more] for name, more in
+            (("full", []), ("bucket", ["phases.main.loss.targets=bucket", "phases.main.loss.k=8"]))}  # fmt: skip
+    shared = ["phases.main.sequence_parallel=2"]
+    train_many(
+        [(path, options("one", 0))] + [(path, options(n, 1) + o) for n, o in live.items()], 1, timeout_seconds=200
+    )
+    jobs = [(path, options(f"two{stage}", stage)) for stage in (1, 2, 3)]
+    jobs += [(path, options(f"shared{stage}", stage) + shared) for stage in (1, 3)]
+    jobs += [(path, options(f"shared-{n}", 1) + o + shared) for n, o in live.items()]
+    train_many(jobs, 2, timeout_seconds=200)
+    for name in ("two1", "two2", "two3", "shared1", "shared3"):
+        np.testing.assert_allclose(losses(name), losses("one"), rtol=2e-5, err_msg=name)
+    for name in live:
+        np.testing.assert_allclose(losses(f"shared-{name}"), losses(name), rtol=2e-5, err_msg=name)
