@@ -43,7 +43,6 @@ def run_ranks(script, arguments, world_size, timeout_seconds=240, check=True, **
 
 
 def train_many(jobs, world_size, **options):
-    """Trains each (recipe path, overrides) in turn in one set of ranks."""
-    return run_ranks(
-        Path(__file__).with_name("train_many.py"), [json.dumps([[str(r), o] for r, o in jobs])], world_size, **options
-    )
+    """Trains each (recipe path, overrides, and the phase to leave after, if not the last) in turn in one set of ranks."""
+    listed = json.dumps([[str(recipe), *rest] for recipe, *rest in jobs])
+    return run_ranks(Path(__file__).with_name("train_many.py"), [listed], world_size, **options)

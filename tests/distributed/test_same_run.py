@@ -275,3 +275,39 @@ def test_bfloat16_trains_like_float32_and_resumes_bit_exact(runs):
     train_many([(r, [f"output={o[0].removeprefix('output=')}-resumed", *o[1:]]) for r, o in jobs], 2)
     for name in names:
         assert same_bits(folder, f"{name}-bf16", f"{name}-bf16-resumed"), name
+
+
+def test_each_phase_may_have_its_own_ranks(runs, tmp_path):
+    """Length, rotary scaling, ZeRO stage, ranks, those that share a sequence, and micro-batch change at boundaries: in jobs
+    of 1, 4 and 2 ranks the losses, norms, rates and held-out losses of one process that runs all phases; moments go along."""
+    _, recipe = runs
+    tree = yaml.safe_load(recipe.read_text())
+    phase = {**tree["phases"][0], "tokens": 4 * 512, "micro_batch": 4}
+    yarn = {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 64}
+    tree["phases"] = [
+        {**phase, "name": "a"},
+        {**phase, "name": "b", "seq_len": 128, "rope_scaling": yarn, "micro_batch": 2},
+        {**phase, "name": "c", "seq_len": 128, "micro_batch": 2},
+    ]
+    path = tmp_path / "phases.yaml"
+    path.write_text(yaml.safe_dump(tree))
+
+    def options(run, **phases):
+        return [f"output={tmp_path / run}", *(f"phases.{p}.{o}" for p, given in phases.items() for o in given)]
+
+    zero = {stage: f"deepspeed={CONFIGS}/zero{stage}.json" for stage in (0, 1, 2, 3)}
+    everywhere = {name: [zero[0]] for name in "abc"}
+    train_many([(path, options("whole", **everywhere))], 1)
+    b = ["sequence_parallel=2", "micro_batch=1", zero[3], "activation_checkpointing=selective"]
+    jobs = options("jobs", a=[zero[1]], b=b, c=["sequence_parallel=2", "micro_batch=4", zero[2]])
+    train_many([(path, jobs, "a")], 1)
+    train_many([(path, jobs, "b")], 4)
+    train_many([(path, jobs)], 2)
+    whole, found = metrics(tmp_path / "whole"), metrics(tmp_path / "jobs")
+    assert sorted(found) == sorted(whole) == list(range(1, 13))
+    for step, row in whole.items():
+        assert found[step]["loss"] == pytest.approx(row["loss"], abs=1e-5), step
+        assert found[step]["grad_norm"] == pytest.approx(row["grad_norm"], rel=2e-5), step
+        assert (found[step]["lr"], found[step]["tokens"]) == (row["lr"], row["tokens"])
+    ends = [Reader(tmp_path / run / "checkpoints" / "c-00000004").state["position"] for run in ("whole", "jobs")]
+    assert ends[1]["best_loss"] == pytest.approx(ends[0]["best_loss"], abs=1e-5)
