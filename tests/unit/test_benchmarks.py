@@ -212,6 +212,19 @@ def test_a_try_measures_what_the_formula_says(one_rank, tmp_path):
         long_context_gpu.run_try(wanted, tmp_path / "again", trial=True, limit_bytes=one["activation_bytes"] // 2)
 
 
+@pytest.mark.parametrize("seq_len", [32 << 10, 640 << 10, 4 << 20])
+@pytest.mark.parametrize("policy", long_context_gpu.POLICIES)
+def test_recipes_of_all_lengths_and_policies_are_accepted(seq_len, policy, tmp_path, monkeypatch):
+    """Of the 1B shape, as on a GPU; no token is written."""
+    from slm.recipe import load_recipe
+
+    monkeypatch.setattr(long_context_gpu, "write_documents", lambda *_: None)
+    wanted = long_context_gpu.Try(seq_len, policy, 8192, ("short", "one"), 0, 1)
+    recipe = load_recipe(long_context_gpu.write_recipe(tmp_path, wanted, trial=False))
+    assert [phase.seq_len for phase in recipe.phases] == [seq_len] * 2
+    assert recipe.model_of(recipe.phases[0]).num_parameters() == 1_235_814_400
+
+
 @pytest.fixture
 def long_context(monkeypatch, tmp_path):
     """main() over a made-up device: (arguments, {policy: longest that fits, doubled by tiles}, losses) -> (code, report)."""
@@ -257,19 +270,21 @@ def test_policies_that_disagree_are_a_failure(long_context, capsys):
 
 
 def test_aims_are_of_one_device(capsys):
-    """On an H200 alone; packed documents, lengths that are not confirmed and offloading do not count."""
+    """On an H200 alone; packed and short documents do not count, nor does offloading for the longest."""
     from rich.console import Console
 
-    def row(seq_len, documents, rate):
-        return {"seq_len": seq_len, "documents": documents, "policy": "full", "tokens_per_second": rate}
+    def row(seq_len, documents, rate, policy="full"):
+        return {"seq_len": seq_len, "documents": documents, "policy": policy, "tokens_per_second": rate}
 
     report = {
-        "rows": [row(32 << 10, "one", 23_000.0), row(128 << 10, "one", 7_000.0), row(128 << 10, "packed", 20_000.0)],
-        "longest": [
-            {"policy": "full", "longest": 650_000, "confirmed": True},
-            {"policy": "selective", "longest": 700_000, "confirmed": False},
-            {"policy": "full+offload", "longest": 900_000, "confirmed": True},
-        ],
+        "rows": [
+            row(32 << 10, "one", 23_000.0),
+            row(128 << 10, "one", 7_000.0),
+            row(128 << 10, "packed", 20_000.0),
+            row(650_000, "one", 1.0),
+            row(900_000, "one", 1.0, "full+offload"),
+            row(800_000, "short", 1.0),
+        ]
     }
     long_context_gpu.show_aims({**report, "device": "NVIDIA H100 80GB HBM3"}, Console(width=200))
     assert capsys.readouterr().out == ""
