@@ -29,9 +29,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -358,7 +360,7 @@ def loss_differences(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def measure_length(job: argparse.Namespace, work: Path, seq_len: int, policy: str, report: dict[str, Any]) -> None:
-    for tile_tokens in (None, job.tile_tokens):
+    for tile_tokens in (job.tile_tokens,) if job.tiled else (None, job.tile_tokens):
         wanted = Try(seq_len, policy, tile_tokens, tuple(job.documents), job.warmup_steps, job.steps, job.profile)
         rows = attempt(job, work, wanted)
         if rows is not None:
@@ -481,6 +483,14 @@ def show_aims(report: dict[str, Any], console: Console) -> None:
         console.print(f"aim {AIM_LONGEST:,} tokens, nothing offloaded: {max(longer):,}, {word}", highlight=False)
 
 
+def device_name() -> str:
+    """By another process: this one would hold some of the device's memory ever after."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
+    return subprocess.run(
+        command, env={**os.environ, **arm_environment()}, capture_output=True, text=True
+    ).stdout.strip()
+
+
 def number(text: str) -> int:
     """32Ki, 600K or digits."""
     from slm.fields import parse_count
@@ -497,6 +507,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each kind of documents")
     parser.add_argument("--warmup-steps", type=int, default=1)
     parser.add_argument("--tile-tokens", help="of the MLP, where a policy does not fit without, and in the search")
+    parser.add_argument("--tiled", action="store_true", help="tiles at once, without a try to do without")
     parser.add_argument("--search", default="full", help=f"policies to search the longest sequence for, of {names}")
     parser.add_argument("--no-search", dest="search", action="store_const", const="")
     parser.add_argument("--search-from", help="the first length that is tried; 128Ki")
@@ -535,7 +546,7 @@ def main() -> int:
         setattr(job, name, [x for x in getattr(job, name).split(",") if x])
         if unknown := set(getattr(job, name)) - set(known):
             parser.error(f"--{name} {', '.join(sorted(unknown))}: there are {', '.join(known)}")
-    device = "CPU" if job.trial else torch.cuda.get_device_name()
+    device = "CPU" if job.trial else device_name()
     report: dict[str, Any] = {"device": device, "machine": machine(), "torch": torch.__version__, "trial": job.trial}
     report |= {"rows": [], "does_not_fit": [], "longest": [], "failures": []}
     console.print(f"[bold]{device}[/bold], torch {torch.__version__}; {report['machine']}", highlight=False)
