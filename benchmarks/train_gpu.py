@@ -203,7 +203,7 @@ def measure(job: argparse.Namespace) -> dict[str, Any]:
     pairs = zip(events[job.warmup_steps - 1 : -1], events[job.warmup_steps :], strict=True)
     seconds = [before.elapsed_time(after) / 1000 for before, after in pairs]
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    kernels = profile(step, tokens[-1])  # after the figures: the profiler is not free
+    kernels = profile(lambda: step(tokens[-1]))  # after the figures: the profiler is not free
     median, device = statistics.median(seconds), torch.cuda.get_device_name()
     tokens_per_second = job.batch * job.seq_len / median
     config, peak = ModelConfig.preset(PRESET), peak_flops(device)
@@ -221,16 +221,21 @@ def measure(job: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def profile(step: Step, tokens_BS: Any) -> dict[str, float]:
-    """Seconds on the device of every kernel of one step, by name."""
+def profile(step: Callable[[], Any], device_type: str = "cuda") -> dict[str, float]:
+    """Seconds on the device of every kernel of one step (on a CPU: of every operator), by name."""
     import torch
     from torch.profiler import ProfilerActivity
 
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        step(tokens_BS)
-        torch.cuda.synchronize()
-    kernels = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return {e.key: e.self_device_time_total / 1e6 for e in kernels}
+    cuda = device_type == "cuda"
+    with torch.profiler.profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    ) as profiler:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    events = [e for e in profiler.key_averages() if e.device_type == kind]
+    return {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e6 for e in events}
 
 
 def run_as_arm(job: argparse.Namespace) -> int:

@@ -32,9 +32,32 @@ STEPS = 12
 )
 def test_attention_equals_the_cpu_in_float32(device, dtype, tolerance):
     """Output and gradients of packed pieces with grouped heads, padding and pieces of no length among them."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(2, 96, heads, 64, generator=generator) for heads in (8, 2, 2, 8))
     bounds = torch.tensor([0, 5, 40, 96, 96 + 64, 192, 192, 192], dtype=torch.int32)
+    assert_equals_the_cpu(2, 96, (8, 2), bounds, device, dtype, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tokens", "tolerance"),
+    [
+        ("cpu", torch.float32, 1024, 1e-6),
+        pytest.param("cuda", torch.float32, 32768, 1e-4, marks=GPU),
+        pytest.param("cuda", torch.bfloat16, 32768, 3e-2, marks=GPU),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_over_long_sequences_equals_the_cpu(device, dtype, tokens, tolerance, packed):
+    """One document, and packed ones of a token to half of all."""
+    ends = [1, 700, tokens // 3, tokens // 2, tokens] if packed else [tokens]
+    bounds = torch.tensor([0, *ends], dtype=torch.int32)
+    assert_equals_the_cpu(1, tokens, (2, 1), bounds, device, dtype, tolerance)
+
+
+def assert_equals_the_cpu(rows, tokens, heads, bounds, device, dtype, tolerance):
+    """packed_attention's output and gradients, relative L2 from float32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    num_heads, kv_heads = heads
+    counts = (num_heads, kv_heads, kv_heads, num_heads)
+    q, k, v, grad = (torch.randn(rows, tokens, count, 64, generator=generator) for count in counts)
 
     def run(device, dtype):
         inputs = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
@@ -112,6 +135,25 @@ def test_a_run_and_its_second_half_again(recipe, reference, tmp_path, device, pr
     assert sorted(resumed) == list(range(6, STEPS + 1))
     for step, loss in resumed.items():  # the GPU's attention gradients add up in no fixed order
         assert loss == pytest.approx(losses[step], abs=0 if device == "cpu" else tolerance)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "stage", "tolerance"),
+    [
+        ("cpu", "float32", 1, 1e-4),
+        pytest.param("cuda", "bfloat16", 1, 5e-2, marks=GPU),
+        pytest.param("cuda", "bfloat16", 3, 5e-2, marks=GPU),
+    ],
+)
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_a_run_with_recomputation(recipe, reference, tmp_path, device, precision, stage, tolerance, policy):
+    """With what is kept in host memory and the MLP in tiles, (on a GPU, but for ZeRO-3) in compiled blocks: the same losses."""
+    phase = {"activation_checkpointing": policy, "offload_activations": "true", "mlp_tile_tokens": 100}
+    overrides = [f"phases.main.{name}={value}" for name, value in phase.items()]
+    overrides += [f"precision={precision}", f"phases.main.deepspeed=ds_configs/zero{stage}.json"]
+    losses, held_out = train(recipe, tmp_path / "run", device, *overrides)
+    assert losses == pytest.approx(reference[0], abs=tolerance)
+    assert held_out == pytest.approx(reference[1], abs=tolerance)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import activation_memory  # noqa: E402
+import long_context_gpu  # noqa: E402
 import side_by_side  # noqa: E402
 import train_gpu  # noqa: E402
 
@@ -69,9 +71,10 @@ def test_attention_kernels_are_recognised():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_gpu_benchmark_says_that_it_needs_a_gpu():
+@pytest.mark.parametrize("script", ["train_gpu.py", "long_context_gpu.py"])
+def test_gpu_benchmark_says_that_it_needs_a_gpu(script):
     """Exit code 3 and a sentence, no traceback."""
-    command = [sys.executable, BENCHMARKS / "train_gpu.py"]
+    command = [sys.executable, BENCHMARKS / script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3
     assert "needs a CUDA device" in done.stdout
@@ -171,3 +174,137 @@ def test_activation_memory_is_what_the_formula_says():
             assert all(peaks[policy, 128] < 0.85 * peaks[policy, None] for policy in ("none", "selective", "full"))
     finally:
         torch.set_num_threads(threads)
+
+
+# --- long_context_gpu.py -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "found"), [(0, 0), (32, 32), (127, 96), (128, 128), (700, 672), (5000, 1024)])
+def test_the_longest_that_fits(limit, found):
+    """Doubling from 128, then bisecting to 32, and no length twice; none, shorter than the first, and as long as asked for."""
+    tried = []
+
+    def fits(length):
+        tried.append(length)
+        return length <= limit
+
+    assert long_context_gpu.longest(fits, start=128, unit=32, most=1024) == found
+    assert len(tried) == len(set(tried)) <= 8
+    assert all(length % 32 == 0 for length in tried)
+
+
+def test_a_try_measures_what_the_formula_says(one_rank, tmp_path):
+    """The project's own path on a CPU: one document and packed ones, the peak of a whole step within 10 % of the formula, the
+    attention that ran; and a limit that is too small."""
+    wanted = long_context_gpu.Try(1024, "selective", None, ("one", "packed"), 1, 1)
+    one, packed = long_context_gpu.run_try(wanted, tmp_path, trial=True, limit_bytes=0)
+    assert (one["documents"], packed["documents"]) == ("one", "packed")
+    for row in (one, packed):
+        assert row["activation_bytes"] == pytest.approx(row["formula_bytes"], rel=0.1)
+        assert any("attention" in name for name in row["attention_kernels"])
+        assert len(row["losses"]) == 2
+        assert row["losses"][0] == pytest.approx(np.log(512), rel=0.05)
+        assert row["tokens_per_second"] > 0
+    rates = [row["flops_per_second/causal"] / row["tokens_per_second"] for row in (one, packed)]
+    assert rates[0] > rates[1]  # a token of short documents costs less
+    (tmp_path / "again").mkdir()
+    with pytest.raises(torch.OutOfMemoryError):
+        long_context_gpu.run_try(wanted, tmp_path / "again", trial=True, limit_bytes=one["activation_bytes"] // 2)
+
+
+@pytest.mark.parametrize("seq_len", [32 << 10, 640 << 10, 4 << 20])
+@pytest.mark.parametrize("policy", long_context_gpu.POLICIES)
+def test_recipes_of_all_lengths_and_policies_are_accepted(seq_len, policy, tmp_path, monkeypatch):
+    """Of the 1B shape, as on a GPU; no token is written."""
+    from slm.recipe import load_recipe
+
+    monkeypatch.setattr(long_context_gpu, "write_documents", lambda *_: None)
+    wanted = long_context_gpu.Try(seq_len, policy, 8192, ("short", "one"), 0, 1)
+    recipe = load_recipe(long_context_gpu.write_recipe(tmp_path, wanted, trial=False))
+    assert [phase.seq_len for phase in recipe.phases] == [seq_len] * 2
+    assert recipe.model_of(recipe.phases[0]).num_parameters() == 1_235_814_400
+
+
+@pytest.fixture
+def long_context(monkeypatch, tmp_path):
+    """main() over a made-up device: (arguments, {policy: longest that fits, doubled by tiles}, losses) -> (code, report)."""
+
+    def run(arguments, room, losses):
+        def attempt(job, work, wanted):
+            if wanted.seq_len > room[wanted.policy] * (2 if wanted.tile_tokens else 1):
+                return None
+            row = {
+                **vars(wanted), "losses": [losses.get(wanted.policy, 6.2)], "step_seconds": [2.0],
+                "tokens_per_second": wanted.seq_len / 2, "peak_allocated_bytes": 1, "peak_reserved_bytes": 1,
+                "activation_bytes": 1, "formula_bytes": 1, "attention_kernels": {"flash": 1.0},
+            }  # fmt: skip
+            return [{**row, "documents": kind} for kind in wanted.documents]
+
+        monkeypatch.setattr(long_context_gpu, "attempt", attempt)
+        path = tmp_path / "report.json"
+        monkeypatch.setattr(sys, "argv", ["x", "--trial", "--json", str(path), *arguments.split()])
+        return long_context_gpu.main(), json.loads(path.read_text())
+
+    return run
+
+
+def test_policies_that_do_not_fit_are_tiled_then_left_out(long_context, capsys):
+    room = {"none": 200, "selective": 300, "full": 600}
+    code, report = long_context("--lengths 512 --policies none,selective,full --search full", room, {})
+    assert code == 0
+    assert report["does_not_fit"] == [{"seq_len": 512, "policy": "none"}]
+    found = [(r["seq_len"], r["policy"], r["tile_tokens"], r["documents"]) for r in report["rows"]]
+    timed = [(512, p, t, d) for p, t in (("selective", 64), ("full", None)) for d in ("one", "packed")]
+    assert found == [*timed, (1152, "full", 64, "one")]
+    (entry,) = report["longest"]
+    assert (entry["longest"], entry["confirmed"]) == (1152, True)
+    assert "1,152 tokens (confirmed by one document)" in capsys.readouterr().out
+
+
+def test_policies_that_disagree_are_a_failure(long_context, capsys):
+    room = {"selective": 1000, "full": 1000}
+    code, report = long_context("--lengths 512 --policies selective,full --no-search", room, {"full": 6.4})
+    assert code == 1
+    assert len(report["problems"]) == 2
+    assert "not the same work" in capsys.readouterr().out
+
+
+def test_aims_are_of_one_device(capsys):
+    """On an H200 alone; packed and short documents do not count, nor does offloading for the longest."""
+    from rich.console import Console
+
+    def row(seq_len, documents, rate, policy="full"):
+        return {"seq_len": seq_len, "documents": documents, "policy": policy, "tokens_per_second": rate}
+
+    report = {
+        "rows": [
+            row(32 << 10, "one", 23_000.0),
+            row(128 << 10, "one", 7_000.0),
+            row(128 << 10, "packed", 20_000.0),
+            row(650_000, "one", 1.0),
+            row(900_000, "one", 1.0, "full+offload"),
+            row(800_000, "short", 1.0),
+        ]
+    }
+    long_context_gpu.show_aims({**report, "device": "NVIDIA H100 80GB HBM3"}, Console(width=200))
+    assert capsys.readouterr().out == ""
+    long_context_gpu.show_aims({**report, "device": "NVIDIA H200"}, Console(width=200))
+    assert capsys.readouterr().out.splitlines() == [
+        "aim 22,000 tokens/s at 32,768: 23,000 with full, met",
+        "aim 8,000 tokens/s at 131,072: 7,000 with full, not met",
+        "aim 600,000 tokens, nothing offloaded: 650,000, met",
+    ]
+
+
+def test_a_trial_of_the_whole_script(tmp_path):
+    """A try in a process of its own, and its JSON."""
+    path = tmp_path / "x.json"
+    words = ["--trial", "--lengths", "128", "--policies", "full", "--documents", "one", "--steps", "1", "--no-search"]
+    command = [sys.executable, BENCHMARKS / "long_context_gpu.py", *words, "--json", path]
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {k: v for k, v in os.environ.items() if k not in ranks}  # those of this process, if it has joined a group
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(path.read_text())
+    assert [r["policy"] for r in report["rows"]] == ["full"]
+    assert report["failures"] == []

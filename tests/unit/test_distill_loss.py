@@ -14,14 +14,14 @@ from slm.losses import IGNORE, DenseTarget, Distillation, SparseTarget, linear_c
 N, E, V, K = 13, 5, 17, 4
 
 
-def case(dtype=torch.float64, n=N, seed=0, ignored=(2, 7)):
+def case(dtype=torch.float64, n=N, seed=0, ignored=(2, 7), width=E, vocab=V):
     """(hidden, weight, labels, the teacher's log-probabilities at T = 1)."""
     g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, E, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(V, E, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    labels = torch.randint(0, V, (n,), generator=g)
+    hidden = torch.randn(n, width, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, width, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocab, (n,), generator=g)
     labels[[i for i in ignored if i < n]] = IGNORE
-    teacher = (2 * torch.randn(n, V, generator=g, dtype=torch.float64)).log_softmax(1)
+    teacher = (2 * torch.randn(n, vocab, generator=g, dtype=torch.float64)).log_softmax(1)
     return hidden, weight, labels, teacher
 
 

@@ -33,12 +33,13 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients(model):
+def gradients(model, device="cpu"):
     """Every gradient, and how often attention's forward ran in the forward and in the backward pass."""
     model.zero_grad()
+    tokens, bounds = TOKENS.to(device), BOUNDS.to(device)
     forward, backward = Calls(), Calls()
     with forward:
-        loss, _ = model(TOKENS, None, BOUNDS, TOKENS)
+        loss, _ = model(tokens, None, bounds, tokens)
     with backward:
         loss.backward()
     return [p.grad.clone() for p in model.parameters()], (forward.num_kernels, backward.num_kernels)
@@ -94,10 +95,16 @@ def test_a_second_backward_says_so(tiny_config):
 
 def test_kept_tensors_leave_their_memory():
     """The store holds copies: what was packed is freed, and is given up as it is fetched, one block ahead."""
+    check_kept_tensors("cpu")
+
+
+def check_kept_tensors(device):
     first = BlockStore(before=None)
     second = BlockStore(before=first)
-    x, y = torch.randn(64, 64), torch.randn(64, 64)
+    x, y = torch.randn(64, 64, device=device), torch.randn(64, 64, device=device)
     slot_x, slot_y = first.pack(x), second.pack(y)
+    assert slot_x.host.device.type == "cpu"
+    assert slot_x.host.is_pinned() == (device == "cuda")
     assert slot_x.host.data_ptr() != x.data_ptr()
     assert slot_x.back is None
     assert torch.equal(second.unpack(slot_y), y)
