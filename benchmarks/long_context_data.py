@@ -8,11 +8,12 @@ with all labels; a phase chooses its lengths by `filters`. A tenth of the files,
 
 `text`    files of the Python standard library of this interpreter
 `needle`  one needle somewhere, and a question at the end: what recall measures
-`many`    as many needles as fit in half of the document, then a question about each, in another order
-`pairs`   names with their values, nothing else, again and again in another order: nearly every token is found by looking back
+`many`    needles, and questions about them, as many as fit in 85 % of the document
+`echo`    a string of such bytes somewhere in text, and once more further on
+`pairs`   names with their values, nothing else, again and again in another order (64 tokens alone)
 
-A model of two layers learns to look back from `pairs` and `many`; from `needle` alone, where 4 tokens of 128 ask for it, it
-does not (benchmarks/README.md).
+A model of two layers learns from `pairs` to find what followed the same byte before; `echo` carries that over any distance. From
+needles alone, of which 4 tokens in 128 are answers, it does not learn it in as many steps (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -34,13 +35,8 @@ RECALL = Recall(
     needle="\nThe key is {name}{value}\n", query="\nThe key is {name}", names=(192, 255), name_length=1,
     values=(192, 255), value_length=4,
 )  # fmt: skip
-# length of the documents, EOS not counted: how many of needle, many and pairs
-COUNTS = {
-    64: (0, 0, 30000, 30000),
-    128: (12000, 20000, 12000, 12000),
-    256: (2400, 2400, 800, 800),
-    1024: (700, 700, 300, 300),
-}
+# length of the documents, EOS not counted: how many of each of KINDS, in its order
+COUNTS = {64: (0, 0, 0, 30000), 128: (5000, 5000, 5000, 0), 256: (1200, 800, 800, 0), 1024: (500, 300, 300, 0)}
 MOST_NEEDLES = 12  # of 5 different bytes out of 64
 _SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 
@@ -81,11 +77,13 @@ def pairs(form: Form, filler: Filler, length: int, rng: np.random.Generator) -> 
     return np.concatenate([np.array(bos, np.int64), *rounds])[:length]
 
 
-def copy(form: Form, filler: Filler, length: int, rng: np.random.Generator) -> np.ndarray:
-    """[BOS] a few bytes again and again: int64 [length]."""
-    period = rng.permutation(np.arange(192, 256))[: int(rng.integers(3, min(64, length // 2)))]
+def echo(form: Form, filler: Filler, length: int, rng: np.random.Generator) -> np.ndarray:
+    """[BOS] text with a string of other bytes that comes again further on: int64 [length]."""
+    string = rng.permutation(np.arange(192, 256))[: int(rng.integers(8, 1 + min(64, length // 3)))]
     bos = [] if filler.bos_id is None else [filler.bos_id]
-    return np.concatenate([np.array(bos, np.int64), np.tile(period, 1 + length // len(period))])[:length]
+    text = filler.take(length - len(bos) - 2 * len(string), rng)
+    before, between, after = np.split(text, np.sort(rng.integers(len(text) + 1, size=2)))
+    return np.concatenate([np.array(bos, np.int64), before, string, between, string, after])
 
 
 def needle(form: Form, filler: Filler, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -93,8 +91,11 @@ def needle(form: Form, filler: Filler, length: int, rng: np.random.Generator) ->
 
 
 KINDS: dict[str, Callable[[Form, Filler, int, np.random.Generator], np.ndarray]] = {
-    "needle": needle, "many": many, "pairs": pairs, "copy": copy,
-}  # fmt: skip
+    "needle": needle,
+    "many": many,
+    "echo": echo,
+    "pairs": pairs,
+}
 
 
 def write(folder: Path, documents: list[np.ndarray], tokenizer: SLMTokenizer) -> None:
@@ -108,7 +109,7 @@ def write(folder: Path, documents: list[np.ndarray], tokenizer: SLMTokenizer) ->
 
 
 def make_data(root: Path, seed: int = 0, counts: dict[int, tuple[int, ...]] | None = None) -> None:
-    """ROOT/tokenizer and ROOT/{text,held-out,needle,many,pairs}; what is there stays."""
+    """ROOT/tokenizer and ROOT/{text,held-out,needle,many,echo,pairs}; what is there stays."""
     tokenizer = SLMTokenizer()
     tokenizer.save_pretrained(root / "tokenizer")
     for name, held_out in (("text", False), ("held-out", True)):
