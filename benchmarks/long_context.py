@@ -37,6 +37,8 @@ from rich.console import Console
 from rich.table import Table
 from side_by_side import REPOSITORY, machine
 
+from slm.recipe import load_recipe
+
 RECIPE = REPOSITORY / "recipes" / "long-context-toy.yaml"
 ORIGINAL, LONG, STEP_TOKENS = 128, 1024, 4096
 SCALINGS = ("none", "linear", "dynamic", "ntk", "theta", "yarn", "llama3")
@@ -102,7 +104,7 @@ def scaled(scaling: str, factor: float) -> dict[str, Any]:
 
 def recipe_of(a: Arm, work: Path, *, trial: bool = False) -> dict[str, Any]:
     """The recipe's own tree with this arm's phases; one rank takes each batch at once."""
-    tree = yaml.safe_load(RECIPE.read_text())
+    tree = load_recipe(RECIPE).model_dump(mode="json")
     phases = {phase["name"]: phase for phase in tree["phases"]}
     tree |= {"name": a.name, "output": str(work / a.name), "seed": a.seed}
     data = work / "data"
