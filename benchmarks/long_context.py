@@ -43,7 +43,6 @@ RECIPE = REPOSITORY / "recipes" / "long-context-toy.yaml"
 ORIGINAL, LONG, STEP_TOKENS = 128, 1024, 4096
 SCALINGS = ("none", "linear", "dynamic", "ntk", "theta", "yarn", "llama3")
 THETA = 500000.0
-SEEDED = ("yarn", "llama3", "none")  # in three seeds
 EARLY, LATE = (64, 128), (900, 1024)  # tokens seen, for the loss by position
 BIN = 64
 
@@ -77,18 +76,22 @@ def arm(name: str) -> Arm:
 
 def all_arms(*, main: bool, seeds: int) -> list[str]:
     """In the order in which they are worth running. main: those that have an aim, or are needed for one."""
-    names = [f"{s}-100-0" for s in ("yarn", "none", "llama3")] + [
+    names = [
+        "yarn-100-0",
+        "none-50-0",
+        "llama3-100-0",
         "short-100-0",
         "zero-none-0",
         "zero-yarn-0",
-        "none-50-0",
+        "ntk-100-0",
+        "theta-100-0",
     ]
-    names += ["ntk-100-0", "theta-100-0", "sequence-1", "sequence-2", "yarn-50-0", "llama3-50-0"]
+    names += ["none-100-0", "sequence-1", "sequence-2"]
     for seed in range(1, seeds):
-        names += [f"{s}-100-{seed}" for s in ("yarn", "llama3")] + [f"short-100-{seed}", f"none-50-{seed}"]
+        names += [f"{s}-100-{seed}" for s in ("yarn", "llama3", "short")] + [f"none-50-{seed}"]
     if not main:
         names += ["linear-100-0", "dynamic-100-0", *(f"zero-{s}-0" for s in SCALINGS if s not in ("none", "yarn"))]
-        names += [f"{s}-50-0" for s in ("ntk", "theta", "linear", "dynamic")]
+        names += [f"{s}-50-0" for s in ("yarn", "llama3", "ntk", "theta", "linear", "dynamic")]
         for seed in range(1, seeds):
             names += [f"none-100-{seed}", f"yarn-50-{seed}", f"llama3-50-{seed}"]
     return names
@@ -225,7 +228,8 @@ def found_of(name: str, work: Path) -> dict[str, Any] | None:
     reports = sorted((run / "eval").glob(f"{'base' if a.kind == 'base' else 'long'}-*.json"))
     tree = json.loads(reports[0 if a.kind == "zero" else -1].read_text())
     accuracy = [row["accuracy"] for row in tree["recall"]]
-    [short] = [r["loss"] for r in tree["loss"].get(str(ORIGINAL), {}).values()] or [None]
+    losses = {} if a.kind == "base" else tree["loss"].get(str(ORIGINAL), {})  # a base's is of fewer sequences
+    [short] = [r["loss"] for r in losses.values()] or [None]
     row = {"deciles": accuracy, "accuracy": statistics.mean(accuracy), "worst": min(accuracy), "short": short}
     positions = run / "positions.json"
     return row | (json.loads(positions.read_text()) if positions.is_file() else {})
@@ -244,7 +248,9 @@ def aims(found: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool | None]]
     def add(aim: str, values: list[float], limit: float, *, at_least: bool = False, percent: bool = False) -> None:
         worst = (min(values) if at_least else max(values)) if values else None
         met = None if worst is None else worst >= limit if at_least else worst <= limit
-        shown = ", ".join(f"{100 * x:.1f}" if percent else f"{x:+.3f}" for x in values)
+        shown = ", ".join(
+            f"{100 * x:.1f}" if percent else f"{x:+.3f}" if abs(x) >= 1e-3 else f"{x:+.1g}" for x in values
+        )
         rows.append((aim, shown or "not run", met))
 
     add("base at 128 >= 99 %", [r["accuracy"] for r in of("base-")], 0.99, at_least=True, percent=True)
@@ -323,7 +329,8 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         left.plot([BIN * (i + 0.5) for i in range(len(row["bins"]))], row["bins"], style, label=name)
     left.axvline(ORIGINAL, color="grey", linewidth=0.8, linestyle=":")
     left.set(xlabel="tokens seen", ylabel="nats a token", title="Held-out text: loss by position")
-    left.legend(fontsize=8)
+    if left.lines[1:]:
+        left.legend(fontsize=8)
     if grid:
         picture = right.imshow(
             [[100 * x for x in r["deciles"]] for r in grid.values()], vmin=0, vmax=100, aspect="auto", cmap="RdYlGn"
