@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from slm.data.tokens import encode_index
+from slm.data.tokens import TokenDataset, encode_index
+from slm.recipe import recipe_from_tree
+from slm.tokenizer import SLMTokenizer
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import activation_memory  # noqa: E402
+import long_context  # noqa: E402
+import long_context_data  # noqa: E402
 import long_context_gpu  # noqa: E402
 import side_by_side  # noqa: E402
 import train_gpu  # noqa: E402
+from long_context_data import KINDS  # noqa: E402
 
 
 def runs(*losses: list[float]) -> list[dict[str, object]]:
@@ -308,3 +315,90 @@ def test_a_trial_of_the_whole_script(tmp_path):
     report = json.loads(path.read_text())
     assert [r["policy"] for r in report["rows"]] == ["full"]
     assert report["failures"] == []
+
+
+# --- long_context.py -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy_data(tmp_path_factory):
+    """A few documents of every kind at 128 and 1,024 tokens, made twice: two folders."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("a", "b")]
+    for folder in folders:
+        long_context_data.make_data(folder, counts={128: (6, 6, 6, 6), 1024: (2, 2, 2, 0)})
+    return folders
+
+
+def documents(folder, name):
+    shard = TokenDataset(folder / name).shards[0]
+    return [shard.tokens[a:b].astype(int) for a, b in itertools.pairwise(shard.doc_offsets.tolist())]
+
+
+def test_toy_data_are_a_function_of_the_seed(toy_data):
+    """Byte for byte, held-out text apart from the rest, and no name or value in any text."""
+    fingerprints = [{n: TokenDataset(f / n).fingerprint for n in ("text", "held-out", *KINDS)} for f in toy_data]
+    assert fingerprints[0] == fingerprints[1]
+    texts = {bytes(d[1:-1].tolist()) for d in documents(toy_data[0], "text")}
+    held_out = {bytes(d[1:-1].tolist()) for d in documents(toy_data[0], "held-out")}
+    assert texts
+    assert held_out
+    assert all(text.isascii() for text in texts | held_out)
+    assert all(TokenDataset(toy_data[0] / n).verify() == [] for n in KINDS)
+
+
+def test_toy_documents_fill_a_sequence(toy_data):
+    """BOS, 127 or 1,023 tokens, EOS: one piece of 128 or 1,024 tokens with all its labels."""
+    tokenizer = SLMTokenizer()
+    for name in KINDS:
+        lengths = [len(d) for d in documents(toy_data[0], name)]
+        assert lengths == [129] * 6 + [1025] * (0 if name == "pairs" else 2)
+        for d in documents(toy_data[0], name):
+            assert (d[0], d[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def test_toy_questions_have_their_answers_in_the_text(toy_data):
+    """After `The key is` and a name comes the same value every time, and each name that is asked for was told before."""
+    for name, least in (("needle", 2), ("many", 3)):
+        for d in documents(toy_data[0], name):
+            text = bytes(d[1:-1].tolist())
+            told = re.findall(rb"\nThe key is ([\xc0-\xff])([\xc0-\xff]{4})", text)
+            assert len(told) >= least
+            assert len(dict(told)) == len(set(told)) < len(told)
+
+
+def test_toy_strings_come_again(toy_data):
+    """echo: its string twice; pairs: after the first round, every value follows its name."""
+    for d in documents(toy_data[0], "echo"):
+        string = [t for t in d if 192 <= t <= 255]
+        assert len(string) >= 16
+        assert string[: len(string) // 2] == string[len(string) // 2 :]
+    for d in documents(toy_data[0], "pairs"):
+        assert all(192 <= t <= 255 for t in d[1:-1])
+        followers: dict[int, set[int]] = {}
+        for a, b in itertools.pairwise(d[1:-1].tolist()):
+            followers.setdefault(a, set()).add(b)
+        assert sum(len(f) == 1 for f in followers.values()) >= len(followers) / 2
+
+
+def test_arms_of_the_long_context_benchmark_are_recipes(tmp_path):
+    """Every arm's recipe is valid; an arm's second phase is at 1,024 with its scaling, the second control's at 128."""
+    names = [*long_context.all_arms(main=False, seeds=3), "base-0"]
+    assert len(names) == len(set(names))
+    recipes = {n: recipe_from_tree(long_context.recipe_of(long_context.arm(n), tmp_path), n) for n in names}
+    long = recipes["llama3-50-0"].phases
+    assert [(p.num_steps, p.seq_len, p.rope_scaling.factor) for p in long] == [(50, 256, 2.0), (100, 1024, 8.0)]
+    assert [(p.num_steps, p.seq_len) for p in recipes["short-100-1"].phases] == [(100, 128), (100, 128)]
+    assert {r.eval.recall.samples for n, r in recipes.items() if not n.startswith("sequence")} == {100}
+    with pytest.raises(ValueError, match="is no arm"):
+        long_context.arm("yarm-100-0")
+
+
+def test_aims_of_the_long_context_benchmark_are_of_the_worst_seed():
+    """A mean over seeds would hide one that failed; what was not run is neither met nor missed."""
+    row = {"accuracy": 0.99, "worst": 0.96, "early": 1.5, "late": 1.4, "short": 1.60}
+    found = {"yarn-100-0": row, "yarn-100-1": {**row, "worst": 0.90}, "short-100-0": {"accuracy": 1.0, "short": 1.59}}
+    met = {aim: met for aim, _, met in long_context.aims(found)}
+    assert met["yarn mean >= 98%"] is True
+    assert met["yarn every decile >= 95%"] is False
+    assert met["llama3 mean >= 98%"] is None
+    assert met["yarn short loss less the second control's <= 0.02"] is True
