@@ -233,7 +233,7 @@ def test_recipes_of_all_lengths_and_policies_are_accepted(seq_len, policy, tmp_p
 
 
 @pytest.fixture
-def long_context(monkeypatch, tmp_path):
+def on_a_device(monkeypatch, tmp_path):
     """main() over a made-up device: (arguments, {policy: longest that fits, doubled by tiles}, losses) -> (code, report)."""
 
     def run(arguments, room, losses):
@@ -255,9 +255,9 @@ def long_context(monkeypatch, tmp_path):
     return run
 
 
-def test_policies_that_do_not_fit_are_tiled_then_left_out(long_context, capsys):
+def test_policies_that_do_not_fit_are_tiled_then_left_out(on_a_device, capsys):
     room = {"none": 200, "selective": 300, "full": 600}
-    code, report = long_context("--lengths 512 --policies none,selective,full --search full", room, {})
+    code, report = on_a_device("--lengths 512 --policies none,selective,full --search full", room, {})
     assert code == 0
     assert report["does_not_fit"] == [{"seq_len": 512, "policy": "none"}]
     found = [(r["seq_len"], r["policy"], r["tile_tokens"], r["documents"]) for r in report["rows"]]
@@ -268,9 +268,9 @@ def test_policies_that_do_not_fit_are_tiled_then_left_out(long_context, capsys):
     assert "1,152 tokens (confirmed by one document)" in capsys.readouterr().out
 
 
-def test_policies_that_disagree_are_a_failure(long_context, capsys):
+def test_policies_that_disagree_are_a_failure(on_a_device, capsys):
     room = {"selective": 1000, "full": 1000}
-    code, report = long_context("--lengths 512 --policies selective,full --no-search", room, {"full": 6.4})
+    code, report = on_a_device("--lengths 512 --policies selective,full --no-search", room, {"full": 6.4})
     assert code == 1
     assert len(report["problems"]) == 2
     assert "not the same work" in capsys.readouterr().out
