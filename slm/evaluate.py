@@ -172,10 +172,3 @@ def _result(rows: list[list[list[float]]]) -> Result:
         tuple(Bucket(2**b, float(loss), int(count)) for b, (loss, count) in enumerate(row) if count) for row in rows
     )
     return Result(sum(b.loss_sum for b in every), sum(b.num_targets for b in every), every, full)
-
-
-def late_minus_early(buckets: tuple[Bucket, ...], early: int) -> float | None:
-    """Loss in the last bucket less that in the one in which token number `early` stands, in nats: above 0 where a longer
-    context makes the prediction worse. None if there is no such bucket before the last."""
-    earlier = next((b for b in buckets[:-1] if b.up_to >= early), None)
-    return None if earlier is None else buckets[-1].loss - earlier.loss

@@ -4,7 +4,7 @@ gate: {short_loss_rise: 0.01, passkey: 0.99, position_rise: 0, repeat_tokens: 50
 
     for part in parts(phase):                      # the phase, and what it is repeated by if it falls short
         ...
-        if not shortfalls(phase, findings, before): break
+        if all(holds for holds, _ in verdicts(phase, earlier, findings, before)): break
 
 `findings` and `before` are findings.as_dict of this phase's end and of the one before it, as checkpoints keep them: the
 verdict is a function of them and of the recipe, so it is the same whenever it is asked for.
@@ -79,6 +79,25 @@ def parts(phase: Phase) -> list[range]:
     return found
 
 
+def part_to_train(phase: Phase, step: int) -> range | None:
+    """The part that goes on from here; None if there is none left."""
+    return next((part for part in parts(phase) if step < part.stop), None)
+
+
+def is_at_an_end(phase: Phase, step: int) -> bool:
+    """Whether the gate is looked at here: the phase is over, or a repetition is, be it one that the recipe no longer asks for."""
+    found = parts(phase)
+    return step in {part.stop for part in found} or step > found[-1].stop
+
+
+def failed(phase: Phase, step: int, shortfall: Sequence[str], run_dir: object) -> GateFailed:
+    return GateFailed(
+        f"phase {phase.name} ends at step {step} and does not pass its gate:\n  - " + "\n  - ".join(shortfall),
+        fix=f"train it longer (phases.{phase.name}.tokens or gate.repeat_tokens), or ask for less; the same command goes on from "
+        f"there. All numbers: {run_dir}/eval",
+    )
+
+
 def _short_seq_len(gate: Gate, earlier: Sequence[Phase]) -> int | None:
     return gate.short_seq_len or (earlier[-1].seq_len if earlier else None)
 
@@ -103,15 +122,16 @@ def gate_problems(phase: Phase, earlier: Sequence[Phase], settings: Eval, valida
                 f"{at}.{field} is {getattr(gate, field):g}, but no evaluation measures it: give eval.recall with {what} among "
                 "its keys"
             )
-        elif not settings.recall.lengths_of(phase.seq_len):
+        elif max(settings.recall.lengths_of(phase.seq_len), default=0) * 2 <= phase.seq_len:
             problems.append(
-                f"{at}.{field} is {getattr(gate, field):g}, but eval.recall.lengths has none up to seq_len "
-                f"{phase.seq_len}: add one"
+                f"{at}.{field} is {getattr(gate, field):g}, but eval.recall.lengths has none in the upper half of seq_len "
+                f"{phase.seq_len}, so what the phase teaches would not be looked at: add one"
             )
     short = _short_seq_len(gate, earlier)
     if gate.short_loss_rise is not None:
         measured = {phase.seq_len, *(n for n in settings.seq_lens if n < phase.seq_len)}
-        before = {earlier[-1].seq_len, *settings.seq_lens} if earlier else set()
+        last = earlier[-1].seq_len if earlier else 0
+        before = {last, *(n for n in settings.seq_lens if n < last)}
         if short is None or (gate.short_loss_before is None and not earlier):
             problems.append(
                 f"{at}.short_loss_rise is {gate.short_loss_rise:g}, and no phase comes before this one: give short_seq_len and "
@@ -122,6 +142,12 @@ def gate_problems(phase: Phase, earlier: Sequence[Phase], settings: Eval, valida
                 f"{at}.short_loss_rise compares the held-out loss at {short} tokens, which is not measured at the end of this "
                 f"phase{'' if gate.short_loss_before is not None else ' and of the one before'}: add {short} to eval.seq_lens"
             )
+    extra = parts(phase)[1:]
+    if extra and phase.schedule.warmup_steps > len(extra[0]):
+        problems.append(
+            f"{at}.repeat_tokens comes to {len(extra[0])} steps, and schedule.warmup_steps is {phase.schedule.warmup_steps}: the "
+            "learning rate would never reach its peak in a repetition"
+        )
     if gate.position_rise is not None and _bucket(_early(phase, earlier)) >= _bucket(phase.seq_len):
         problems.append(
             f"{at}.position_rise compares the last positions with position {_early(phase, earlier)}, which is in the last bucket "
@@ -140,75 +166,79 @@ def _early(phase: Phase, earlier: Sequence[Phase]) -> int:
     return phase.gate.position_early or _short_seq_len(phase.gate, earlier) or max(1, phase.seq_len // 8)
 
 
-def shortfalls(
+# What was looked at, in words, and whether it holds.
+Verdict = tuple[bool, str]
+
+
+def verdicts(
     phase: Phase, earlier: Sequence[Phase], found: dict[str, Any], before: dict[str, Any] | None
-) -> tuple[list[str], list[str]]:
-    """(What falls short, what was held), each in words with its numbers. earlier: the recipe's phases before this one."""
+) -> list[Verdict]:
+    """Of a phase's gate, with all numbers. earlier: the recipe's phases before this one."""
     gate = phase.gate
-    assert gate is not None
-    short: list[str] = []
-    held: list[str] = []
-
-    def judge(holds: bool, text: str) -> None:
-        (held if holds else short).append(text)
-
+    if gate is None:
+        return []
+    told = []
     if gate.short_loss_rise is not None:
-        length = _short_seq_len(gate, earlier)
-        now = _loss(found, length)
-        then = gate.short_loss_before if gate.short_loss_before is not None else _loss(before or {}, length)
-        if now is None or then is None:
-            judge(
-                False,
-                f"held-out loss at {length} tokens was not measured {'now' if now is None else 'before the phase'}",
-            )
-        else:
-            judge(
-                now - then <= gate.short_loss_rise,
-                f"held-out loss at {length} tokens {now:.4f}, before the phase {then:.4f}: {now - then:+.4f} nats, at most "
-                f"{gate.short_loss_rise:+g} is allowed",
-            )
+        told.append(_short_loss(gate, gate.short_loss_rise, _short_seq_len(gate, earlier), found, before or {}))
     for field in ("passkey", "multi_key"):
-        least = getattr(gate, field)
-        if least is None:
-            continue
-        cells = [row for row in found.get("recall", []) if (row["keys"] == 1) == (field == "passkey")]
-        failing = [row for row in cells if row["accuracy"] < least]
-        worst = min(cells, key=lambda row: row["accuracy"], default=None)
-        name = "pass key" if field == "passkey" else "several keys"
-        if worst is None:
-            judge(False, f"{name}: nothing was measured")
-        else:
-            where = f"{worst['length']:,} tokens, depth {worst['depth_percent']} %"
-            judge(
-                not failing,
-                f"{name}: worst {worst['accuracy']:.1%} ({where}; {len(failing)} of {len(cells)} cells below), at least "
-                f"{least:.1%} is asked for at every length and depth",
-            )
+        if (least := getattr(gate, field)) is not None:
+            told.append(_recall(field, least, found))
     if gate.position_rise is not None:
-        early = _early(phase, earlier)
-        buckets = (_main(found, phase.seq_len) or {}).get("by_position_full", [])
-        first = next((b for b in buckets[:-1] if b["up_to"] >= early), None)
-        if first is None:
-            judge(
-                False,
-                f"loss by position: no held-out document fills {phase.seq_len} tokens, so nothing can be compared",
-            )
-        else:
-            rise = buckets[-1]["loss"] - first["loss"]
-            judge(
-                rise <= gate.position_rise,
-                f"loss at positions up to {buckets[-1]['up_to']:,} is {buckets[-1]['loss']:.4f}, up to {first['up_to']:,} "
-                f"{first['loss']:.4f}: {rise:+.4f} nats, at most {gate.position_rise:+g} is allowed",
-            )
-    return short, held
+        told.append(_positions(gate.position_rise, phase.seq_len, _early(phase, earlier), found))
+    return told
+
+
+def _short_loss(gate: Gate, most: float, length: int | None, found: dict[str, Any], before: dict[str, Any]) -> Verdict:
+    now, then = _main(found, length), _main(before, length)
+    named = {"now": now, "before the phase": then} if gate.short_loss_before is None else {"now": now}
+    for when, row in named.items():
+        if row is None or not row["targets"]:
+            return False, f"held-out loss at {length} tokens was not measured {when}"
+        if row["loss"] is None:
+            return False, f"held-out loss at {length} tokens is not a number {when}"
+    assert now is not None
+    if then is not None and gate.short_loss_before is None and then["targets"] != now["targets"]:
+        return False, (
+            f"held-out loss at {length} tokens is over {now['targets']:,} targets now and was over {then['targets']:,} before "
+            "the phase: another text, or another eval.max_sequences"
+        )
+    was = gate.short_loss_before if gate.short_loss_before is not None else (then or {})["loss"]
+    rise = now["loss"] - was
+    return rise <= most, (
+        f"held-out loss at {length} tokens {now['loss']:.4f}, before the phase {was:.4f}: {rise:+.4f} nats, at most {most:+g} is "
+        "allowed"
+    )
+
+
+def _recall(field: str, least: float, found: dict[str, Any]) -> Verdict:
+    cells = [row for row in found.get("recall", []) if (row["keys"] == 1) == (field == "passkey")]
+    name = "pass key" if field == "passkey" else "several keys"
+    if not cells:
+        return False, f"{name}: nothing was measured when the phase ended (slm eval RUN --recall measures it)"
+    failing = [row for row in cells if row["accuracy"] < least]
+    worst = min(cells, key=lambda row: row["accuracy"])
+    return not failing, (
+        f"{name}: worst {worst['accuracy']:.1%} ({worst['length']:,} tokens, depth {worst['depth_percent']} %; {len(failing)} of "
+        f"{len(cells)} cells below), at least {least:.1%} is asked for at every length and depth"
+    )
+
+
+def _positions(most: float, seq_len: int, early: int, found: dict[str, Any]) -> Verdict:
+    buckets = (_main(found, seq_len) or {}).get("by_position_full", [])
+    first = next((b for b in buckets[:-1] if b["up_to"] >= early), None)
+    if first is None:
+        return False, f"loss by position: no held-out document fills {seq_len} tokens, so nothing can be compared"
+    last = buckets[-1]
+    if first["loss"] is None or last["loss"] is None:
+        return False, f"loss by position is not a number at {last['up_to']:,} or at {first['up_to']:,} tokens"
+    rise = last["loss"] - first["loss"]
+    return rise <= most, (
+        f"loss at positions up to {last['up_to']:,} is {last['loss']:.4f}, up to {first['up_to']:,} {first['loss']:.4f}: "
+        f"{rise:+.4f} nats, at most {most:+g} is allowed"
+    )
 
 
 def _main(found: dict[str, Any], seq_len: int | None) -> dict[str, Any] | None:
     """Over all sources."""
     by_source = found.get("loss", {}).get(str(seq_len), {})
     return by_source.get("all") or next(iter(by_source.values()), None)
-
-
-def _loss(found: dict[str, Any], seq_len: int | None) -> float | None:
-    row = _main(found, seq_len)
-    return None if row is None or not row["targets"] else row["loss"]

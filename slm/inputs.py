@@ -26,7 +26,7 @@ from slm.distill.student import check_online, open_caches
 from slm.engine import Engine
 from slm.errors import UserError
 from slm.evaluate import HeldOut
-from slm.gate import parts
+from slm.gate import is_at_an_end, parts, verdicts
 from slm.model.config import ModelConfig
 from slm.model.hf import config_to_hf, read_config
 from slm.model.llama import initial_value
@@ -124,7 +124,7 @@ def check_vocabulary(recipe: Recipe, data: list[PhaseData], validation: dict[str
 
 def check_lengths(recipe: Recipe, data: dict[str, PhaseData], validation: dict[str, TokenDataset]) -> None:
     """Raises UserError if a phase that extends the context has no document to learn it from, or its gate none to judge it by."""
-    longest_before = 0
+    longest_before = _length_of_origin(recipe)
     for phase in recipe.phases:
         if phase.name not in data:  # of another job
             longest_before = max(longest_before, phase.seq_len)
@@ -141,6 +141,19 @@ def check_lengths(recipe: Recipe, data: dict[str, PhaseData], validation: dict[s
                     fix=f"give it longer documents (mixture, filters.SOURCE.min_doc_tokens), or seq_len up to {longest}",
                 )
             log.warning("%s", problem)
+        scaling = phase.rope_scaling
+        if (
+            scaling
+            and scaling.factor > 1
+            and 0 < longest_before != scaling.original_max_position_embeddings
+            and (phase.seq_len > longest_before)
+            and not _stretched(recipe, phase)
+        ):
+            log.warning(
+                "phases.%s.rope_scaling.original_max_position_embeddings is %d, and the context before it was %d: angles are "
+                "stretched as for another model",
+                phase.name, scaling.original_max_position_embeddings, longest_before,
+            )  # fmt: skip
         longest_before = max(longest_before, phase.seq_len)
         if phase.gate is not None and phase.gate.position_rise is not None:
             held_out = max(int(np.diff(s.doc_offsets).max(initial=0)) for d in validation.values() for s in d.shards)
@@ -150,6 +163,31 @@ def check_lengths(recipe: Recipe, data: dict[str, PhaseData], validation: dict[s
                     f"and the longest of data.validation has {held_out}",
                     fix="hold out longer documents, or leave position_rise out",
                 )
+
+
+def _stretched(recipe: Recipe, phase: Phase) -> bool:
+    """Whether an earlier phase stretched the same original context already."""
+    assert phase.rope_scaling is not None
+    original = phase.rope_scaling.original_max_position_embeddings
+    earlier = recipe.phases[: recipe.phases.index(phase)]
+    return any(
+        p.rope_scaling and p.rope_scaling.factor > 1 and p.rope_scaling.original_max_position_embeddings == original
+        for p in earlier
+    )
+
+
+def _length_of_origin(recipe: Recipe) -> int:
+    """The longest seq_len that the weights of init_from have seen, as far as is known; else 0."""
+    if recipe.init_from is None:
+        return 0
+    _, reader = checkpoint.weight_source(recipe.init_from.path)
+    if reader is not None:
+        return max(phase["seq_len"] for phase in reader.state["recipe"]["phases"])
+    config = read_config(recipe.init_from.path)
+    scaling = config.rope_scaling
+    return (
+        scaling.original_max_position_embeddings if scaling and scaling.factor > 1 else config.max_position_embeddings
+    )
 
 
 def check_tokenizer(recipe: Recipe, data: list[PhaseData]) -> None:
@@ -168,7 +206,7 @@ def check_tokenizer(recipe: Recipe, data: list[PhaseData]) -> None:
         )
 
 
-def open_recall(recipe: Recipe, validation: dict[str, TokenDataset]) -> dict[str, Grid]:
+def open_recall(recipe: Recipe, phases: list[Phase], validation: dict[str, TokenDataset]) -> dict[str, Grid]:
     """The samples of eval.recall by phase; none where no length fits. Raises UserError where they cannot be made."""
     settings = recipe.eval.recall
     if settings is None:
@@ -177,20 +215,21 @@ def open_recall(recipe: Recipe, validation: dict[str, TokenDataset]) -> dict[str
 
     form = Form(settings, load_tokenizer(recipe.tokenizer).encode)
     filler = Filler([dataset for name, dataset in validation.items() if settings.filler in ("", name)])
-    grids = {phase.name: Grid(form, filler, phase.seq_len) for phase in recipe.phases}
+    grids = {phase.name: Grid(form, filler, phase.seq_len) for phase in phases}
     return {name: grid for name, grid in grids.items() if grid.cells}
 
 
 def held_out(
     recipe: Recipe, validation: dict[str, TokenDataset], recall: dict[str, Grid], ranks: Ranks, phase: Phase
 ) -> HeldOut:
-    """What an evaluation of this phase looks at. Shorter sequences go through the model more at a time."""
+    """What an evaluation of this phase looks at. Shorter sequences go through the model more at a time; at one length every
+    phase sees the same ones."""
     grid = recall.get(phase.name)
     share = Share.of(ranks.rank, ranks.world_size, phase.sequence_parallel)
 
     def batches(seq_len: int) -> dict[str, EvaluationBatches]:
         micro_batch = phase.micro_batch * (phase.seq_len // seq_len)
-        most = (recipe.eval.max_sequences * (phase.seq_len // seq_len)) or None
+        most = recipe.eval.max_sequences or None
         return {name: EvaluationBatches(d, seq_len, micro_batch, share, most) for name, d in validation.items()}
 
     return HeldOut(
@@ -218,7 +257,9 @@ def position_of(reader: checkpoint.Reader, recipe: Recipe, identities: dict[str,
     """Where a checkpoint of this very run stands. Raises UserError if the recipe no longer fits it."""
     position = Position(**reader.state["position"])
     phase = next((p for p in recipe.phases if p.name == position.phase), None)
-    if phase is not None and position.step > parts(phase)[-1].stop:
+    # Beyond the end stands what a gate's repetition trained, which the recipe may no longer ask for.
+    repeated = reader.state["permanent"] and _gate_then(reader, position.phase)
+    if phase is not None and position.step > parts(phase)[-1].stop and not repeated:
         raise UserError(
             f"phases.{phase.name}.tokens comes to {phase.num_steps} steps, but the run has already done {position.step} of "
             "them, and steps cannot be taken back",
@@ -231,7 +272,7 @@ def position_of(reader: checkpoint.Reader, recipe: Recipe, identities: dict[str,
             f"the run's checkpoints are of another model: {'; '.join(changed)}",
             fix="put it back, or start a new run (another `name`)",
         )
-    if phase is not None and 0 < position.step < parts(phase)[-1].stop:
+    if phase is not None and phase.name in identities and 0 < position.step < parts(phase)[-1].stop:
         was = {**reader.state["identity"], **_of_phase(reader.state["recipe"], phase.name)}
         now = {**identities[phase.name], **_of_phase(recipe.model_dump(mode="json"), phase.name)}
         changed = [f"{key} was {was.get(key)}, is {now[key]}" for key in now if was.get(key) != now[key]]
@@ -242,6 +283,11 @@ def position_of(reader: checkpoint.Reader, recipe: Recipe, identities: dict[str,
                 fix="put it back, or start a new run (another `name`) with init_from",
             )
     return position
+
+
+def _gate_then(reader: checkpoint.Reader, name: str) -> bool:
+    """Whether the recipe that the checkpoint was made by had a gate at this phase."""
+    return any(phase["name"] == name and phase.get("gate") for phase in reader.state["recipe"]["phases"])
 
 
 def _of_phase(recipe: dict[str, Any], name: str) -> dict[str, Any]:
@@ -355,6 +401,17 @@ def _warn_of_longer_phases(reader: checkpoint.Reader, recipe: Recipe) -> None:
                 was[phase.name],
                 phase.num_steps,
             )
+
+
+def phases_to_run(recipe: Recipe, reader: checkpoint.Reader | None, until: str = "") -> list[Phase]:
+    """remaining_phases without one that is over because its gate holds: nothing of what it needed need be here any more."""
+    position = Position(**reader.state["position"]) if reader else Position()
+    phases = remaining_phases(recipe, position, until)
+    if reader is None or not phases or phases[0].name != position.phase or not is_at_an_end(phases[0], position.step):
+        return phases
+    earlier = recipe.phases[: recipe.phases.index(phases[0])]
+    told = verdicts(phases[0], earlier, reader.state.get("findings") or {}, reader.state.get("before"))
+    return phases[1:] if all(holds for holds, _ in told) else phases
 
 
 def remaining_phases(recipe: Recipe, position: Position, until: str = "") -> list[Phase]:

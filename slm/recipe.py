@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from slm import strict_yaml
 from slm.distill.settings import Loss, Teacher, loss_problems
@@ -37,6 +37,15 @@ class Data(Section):
 
     sources: dict[str, str] = Field(min_length=1, description="name: folder of the training tokens")
     validation: dict[str, str] = Field({}, description="name: folder of held-out tokens; evaluated per name")
+
+    @field_validator("validation")
+    @classmethod
+    def _not_the_sum(cls, value: dict[str, str]) -> dict[str, str]:
+        if "all" in value:
+            raise ValueError(
+                "has a source named 'all', which is what the sum over all sources is called: name it otherwise"
+            )
+        return value
 
 
 class Optim(Section):
@@ -115,7 +124,7 @@ class Eval(Section):
 
     every_steps: Count = Field(0, ge=0, description="steps between evaluations; 0: only at the end of a phase")
     max_sequences: Count = Field(
-        0, ge=0, description="at most this many sequences per source (as many tokens at other lengths); 0 for all"
+        0, ge=0, description="at most this many sequences per source, at every length alike; 0 for all"
     )
     at_start: bool = Field(
         False, description="also before a phase's first step: what it makes of the model as it comes"

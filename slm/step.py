@@ -90,7 +90,9 @@ def train_step(
             micro_loss, of_micro_batch = engine.forward(batch, distillation)
         if distillation is not None:
             parts[:2] += of_micro_batch
-            parts[2:] += torch.tensor([batch.num_known, *batch.teacher_nll], device=parts.device)
+            parts[2:] += torch.tensor(
+                [batch.num_known if batch.teachers else batch.num_targets, *batch.teacher_nll], device=parts.device
+            )
         with timer.part("backward"):
             engine.backward(micro_loss, max(1.0, num_targets))
         loss_sum += micro_loss.detach()

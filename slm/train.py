@@ -40,9 +40,9 @@ from slm.inputs import (
     open_phase_data,
     open_recall,
     origin,
+    phases_to_run,
     position_of,
     recipe_changes,
-    remaining_phases,
     restore_state,
 )
 from slm.metrics import MetricsLogger, StepTimer, memory_stats, mfu, peak_flops
@@ -170,7 +170,7 @@ def _train(
         parallel.together(check_init_from, recipe)
     reader = checkpoint.Reader(folder) if folder else None
     # Phases that are over, and those of later jobs, may want other data and numbers of ranks than are here.
-    phases = remaining_phases(recipe, Position(**reader.state["position"]) if reader else Position(), until)
+    phases = phases_to_run(recipe, reader, until)
     data, look_at, identities = parallel.together(_open_inputs, recipe, phases, ranks, device)
     position = position_of(reader, recipe, identities) if reader else Position()
     changes = recipe_changes(reader, recipe) if reader else []
@@ -215,7 +215,7 @@ def _open_inputs(
     check_vocabulary(recipe, [*data.values()], validation)
     check_tokenizer(recipe, [*data.values()])
     check_lengths(recipe, data, validation)
-    recall = open_recall(recipe, validation)
+    recall = open_recall(recipe, phases, validation)
     look_at = partial(held_out, recipe, validation, recall, ranks)
     return data, look_at, {phase.name: identity(recipe, phase, data[phase.name]) for phase in phases}
 
@@ -268,63 +268,53 @@ def run_phases(
         before = reader.state.get("before" if phase.name == position.phase else "findings") if reader else None
         if phase.name != position.phase:
             position = replace(position, phase=phase.name, step=0, best_loss=None)
-        shortfall: list[str] = []
-        for part in gate.parts(phase):
-            if position.step > part.stop:  # it fell short, and is being repeated
-                continue
-            if position.step < part.stop:
-                position = run_phase(
-                    run,
-                    phase,
-                    data[phase.name],
-                    look_at,
-                    position,
-                    part,
-                    load=(lambda engine, reader=reader: restore_state(engine, reader)) if reader else start,  # type: ignore[misc]
-                    identity=identities[phase.name],
-                    before=before,
-                    objective=objective,
-                )
-                run.saver.wait()
-                parallel.barrier()
-                reader = checkpoint.Reader(
-                    run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step)
-                )
-            assert reader is not None
-            shortfall = _judge(run, phase, reader, before)
-            if not shortfall:
-                break
-        if shortfall:
-            raise gate.GateFailed(
-                f"phase {phase.name} ends at step {position.step} and does not pass its gate:\n  - "
-                + "\n  - ".join(shortfall),
-                fix=f"train it longer (phases.{phase.name}.tokens or gate.repeat_tokens), or ask for less; the same command "
-                f"goes on from there. All numbers: {run.run_dir}/eval",
+        while True:
+            part = gate.part_to_train(phase, position.step)
+            if gate.is_at_an_end(phase, position.step):
+                assert reader is not None
+                shortfall = _judge(run, phase, reader, before)
+                if not shortfall:
+                    break
+                if part is None:
+                    raise gate.failed(phase, position.step, shortfall, run.run_dir)
+            assert part is not None
+            position = run_phase(
+                run,
+                phase,
+                data[phase.name],
+                look_at,
+                position,
+                part,
+                load=(lambda engine, reader=reader: restore_state(engine, reader)) if reader else start,  # type: ignore[misc]
+                identity=identities[phase.name],
+                before=before,
+                objective=objective,
             )
+            run.saver.wait()
+            parallel.barrier()
+            reader = checkpoint.Reader(run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step))
     run.metrics.event("done", step=position.global_step)
     parallel.barrier()
     if phases and phases[-1] != run.recipe.phases[-1]:
         log.info("phase %s is over (--until); the next job goes on with the one after it", phases[-1].name)
+    elif not phases:
+        log.info("there is nothing left to train here")
     log.info("done: %d steps, %s document tokens; %s", position.global_step, f"{position.tokens:,}", run.run_dir)
     return position
 
 
 def _judge(run: Run, phase: Phase, reader: checkpoint.Reader, before: dict[str, Any] | None) -> list[str]:
     """What the end of a phase falls short of, by the evaluation in its checkpoint; the verdict goes to the log and events."""
-    if phase.gate is None:
-        return []
     earlier = run.recipe.phases[: run.recipe.phases.index(phase)]
-    short, held = gate.shortfalls(phase, earlier, reader.state.get("findings") or {}, before)
-    run.metrics.event("gate", phase=phase.name, passed=not short, short=short, held=held)
+    told = gate.verdicts(phase, earlier, reader.state.get("findings") or {}, before)
+    short = [text for holds, text in told if not holds]
+    if told:
+        held = [text for holds, text in told if holds]
+        run.metrics.event("gate", phase=phase.name, passed=not short, short=short, held=held)
     if run.ranks.rank == 0:
-        for text, passed in [(t, True) for t in held] + [(t, False) for t in short]:
-            log.log(
-                logging.INFO if passed else logging.WARNING,
-                "gate of %s, %s: %s",
-                phase.name,
-                "held" if passed else "short",
-                text,
-            )
+        for holds, text in told:
+            level = logging.INFO if holds else logging.WARNING
+            log.log(level, "gate of %s, %s: %s", phase.name, "held" if holds else "short", text)
     return short
 
 

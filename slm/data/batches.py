@@ -258,6 +258,7 @@ class PhaseData:
         # What the order of this phase depends on, as one string.
         self.fingerprint = f"{key:016x}-{'/'.join(repr(float(weights[name])) for name in sources)}"
         counts = [s.plan.num_sequences for s in self._sources]
+        self._weights = [weights[name] for name in sources]
         self.order = PhaseOrder(counts, [float(weights[name]) for name in sources], key)
         # Of 1,024 places at a time: for a few, numpy's calls would cost more than the copying of their tokens.
         self._located = lru_cache(maxsize=2)(lambda chunk: self.order.locate_many(chunk * _CHUNK, _CHUNK))
@@ -275,8 +276,9 @@ class PhaseData:
 
     @property
     def longest_piece(self) -> int:
-        """Tokens of the longest stretch of one document in a sequence."""
-        return max(int(s.plan.piece_length.max(initial=0)) for s in self._sources)
+        """Tokens of the longest stretch of one document in a sequence of a source that is drawn."""
+        drawn = (s for s, weight in zip(self._sources, self._weights, strict=True) if weight > 0)
+        return max(int(s.plan.piece_length.max(initial=0)) for s in drawn)
 
     def report(self) -> dict[str, dict[str, int]]:
         """Per source: documents, sequences, and tokens packed, padded, dropped and filtered (PackingPlan)."""

@@ -7,7 +7,8 @@ import yaml
 
 from slm import SLMTokenizer
 from slm.errors import UserError
-from slm.gate import parts, shortfalls
+from slm.gate import parts
+from slm.gate import verdicts as judge
 from slm.recipe import load_recipe
 from slm.train import train
 from tests.shards import make_dataset
@@ -38,7 +39,7 @@ def recipe(tmp_path, one_rank):
         "eval": {
             "seq_lens": [64],
             "recall": {
-                "lengths": [64], "depths": 2, "samples": 2, "needle": "<{name}{value}>", "query": "<{name}",
+                "lengths": [64, 128], "depths": 2, "samples": 2, "needle": "<{name}{value}>", "query": "<{name}",
                 "names": [128, 191], "name_length": 1, "values": [192, 255], "value_length": 1,
             },
         },
@@ -120,6 +121,28 @@ def test_a_phase_is_repeated_as_the_recipe_says(recipe, tmp_path, monkeypatch):
     assert [name for name, _ in steps_of(tmp_path / "run")][-6:] == ["after"] * 6
 
 
+def test_after_a_repetition_the_gate_may_be_dropped_or_loosened(recipe, tmp_path):
+    """Also without repeat_tokens: what was trained stays, and is judged by its own evaluation. And a run whose phase is being
+    trained has nothing to do until the end of an earlier one."""
+    gate = {"passkey": 1.0, "repeat_tokens": 512}
+    assert train(load_recipe(recipe(gate))) == 78
+    assert len(steps_of(tmp_path / "run")) == 14
+    assert train(load_recipe(recipe({"passkey": 1.0}))) == 78
+    assert train(load_recipe(recipe({"passkey": 0.0})), until="long") == 0
+    assert train(load_recipe(recipe(None)), until="short") == 0
+    assert len(steps_of(tmp_path / "run")) == 14
+    assert train(load_recipe(recipe(None))) == 0
+    assert [name for name, _ in steps_of(tmp_path / "run")][14:] == ["after"] * 6
+
+
+def test_the_short_loss_is_of_the_same_text_at_both_ends(recipe, tmp_path):
+    """With a limit on sequences too."""
+    loaded = load_recipe(recipe({"short_loss_rise": 5.0}), ["eval.max_sequences=3"])
+    assert train(loaded) == 0
+    found = [json.loads((tmp_path / "run" / "eval" / f"{p}-00000006.json").read_text()) for p in ("short", "long")]
+    assert len({f["loss"]["64"]["a"]["targets"] for f in found}) == 1
+
+
 @pytest.mark.parametrize(
     ("gate", "changes", "message"),
     [
@@ -131,9 +154,15 @@ def test_a_phase_is_repeated_as_the_recipe_says(recipe, tmp_path, monkeypatch):
         ({"position_rise": 0.0}, {"data": None}, "data.validation is empty"),
         ({"position_rise": 0.0, "position_early": 65}, {}, "give a smaller position_early"),
         ({"passkey": 2}, {}, "less than or equal to 1"),
+        ({"short_loss_rise": 0.1, "short_seq_len": 100}, {"eval": {"seq_lens": [100]}}, "and of the one before: add 100"),
+        ({"passkey": 0.9, "repeat_tokens": 256}, {}, "would never reach its peak in a repetition"),
+        ({"passkey": 0.9}, {"recall_lengths": [32]}, "none in the upper half of seq_len 128"),
     ],
 )  # fmt: skip
 def test_a_gate_without_its_evaluation_is_refused(recipe, tmp_path, gate, changes, message):
+    if lengths := changes.pop("recall_lengths", None):
+        tree = yaml.safe_load(recipe(gate).read_text())
+        changes = {"eval": {"recall": {**tree["eval"]["recall"], "lengths": lengths}}}
     if "data" in changes:
         changes = {"data": {"sources": {"a": str(tmp_path / "tokens")}}, "eval": {}}
     with pytest.raises(UserError) as caught:
@@ -152,13 +181,12 @@ def test_a_gate_of_the_first_phase_needs_a_number_to_compare_with(recipe):
     path.write_text(yaml.safe_dump(tree))
     phase = load_recipe(path).phases[0]
     found = {"loss": {"64": {"a": {"loss": 5.55, "targets": 9}}, "128": {"a": {"loss": 5.0, "targets": 9}}}}
-    short, held = shortfalls(phase, [], found, None)
-    assert (len(short), len(held)) == (0, 1)
+    assert [holds for holds, _ in judge(phase, [], found, None)] == [True]
     found["loss"]["64"]["a"]["loss"] = 5.7
-    short, held = shortfalls(phase, [], found, None)
-    assert short == [
-        "held-out loss at 64 tokens 5.7000, before the phase 5.5000: +0.2000 nats, at most +0.1 is allowed"
-    ]
+    told = "held-out loss at 64 tokens 5.7000, before the phase 5.5000: +0.2000 nats, at most +0.1 is allowed"
+    assert judge(phase, [], found, None) == [(False, told)]
+    found["loss"]["64"]["a"]["loss"] = None  # as JSON has what is not finite
+    assert judge(phase, [], found, None) == [(False, "held-out loss at 64 tokens is not a number now")]
 
 
 def test_an_extension_without_long_documents_is_refused(recipe, tmp_path, caplog):
@@ -184,7 +212,8 @@ def test_phase_by_phase_as_separate_jobs(recipe, tmp_path, caplog):
     assert train(load_recipe(path, beyond), until="short") == 0
     assert "phase short is over (--until)" in caplog.text
     assert train(load_recipe(path, ["phases.short.sequence_parallel=2", *beyond]), until="long") == 0
-    assert train(load_recipe(path)) == 0
+    over = ["phases.short.sequence_parallel=2", "phases.long.sequence_parallel=2"]  # its gate holds
+    assert train(load_recipe(path, over)) == 0
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
     losses = [[e["loss"] for e in map(json.loads, (tmp_path / r / "metrics.jsonl").read_text().splitlines()) if "loss" in e]
               for r in ("run", "whole")]  # fmt: skip

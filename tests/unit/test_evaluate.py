@@ -10,7 +10,7 @@ import torch
 from slm import SLMForCausalLM
 from slm.data.batches import EvaluationBatches, assemble
 from slm.errors import UserError
-from slm.evaluate import ALL, Bucket, Findings, HeldOut, Result, bucket_of, evaluate, examine, late_minus_early
+from slm.evaluate import ALL, Bucket, Findings, HeldOut, Result, bucket_of, evaluate, examine
 from slm.findings import as_dict, check_picture, draw, metrics_rows, percent, plot, sentences
 from slm.loading import ModelScorer
 from slm.model.config import ModelConfig
@@ -92,15 +92,6 @@ def test_the_scorer_of_a_model_and_other_lengths(tmp_path):
     assert found.lower_than(found.main[ALL].loss) is None
     assert rows["eval@16/a/loss"] == found.losses[16]["a"].loss
     assert len(sentences(found)) == 2
-
-
-def test_late_minus_early():
-    """The last bucket less the one of the token that is named."""
-    buckets = tuple(Bucket(2**b, float(10 - b), 1) for b in range(5))  # losses 10, 9, 8, 7, 6
-    assert late_minus_early(buckets, 4) == 6 - 8
-    assert late_minus_early(buckets, 3) == 6 - 8
-    assert late_minus_early(buckets, 16) is None
-    assert late_minus_early((), 1) is None
 
 
 @pytest.fixture
