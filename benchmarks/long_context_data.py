@@ -10,7 +10,7 @@ with all labels; a phase chooses its lengths by `filters`. A tenth of the files,
 `needle`  one needle somewhere, and a question at the end: what recall measures
 `many`    needles, and questions about them, as many as fit in 85 % of the document
 `echo`    a string of such bytes somewhere in text, and once more further on
-`pairs`   names with their values, nothing else, again and again in another order (64 tokens alone)
+`pairs`   names with their values, nothing else, again and again in another order
 
 A model of two layers learns from `pairs` to find what followed the same byte before; `echo` carries that over any distance. From
 needles alone, of which 4 tokens in 128 are answers, it does not learn it in as many steps (benchmarks/README.md).
@@ -36,7 +36,12 @@ RECALL = Recall(
     values=(192, 255), value_length=4,
 )  # fmt: skip
 # length of the documents, EOS not counted: how many of each of KINDS, in its order
-COUNTS = {64: (0, 0, 0, 30000), 128: (5000, 5000, 5000, 0), 256: (1200, 800, 800, 0), 1024: (500, 300, 300, 0)}
+COUNTS = {
+    64: (0, 0, 30000, 30000),
+    128: (12000, 20000, 12000, 12000),
+    256: (2400, 2400, 800, 800),
+    1024: (700, 700, 300, 300),
+}
 MOST_NEEDLES = 12  # of 5 different bytes out of 64
 _SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 
@@ -93,8 +98,8 @@ def needle(form: Form, filler: Filler, length: int, rng: np.random.Generator) ->
 KINDS: dict[str, Callable[[Form, Filler, int, np.random.Generator], np.ndarray]] = {
     "needle": needle,
     "many": many,
-    "echo": echo,
     "pairs": pairs,
+    "echo": echo,
 }
 
 

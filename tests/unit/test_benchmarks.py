@@ -325,7 +325,7 @@ def toy_data(tmp_path_factory):
     """A few documents of every kind at 128 and 1,024 tokens, made twice: two folders."""
     folders = [tmp_path_factory.mktemp(name) for name in ("a", "b")]
     for folder in folders:
-        long_context_data.make_data(folder, counts={128: (6, 6, 6, 6), 1024: (2, 2, 2, 0)})
+        long_context_data.make_data(folder, counts={128: (6, 6, 6, 6), 1024: (2, 2, 0, 2)})
     return folders
 
 
