@@ -5,7 +5,7 @@
     python benchmarks/long_context.py --show                                # the table of what is there
     python benchmarks/long_context.py --trial                               # a trial of the script, no result
 
-Every arm is `slm train` on phases of recipes/long-context-toy.yaml, in a process of its own: a base of 0.37 M parameters at 128
+Every arm is `slm train` on phases of recipes/long-context-toy.yaml, in a process of its own: a base of 0.36 M parameters at 128
 tokens for each seed, and from it 256 tokens (factor 2) and 1,024 (factor 8). Names: SCALING-STEPS-SEED, STEPS of the phase at
 256 (the one at 1,024 has 100); `short`, the second control, trains for the same steps at 128; zero-SCALING-SEED is the base,
 untrained, under a scaling; sequence-1 and sequence-2 are a yarn arm of few steps by one rank and by two that share each sequence.
@@ -338,7 +338,8 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         right.set_yticks(range(len(grid)), list(grid))
         for y, row in enumerate(grid.values()):
             for x, value in enumerate(row["deciles"]):
-                right.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7)
+                ink = "black" if 0.15 < value < 0.9 else "white"
+                right.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=ink)
         figure.colorbar(picture, ax=right, label="% exact")
     right.set_xticks(range(10), [f"{10 * d}" for d in range(10)])
     right.set(xlabel="depth of the needle, % of 1,024 tokens (0: farthest)", title="Pass keys at 1,024 tokens")

@@ -12,8 +12,9 @@ with all labels; a phase chooses its lengths by `filters`. A tenth of the files,
 `echo`    a string of such bytes somewhere in text, and once more further on
 `pairs`   names with their values, nothing else, again and again in another order
 
-A model of two layers learns from `pairs` to find what followed the same byte before; `echo` carries that over any distance. From
-needles alone, of which 4 tokens in 128 are answers, it does not learn it in as many steps (benchmarks/README.md).
+A model of two layers learns from `pairs` to find what followed the same byte before. It may do so by way of the byte after that,
+which serves in `pairs` and fails at the last byte of a needle; `echo` is meant against it, and does not always help
+(benchmarks/README.md).
 """
 
 from __future__ import annotations
