@@ -178,7 +178,7 @@ def _stretched(recipe: Recipe, phase: Phase) -> bool:
 
 def _length_of_origin(recipe: Recipe) -> int:
     """The longest seq_len that the weights of init_from have seen, as far as is known; else 0."""
-    if recipe.init_from is None:
+    if recipe.init_from is None or not Path(recipe.init_from.path).exists():  # a run that has begun no longer needs it
         return 0
     _, reader = checkpoint.weight_source(recipe.init_from.path)
     if reader is not None:

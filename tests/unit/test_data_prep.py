@@ -203,7 +203,11 @@ def test_workers_end_with_their_parent(tmp_path, trained, stop, code):
     corpus = write_jsonl(tmp_path / "a.jsonl", texts_of(3000, words=400))
     command = [sys.executable, "-m", "data_prep.cli", "shards", corpus, "--tokenizer", trained, "--shard-bytes", "30k"]
     process = subprocess.Popen(
-        [*map(str, command), "--processes", "2", "--output", str(tmp_path / "o")], cwd=REPOSITORY
+        [*map(str, command), "--processes", "2", "--output", str(tmp_path / "o")],
+        cwd=REPOSITORY,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell that runs the tests with & has it ignored
     )
     while process.poll() is None and not list(tmp_path.glob("o/units/*.json")):
         time.sleep(0.005)
