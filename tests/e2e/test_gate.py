@@ -195,6 +195,12 @@ def test_an_extension_without_long_documents_is_refused(recipe, tmp_path, caplog
     filters = {"a": {"max_doc_tokens": 100}}
     assert train(load_recipe(path, [f"phases.long.filters={json.dumps(filters)}"])) == 2
     assert "phases.long.seq_len is 128, and its longest document has 90 tokens" in caplog.text
+    # Documents of a source that is not drawn do not help.
+    fingerprint = SLMTokenizer().fingerprint
+    make_dataset(tmp_path / "brief", lengths=[70, 40] * 30, vocab_size=259, fingerprint=fingerprint)
+    brief = [f"data.sources.b={tmp_path / 'brief'}", "phases.long.mixture={a: 0, b: 1}"]
+    assert train(load_recipe(path, brief)) == 2
+    assert "phases.long.seq_len is 128, and its longest document has 70 tokens" in caplog.text
     make_dataset(
         tmp_path / "held-out", seed=5, lengths=[90, 40] * 12, vocab_size=259,
         fingerprint=SLMTokenizer().fingerprint,

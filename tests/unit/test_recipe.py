@@ -393,3 +393,10 @@ def test_decay_groups():
     assert {p.dim() for p in decayed["params"]} == {2}
     assert len(kept["params"]) == 2 * 2 + 1
     assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+def test_no_held_out_source_is_called_as_the_sum_over_all(tmp_path):
+    tree = json.loads(json.dumps(GOOD))
+    tree["data"]["validation"] = {"all": "x"}
+    with pytest.raises(UserError, match="a source named 'all'"):
+        load_recipe(write(tmp_path, tree))
