@@ -117,7 +117,7 @@ def evaluate_model(
     if not sources:
         raise UserError(f"{path}: its recipe names no validation data", fix="name folders of token shards after MODEL")
     context = model.config.max_position_embeddings
-    seq_len = seq_len or (recipe["phases"][-1]["seq_len"] if recipe else min(4096, context))
+    seq_len = seq_len or (_phase_of(state)["seq_len"] if recipe else min(4096, context))
     if seq_len > context:
         raise UserError(
             f"--seq-len is {seq_len}, beyond the model's context of {context}", fix=f"give at most {context}"
@@ -140,6 +140,8 @@ def evaluate_model(
         known = dict((recipe.get("eval") or {}).get("recall") or {})
         if folders:  # the sources have other names then
             known.pop("filler", None)
+        # The recipe's later phases may look further than this checkpoint does.
+        known["lengths"] = [length for length in known.get("lengths", []) if length <= context]
         spec = tokenizer or recipe.get("tokenizer") or ("" if recipe else path)
         grid = _recall_grid({**known, **recall}, datasets, seq_len, context, spec)
         rows = max(1, micro_batch * seq_len // max(grid.lengths))
@@ -151,6 +153,11 @@ def evaluate_model(
         device = next(model.parameters()).device
         found = examine(ModelScorer(model), held_out, device, lambda done: progress.update(task, completed=done))
     return found, {name: bytes_per_token(dataset) for name, dataset in datasets.items()}
+
+
+def _phase_of(state: dict[str, Any]) -> dict[str, Any]:
+    """The phase that a checkpoint is of, as its recipe has it."""
+    return next(phase for phase in state["recipe"]["phases"] if phase["name"] == state["position"]["phase"])
 
 
 def _recall_grid(
@@ -207,7 +214,11 @@ def export_model(path: str, output: Path) -> None:
 
         tokenizer = load_tokenizer(spec)
         _check_tokenizer(path, state, spec, tokenizer.fingerprint)
-    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}", fix="give another path") from None
+    if not os.access(output.parent, os.W_OK):
         raise UserError(
             f"{output} cannot be written: {output.parent} is no folder to write in", fix="give another path"
         )

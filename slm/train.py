@@ -278,6 +278,8 @@ def run_phases(
                 if part is None:
                     raise gate.failed(phase, position.step, shortfall, run.run_dir)
             assert part is not None
+            if part.start and run.ranks.rank == 0:
+                log.info("phase %s goes on to step %d, as its gate says", phase.name, part.stop)
             position = run_phase(
                 run,
                 phase,

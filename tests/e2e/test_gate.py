@@ -9,6 +9,7 @@ from slm import SLMTokenizer
 from slm.errors import UserError
 from slm.gate import parts
 from slm.gate import verdicts as judge
+from slm.loading import evaluate_model
 from slm.recipe import load_recipe
 from slm.train import train
 from tests.shards import make_dataset
@@ -217,6 +218,8 @@ def test_phase_by_phase_as_separate_jobs(recipe, tmp_path, caplog):
     beyond = ["phases.after.sequence_parallel=2"]  # of a job with more ranks
     assert train(load_recipe(path, beyond), until="short") == 0
     assert "phase short is over (--until)" in caplog.text
+    found, _ = evaluate_model(str(tmp_path / "run"), [], 0, 4, 4)  # at the length of its own phase, not of the last one
+    assert found.seq_len == 64
     assert train(load_recipe(path, ["phases.short.sequence_parallel=2", *beyond]), until="long") == 0
     over = ["phases.short.sequence_parallel=2", "phases.long.sequence_parallel=2"]  # its gate holds
     assert train(load_recipe(path, over)) == 0
