@@ -22,10 +22,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +34,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from side_by_side import REPOSITORY, machine
+from side_by_side import call, machine
 
 SEQ, BATCH, VOCAB = 128, 1024, 2048
 TEACHER = dict(vocab_size=VOCAB, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=6,
@@ -79,16 +77,6 @@ def make_text(work: Path) -> None:
             target = work / "text" / group(path, root) / path.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-
-
-def call(*command: str | Path, log: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
-    with open(log, "a") as stream:
-        done = subprocess.run(
-            list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
-        )
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{log.read_text()[-3000:]}")
 
 
 def recipe(

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ import yaml
 from long_context_data import make_data
 from rich.console import Console
 from rich.table import Table
-from side_by_side import REPOSITORY, machine
+from side_by_side import REPOSITORY, call, machine
 
 from slm.recipe import load_recipe
 
@@ -151,16 +149,6 @@ def recipe_of(a: Arm, work: Path, *, trial: bool = False) -> dict[str, Any]:
             phase["tokens"] = min(phase["tokens"], 3 * phase["batch_tokens"])
             phase["schedule"] = {"type": "constant"}
     return tree
-
-
-def call(*command: str | Path, log: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
-    with open(log, "a") as stream:
-        done = subprocess.run(
-            list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
-        )
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{log.read_text()[-3000:]}")
 
 
 def is_done(run: Path) -> bool:

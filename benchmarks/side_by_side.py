@@ -34,6 +34,17 @@ sys.path.insert(0, str(REPOSITORY))  # the benchmarks also run from a checkout t
 Results = dict[str, list[dict[str, Any]]]  # arm -> what its process wrote, one entry a round
 
 
+def call(*command: str | Path, log: Path) -> None:
+    """Runs a command of the project's on one CPU thread, its output at the end of a log. Raises SystemExit if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    with open(log, "a") as stream:
+        done = subprocess.run(
+            list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
+        )
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{log.read_text()[-3000:]}")
+
+
 class ArmFailed(Exception):
     """An arm's process did not end well; the message holds the end of its log."""
 

@@ -156,7 +156,10 @@ def teacher(
 
         sys.exit(build(recipe))
     from slm.distill import examine
+    from slm.pictures import check_picture
 
+    if plot is not None:
+        check_picture(plot)
     if action == "verify":
         problems = examine.verify(recipe, repair=repair)
         told = [problem.problem for problem in problems]
@@ -179,7 +182,9 @@ def evaluate(
     data: Annotated[
         list[Path] | None, typer.Argument(help="folders of token shards; else the recipe's validation")
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=0, help="tokens of a packed sequence; 0: as the model's last phase")] = 0,
+    seq_len: Annotated[
+        int, typer.Option(min=0, help="tokens of a packed sequence; 0: as the phase that the model is of")
+    ] = 0,
     micro_batch: Annotated[int, typer.Option(min=1, help="sequences per forward pass")] = 4,
     max_sequences: Annotated[int, typer.Option(min=0, help="at most this many per source; 0: all")] = 0,
     by_position: Annotated[bool, typer.Option("--by-position", help="also the loss by tokens seen")] = False,
@@ -199,13 +204,14 @@ def evaluate(
     """Loss and perplexity on held-out token shards; by position, and what is found again in a long context."""
     from slm import findings
     from slm.loading import evaluate_model
+    from slm.pictures import check_picture
 
     fields = {"lengths": _listed(lengths), "keys": _listed(keys), "depths": depths, "samples": samples}
     given = {name: value for name, value in fields.items() if value}
     if given and not recall:
         raise UserError(f"--{next(iter(given))} has no effect without --recall", fix="add --recall")
     if plot is not None:
-        findings.check_picture(plot)
+        check_picture(plot)
     folders = [str(path) for path in data or []]
     found, per_byte = evaluate_model(
         model, folders, seq_len, micro_batch, max_sequences, recall=given if recall else None, tokenizer=tokenizer

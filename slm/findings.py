@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from slm import parallel
-from slm.errors import EnvironmentProblem, UserError
+from slm.errors import EnvironmentProblem
 from slm.evaluate import ALL, Bucket, Findings, Result
 from slm.metrics import MetricsLogger
+from slm.pictures import check_picture, save_picture
 from slm.recall.score import Found
 from slm.runtime import atomic_write
 
@@ -223,20 +224,6 @@ def _colour(share: float) -> str:
 # --- the picture ---------------------------------------------------------------------------------------------
 
 
-def check_picture(path: Path) -> None:
-    """Raises EnvironmentProblem without matplotlib, UserError for a path that cannot be written: before work is done."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise EnvironmentProblem("the picture needs matplotlib", fix='pip install -e ".[plots]"') from None
-    matplotlib.use("Agg")
-    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
-        raise UserError(
-            f"--plot {path} is no picture that could be written",
-            fix="give a .png, .svg or .pdf in a folder that is there",
-        )
-
-
 def plot(findings: Findings, path: Path) -> None:
     """Loss by position, a line for each source, and a heat map of recall for each number of keys: PNG, SVG or PDF.
 
@@ -255,12 +242,7 @@ def plot(findings: Findings, path: Path) -> None:
         image = _plot_recall(axes, [g for g in grids(findings.recall) if g[0].cell.keys == keys])
     if key_counts:
         figure.colorbar(image, ax=panels[0, 1:], label="share of exact answers", fraction=0.05)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"--plot {path}: {error}", fix="give a file that can be written") from None
-    finally:
-        pyplot.close(figure)
+    save_picture(figure, path)
 
 
 def _plot_positions(axes: Any, findings: Findings) -> None:

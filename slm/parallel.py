@@ -192,7 +192,7 @@ class Share:
     @classmethod
     def of(cls, rank: int, world_size: int, sequence_parallel: int = 1) -> Share:
         """Of ranks that lie together, so that a node's share a sequence."""
-        assert world_size % sequence_parallel == 0  # recipe.data_parallel
+        assert world_size % sequence_parallel == 0  # layout.data_parallel
         data_rank, sequence_rank = divmod(rank, sequence_parallel)
         return cls(data_rank, world_size // sequence_parallel, sequence_rank, sequence_parallel)
 

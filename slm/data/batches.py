@@ -48,7 +48,7 @@ class Batch:
     # up with B*T), so that compiled code sees one shape. Padding at a row's end is a piece of its own.
     piece_bounds: torch.Tensor
     num_targets: int
-    # Of a sequence that several ranks share, what follows is told by the first of them.
+    # These three, of a sequence that several ranks share, are told by the first of them.
     num_tokens: int  # without padding
     attention_pairs: int  # (query, key) pairs a causal kernel touches: sum of n (n + 1) / 2 over the pieces
     attention_pairs_full: int  # sum of n^2

@@ -29,8 +29,9 @@ from slm.distill.codec import RawTargets, token_tags
 from slm.distill.models import TeacherModel, check_teacher, describe_teacher, load_teacher
 from slm.distill.settings import teacher_field
 from slm.distill.wanted import Wanted, cache_spec, misfit, misfits, open_cache, wanted_caches
-from slm.errors import CorruptArtefact, EnvironmentProblem, SLMError, UserError
+from slm.errors import CorruptArtefact, SLMError, UserError
 from slm.losses import IGNORE
+from slm.pictures import check_picture, save_picture
 from slm.recipe import Recipe
 
 _BLOCKS = 32  # that stats and diff look at, evenly spread over a cache: with their checksums that is a GB at the most
@@ -190,13 +191,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """The mass of the likeliest k against k, a line for each cache and temperature, as a PNG, SVG or PDF."""
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--plot {path}: it does not end in .png, .svg or .pdf", fix="give it one of these endings")
-    try:
-        import matplotlib
-    except ImportError:
-        raise EnvironmentProblem("the picture needs matplotlib", fix='pip install -e ".[plots]"') from None
-    matplotlib.use("Agg")
+    check_picture(path)
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
@@ -210,12 +205,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_title("How much of the teacher the cache's entries hold")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"--plot {path}: {error.strerror or error}", fix="give a folder that is there") from None
-    finally:
-        pyplot.close(figure)
+    save_picture(figure, path)
     console = Console(stderr=True)
     console.print(f"wrote {escape(str(path))}", soft_wrap=True, highlight=False)
 

@@ -11,9 +11,10 @@ from slm import SLMForCausalLM
 from slm.data.batches import EvaluationBatches, assemble
 from slm.errors import UserError
 from slm.evaluate import ALL, Bucket, Findings, HeldOut, Result, bucket_of, evaluate, examine
-from slm.findings import as_dict, check_picture, draw, metrics_rows, percent, plot, sentences
+from slm.findings import as_dict, draw, metrics_rows, percent, plot, sentences
 from slm.loading import ModelScorer
 from slm.model.config import ModelConfig
+from slm.pictures import check_picture
 from slm.recall.samples import Cell
 from slm.recall.score import Found
 from tests.shards import make_dataset

@@ -5,6 +5,7 @@ import torch
 
 from slm import activations, losses
 from slm.losses import IGNORE, linear_cross_entropy, token_losses
+from tests.watch import LargestTensor
 
 
 def reference(hidden, weight, labels, z_loss):
@@ -69,25 +70,11 @@ def test_no_target_at_all_is_zero_not_nan():
 
 def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():
     """The largest tensor that the loss makes is a chunk of logits, never [tokens, vocabulary]."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
     vocab = 16384
     weight = torch.randn(vocab, 8, requires_grad=True)
     for tokens in (4096, 16384):
         hidden = torch.randn(tokens, 8, requires_grad=True)
-        largest = 0
-        with Watch():
+        with LargestTensor() as largest:
             linear_cross_entropy(hidden, weight, torch.randint(0, vocab, (tokens,)))[0].backward()
-        assert largest == losses.chunk_tokens(vocab, "cpu") * vocab
-    assert largest * 8 <= tokens * vocab
+        assert largest.numel == losses.chunk_tokens(vocab, "cpu") * vocab
+    assert largest.numel * 8 <= tokens * vocab

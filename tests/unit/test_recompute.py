@@ -12,6 +12,7 @@ from slm.model import attention
 from slm.model.attention import KERNELS
 from slm.model.lean import norm_mlp, tiled
 from slm.model.recompute import BlockStore
+from tests.watch import LargestTensor
 
 TOKENS = torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(0))
 BOUNDS = torch.tensor([0, 5, 32, 40, 64, 64], dtype=torch.int32)
@@ -193,21 +194,9 @@ def test_a_tiled_model_has_the_same_gradients(tiny_config, policy, compiled):
 
 def test_no_tensor_of_tiles_is_as_wide_as_the_mlp_and_as_long_as_the_sequence():
     """The largest tensor of both passes is the output; untiled it is the MLP's width for all tokens."""
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
     tokens, hidden, width = 2048, 8, 64
     for tile_tokens, expected in ((64, tokens * hidden), (tokens, tokens * width)):
         inputs = mlp_inputs(torch.float32, (1, tokens), hidden, width)
-        largest = 0
-        with Watch():
+        with LargestTensor() as largest:
             tiled(functools.partial(norm_mlp, 1e-5), tile_tokens, *inputs).sum().backward()
-        assert largest == expected
+        assert largest.numel == expected
