@@ -46,6 +46,7 @@ def verify(recipe: Recipe, *, repair: bool = False) -> list[SLMError]:
     """
     problems: list[SLMError] = []
     wanted = list(wanted_caches(recipe))
+    identities = _identities(recipe, wanted)
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         for w in progress.track(wanted, description="verifying"):
             try:
@@ -53,7 +54,7 @@ def verify(recipe: Recipe, *, repair: bool = False) -> list[SLMError]:
             except SLMError as error:
                 problems.append(error)
                 continue
-            problems += [misfit(w, problem) for problem in _misfits(recipe, cache, w)]
+            problems += [misfit(w, problem) for problem in _misfits(recipe, identities, cache, w)]
             by_block = cache.verify()
             damaged = [block for block in by_block if not cache.missing[block]]
             if damaged and repair:
@@ -68,20 +69,35 @@ def verify(recipe: Recipe, *, repair: bool = False) -> list[SLMError]:
 _MAKE = "slm teacher RECIPE, which makes the missing and the damaged blocks, and only them"
 
 
-def _misfits(recipe: Recipe, cache: Cache, w: Wanted) -> list[str]:
+def _identities(recipe: Recipe, wanted: list[Wanted]) -> dict[str, dict[str, Any] | None]:
+    """Of each teacher, once for all its shards: a fingerprint reads a part of every file of weights. None: no longer there."""
+    models = {w.teacher: recipe.teacher[w.teacher].model for w in wanted}
+    return {name: describe_teacher(model).identity if Path(model).exists() else None for name, model in models.items()}
+
+
+def _misfits(recipe: Recipe, identities: dict[str, dict[str, Any] | None], cache: Cache, w: Wanted) -> list[str]:
     """A teacher that is no longer there is taken to be the one that made it."""
-    settings = recipe.teacher[w.teacher]
-    identity = describe_teacher(settings.model).identity if Path(settings.model).exists() else cache.spec.teacher
-    return misfits(cache.spec, cache_spec(settings, identity, w))
+    identity = identities[w.teacher] or cache.spec.teacher
+    return misfits(cache.spec, cache_spec(recipe.teacher[w.teacher], identity, w))
 
 
-def _open_to_look_at(recipe: Recipe, w: Wanted) -> tuple[Cache, np.ndarray]:
+def _to_look_at(recipe: Recipe) -> Iterator[tuple[Wanted, Cache, np.ndarray]]:
+    """The recipe's caches, opened one at a time."""
+    wanted = list(wanted_caches(recipe))
+    identities = _identities(recipe, wanted)
+    for w in wanted:
+        yield w, *_open_to_look_at(recipe, identities, w)
+
+
+def _open_to_look_at(
+    recipe: Recipe, identities: dict[str, dict[str, Any] | None], w: Wanted
+) -> tuple[Cache, np.ndarray]:
     """A cache that may be partial, and those of its blocks that are looked at, which are whole.
 
     Raises UserError if it is not the recipe's, or empty; CorruptArtefact if a block is damaged.
     """
     cache = open_cache(w, allow_partial=True)
-    if problems := _misfits(recipe, cache, w):
+    if problems := _misfits(recipe, identities, cache, w):
         raise misfit(w, problems[0])
     there = np.flatnonzero(~cache.missing & (np.diff(cache.bounds) > 0))
     if not len(there):
@@ -117,7 +133,7 @@ def _misaligned(cache: Cache, w: Wanted) -> Iterator[SLMError]:
 
 def stats(recipe: Recipe) -> list[dict[str, Any]]:
     """Per cache: size, the teacher's own loss and entropy, and the mass that its likeliest k hold, by k and temperature."""
-    return [_stats_of(*_open_to_look_at(recipe, w), w) for w in wanted_caches(recipe)]
+    return [_stats_of(cache, blocks, w) for w, cache, blocks in _to_look_at(recipe)]
 
 
 def _stats_of(cache: Cache, blocks: np.ndarray, w: Wanted) -> dict[str, Any]:
@@ -219,7 +235,7 @@ def diff(recipe: Recipe, num_tokens: int = 8192) -> list[dict[str, Any]]:
     device = parallel.local_device(0)
     found = []
     loaded: dict[str, TeacherModel] = {}
-    for w, (cache, blocks) in [(w, _open_to_look_at(recipe, w)) for w in wanted_caches(recipe)]:
+    for w, cache, blocks in list(_to_look_at(recipe)):  # all of them, before a teacher is loaded
         settings = recipe.teacher[w.teacher]
         if w.teacher not in loaded:
             if settings.zero3:
