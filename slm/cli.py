@@ -91,15 +91,29 @@ def train(
             metavar="PHASE", help="leave at the end of this phase: the next job goes on, on other ranks if need be"
         ),
     ] = "",
+    must_resume: Annotated[
+        bool, typer.Option("--must-resume", help="fail where there is no checkpoint, instead of beginning at step 0")
+    ] = False,
+    allow_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-change", help="go on within a phase though its lr, schedule, loss … are others than before"
+        ),
+    ] = False,
+    fresh_optimizer: Annotated[
+        bool, typer.Option("--fresh-optimizer", help="go on from the checkpoint's weights alone; moments begin at zero")
+    ] = False,
 ) -> None:
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
     from slm.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     steps = _steps(profile)
+    from slm.inputs import Resume
     from slm.train import train as run
 
-    sys.exit(run(loaded, profile_steps=steps, until=until))
+    resume = Resume(must=must_resume, allow_change=allow_change, fresh_optimizer=fresh_optimizer)
+    sys.exit(run(loaded, profile_steps=steps, until=until, resume=resume))
 
 
 def _steps(text: str) -> range:

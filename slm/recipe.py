@@ -117,6 +117,17 @@ class Phase(Section):
 class Checkpoint(Section):
     every_steps: Count = Field(500, gt=0, description="steps between saves; the end of a phase is always saved")
     keep_last: Count = Field(2, gt=0, description="newest checkpoints kept; phase ends and the best are kept besides")
+    keep_every_steps: Count = Field(
+        0, ge=0, description="a save at a multiple of it is never removed; 0: only phase ends and the best stay"
+    )
+    when_busy: Literal["wait", "skip"] = Field(
+        "wait",
+        description="a save that comes while the one before is still being written; phase ends and stops always wait",
+    )
+    on_failure: Literal["stop", "continue"] = Field(
+        "stop",
+        description="continue: go on after a failed save until three in a row, or that of a phase's end, have failed",
+    )
 
 
 class Eval(Section):
@@ -211,6 +222,12 @@ class Recipe(Section):
         names = [phase.name for phase in self.phases]
         for name in sorted({n for n in names if names.count(n) > 1}):
             problems.append(f"phases: the name {name!r} is used twice; checkpoints are named by phase, so rename one")
+        every, kept = self.checkpoint.every_steps, self.checkpoint.keep_every_steps
+        if kept % every:
+            problems.append(
+                f"checkpoint.keep_every_steps is {kept}, no multiple of checkpoint.every_steps {every}: most of what is to be "
+                f"kept would not be saved; try {-(-kept // every) * every}"
+            )
         problems += self._eval_problems()
         if problems:
             raise ValueError("\n".join(problems))

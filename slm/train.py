@@ -30,6 +30,7 @@ from slm.evaluate import HeldOut, examine
 from slm.findings import as_dict, report
 from slm.inputs import (
     Position,
+    Resume,
     check_init_from,
     check_lengths,
     check_tokenizer,
@@ -37,6 +38,7 @@ from slm.inputs import (
     held_out,
     identity,
     load_initial_state,
+    open_checkpoint,
     open_phase_data,
     open_recall,
     origin,
@@ -51,6 +53,7 @@ from slm.optim import learning_rate
 from slm.progress import StepProgress
 from slm.recipe import Phase, Recipe, dump_recipe
 from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
+from slm.saving import Checkpointer
 from slm.step import SaveFailed, StepTotals, train_step
 from slm.strategy import zero_stage
 
@@ -79,7 +82,7 @@ class Run:
     precision: str
     run_dir: Path
     metrics: MetricsLogger
-    saver: checkpoint.Checkpointer
+    saver: Checkpointer
     stop: StopRequest
     profiler: Any = None
 
@@ -93,7 +96,7 @@ class StepData(Protocol):
 # --- the run -------------------------------------------------------------------------------------------------
 
 
-def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "") -> int:
+def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "", resume: Resume | None = None) -> int:
     """Runs or resumes a recipe on this rank; returns the exit code and leaves it in RUN/exit.json.
 
     until: the name of the phase at whose end this job is over; the last one if empty.
@@ -112,7 +115,7 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "") -
         lock = _take_run_dir(recipe, ranks)
         run_dir = recipe.run_dir
         setup_logging(ranks.rank, run_dir)
-        _train(recipe, ranks, device, run_dir, stop, profile_steps, until)
+        _train(recipe, ranks, device, run_dir, stop, profile_steps, until, resume or Resume())
         code, reason = 0, "done"
     except Stopped as error:
         code, reason = EXIT_STOPPED, str(error)
@@ -163,16 +166,15 @@ def _train(
     stop: StopRequest,
     profile_steps: range,
     until: str,
+    resume: Resume,
 ) -> None:
-    # Rank 0 chooses where to go on, for all.
-    folder = parallel.first_rank_decides(checkpoint.choose, run_dir)
-    if folder is None:  # a run that has checkpoints of its own no longer needs what it began from
+    reader = open_checkpoint(run_dir, resume)
+    if reader is None:  # a run that has checkpoints of its own no longer needs what it began from
         parallel.together(check_init_from, recipe)
-    reader = checkpoint.Reader(folder) if folder else None
     # Phases that are over, and those of later jobs, may want other data and numbers of ranks than are here.
     phases = phases_to_run(recipe, reader, until)
     data, look_at, identities = parallel.together(_open_inputs, recipe, phases, ranks, device)
-    position = position_of(reader, recipe, identities) if reader else Position()
+    position = position_of(reader, recipe, identities, resume.allow_change) if reader else Position()
     changes = recipe_changes(reader, recipe) if reader else []
     if ranks.rank == 0:
         if phases:  # where nothing is left to train, it stays the recipe of what was
@@ -180,10 +182,12 @@ def _train(
         log.info("%s", plan.describe(recipe, ranks.world_size, phases))
         for phase in phases:
             log.info("phase %s data: %s", phase.name, data[phase.name].describe())
-        log.info("going on from %s" if folder else "starting from %s", folder or origin(recipe))
+        log.info("going on from %s" if reader else "starting from %s", reader.folder if reader else origin(recipe))
     run = open_run(recipe, ranks, device, run_dir, stop, position, profile_steps)
     if changes:
         run.metrics.event("recipe changed", step=position.global_step, changes=changes)
+    if reader is not None and resume.fresh_optimizer:
+        run.metrics.event("fresh optimizer", step=position.global_step)
     try:
         run_phases(
             run,
@@ -241,7 +245,7 @@ def open_run(
         start_step=position.global_step,
         rank=ranks.rank,
     )
-    saver = checkpoint.Checkpointer(run_dir, recipe.checkpoint.keep_last)
+    saver = Checkpointer(run_dir, recipe.checkpoint, metrics.event)
     metrics.event("start", world_size=ranks.world_size, precision=precision, step=position.global_step)
     profiler = start_profiler(run_dir, ranks.rank, profile_steps, device.type)
     return Run(recipe, ranks, device, precision, run_dir, metrics, saver, stop, profiler)
@@ -367,8 +371,9 @@ def run_phase(
 
     def save(name: str, **options: Any) -> None:
         with timer.part("save"):
-            run.saver.save(engine.fragments(), engine.shapes, state(), name=name, **options)
-        run.metrics.event("save begun", name=name, step=position.global_step)
+            begun = run.saver.save(engine.fragments(), engine.shapes, state(), name=name, **options)
+        if begun:
+            run.metrics.event("save begun", name=name, step=position.global_step)
 
     def state() -> dict[str, Any]:
         return {
@@ -479,13 +484,14 @@ def run_phase(
 
             stopping = done.stop_requested and not last
             if best or last or stopping or position.step % recipe.checkpoint.every_steps == 0:
-                save(checkpoint.folder_name(phase.name, position.step), permanent=last, best=best)
+                name = checkpoint.folder_name(phase.name, position.step)
+                save(name, permanent=last, best=best, required=stopping)
             if stopping:
                 run.saver.wait()
                 parallel.barrier()
                 raise Stopped(f"stopped by {run.stop.signal_name or 'a signal to another rank'} after step {step}")
     except SaveFailed:
-        run.saver.wait()  # raises the reason, on the rank that has it
+        run.saver.wait()  # raises the reason, on all ranks
         raise
     except RuntimeError as error:
         raise explained(error, run.run_dir, run.ranks.rank, device.type, phase) from error
