@@ -21,6 +21,7 @@ import socket
 import stat
 from collections import defaultdict
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -220,18 +221,19 @@ class Reader:
     """Reads one checkpoint; fetches only the bytes that are asked for, and counts them in `bytes_read`.
 
     Files are read by position, not mapped: a map reads whole pages and what the kernel reads ahead of them, and a file that
-    is cut short under it kills the process instead of raising. weights_only: as if it held no moments.
+    is cut short under it kills the process instead of raising. They stay open: `latest` may move on, and retention remove the
+    folder, while this reads. weights_only: as if it held no moments.
     """
 
     def __init__(self, folder: Path, *, weights_only: bool = False) -> None:
-        self.folder = folder
+        self.folder = folder = folder.resolve()
         self.weights_only = weights_only
         self.bytes_read = 0
         self.manifest = read_manifest(folder)
         self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
         # {"kind/name": [(start, length, file, place of its first byte there)]}. Nothing but what the manifest names is read.
-        self._where: dict[str, list[tuple[int, int, Path, int]]] = defaultdict(list)
+        self._where: dict[str, list[tuple[int, int, FileIO, int]]] = defaultdict(list)
         for entry in self.manifest["files"]:
             if entry["file"].endswith(".safetensors"):
                 self._read_header(folder / entry["file"])
@@ -239,16 +241,16 @@ class Reader:
     def _read_header(self, path: Path) -> None:
         """https://github.com/huggingface/safetensors#format: u64 N, N bytes of JSON, then the values."""
         try:
-            with open(path, "rb", buffering=0) as file:
-                num_bytes = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(num_bytes))
+            file = open(path, "rb", buffering=0)
+            num_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(num_bytes))
             header.pop("__metadata__", None)
             for key, tensor in header.items():
                 name, start = key.rsplit("@", 1)
                 first, end = tensor["data_offsets"]
                 if tensor["dtype"] != "F32" or tensor["shape"] != [(end - first) // 4]:
                     raise ValueError(f"{key} is not 1-D float32")
-                self._where[name].append((int(start), (end - first) // 4, path, 8 + num_bytes + first))
+                self._where[name].append((int(start), (end - first) // 4, file, 8 + num_bytes + first))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptArtefact(f"{path} is not a whole safetensors file ({error})") from None
         self.bytes_read += 8 + num_bytes
@@ -262,10 +264,10 @@ class Reader:
         """Elements start..start+length of a flattened parameter's state: float32 1-D. Raises CorruptArtefact."""
         out = torch.empty(length, dtype=torch.float32)
         filled = 0
-        for at, size, path, first_byte in self._where.get(f"{kind}/{name}", []):
+        for at, size, file, first_byte in self._where.get(f"{kind}/{name}", []):
             low, high = max(start, at), min(start + length, at + size)
             if low < high:
-                self._fill(out[low - start : high - start], path, first_byte + 4 * (low - at))
+                self._fill(out[low - start : high - start], file, first_byte + 4 * (low - at))
                 filled += high - low
         if filled != length:
             raise CorruptArtefact(
@@ -274,16 +276,15 @@ class Reader:
             )
         return out
 
-    def _fill(self, out: torch.Tensor, path: Path, first_byte: int) -> None:
+    def _fill(self, out: torch.Tensor, file: FileIO, first_byte: int) -> None:
         rest = out.numpy().data.cast("B")
-        with open(path, "rb", buffering=0) as file:
-            file.seek(first_byte)
-            while rest:  # one call reads 2 GiB at most
-                count = file.readinto(rest)
-                if not count:
-                    raise CorruptArtefact(f"{path} ends {len(rest)} bytes before a piece of it does")
-                self.bytes_read += count
-                rest = rest[count:]
+        file.seek(first_byte)
+        while rest:  # one call reads 2 GiB at most
+            count = file.readinto(rest)
+            if not count:
+                raise CorruptArtefact(f"{file.name!r} ends {len(rest)} bytes before a piece of it does")
+            self.bytes_read += count
+            rest = rest[count:]
 
     def missing_state(self) -> list[str]:
         """What a resume with this optimiser needs and the checkpoint does not hold, as KIND/NAME."""
