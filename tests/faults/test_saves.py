@@ -96,9 +96,10 @@ def test_control_the_same_run_twice_is_equal_and_another_is_not(tmp_path):
 
 def test_three_kills_in_saves(tmp_path):
     """Row 2, quick: 2 ranks killed three times within a save go on from a verified checkpoint and end bit for bit as never
-    killed; nothing half-written is left."""
+    killed; nothing half-written is left. A rank that is left alone within a save does not wait for the other for long."""
     found = torment("kill", write_recipe(tmp_path, 10, model=BIG), 3, 200)
     assert found["equal"]
+    assert found["alone_seconds"] < 30
 
 
 @pytest.mark.slow

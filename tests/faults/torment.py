@@ -97,11 +97,9 @@ def newest_committed(run_dir: Path) -> int:
     return checkpoint.read_manifest(folders[0])["global_step"] if folders else 0
 
 
-def kill_in_a_save(recipe: Recipe, log: Path, chance: random.Random, save_seconds: float) -> str:
-    """One attempt, killed within one of its first saves: how."""
-    run_dir, nth = recipe.run_dir, chance.choice([1, 1, 2])
-    pids = start(recipe, log)
-    seen: set[str] = set()
+def await_save(recipe: Recipe, pids: list[int], nth: int) -> set[str]:
+    """Returns as the nth save of this attempt begins; the names of its saves' staging folders."""
+    run_dir, seen = recipe.run_dir, set[str]()
     deadline = time.monotonic() + ATTEMPT_SECONDS
     old = {p.name for p in run_dir.glob("checkpoints/.staging-*")}  # of killed attempts; swept by this one
     while len(seen) < nth:
@@ -109,6 +107,25 @@ def kill_in_a_save(recipe: Recipe, log: Path, chance: random.Random, save_second
         assert ended(pids) is None, f"ended by itself: {ended(pids)}"
         assert time.monotonic() < deadline, "no save was begun"
         time.sleep(0.001)
+    return seen
+
+
+def lose_one_in_a_save(recipe: Recipe, log: Path) -> float:
+    """One attempt, of which rank 1 is killed as a save begins: rank 0, alone, leaves by itself. In how many seconds."""
+    pids = start(recipe, log)
+    await_save(recipe, pids, 2)
+    os.kill(pids[1], signal.SIGKILL)
+    begun = time.monotonic()
+    codes = wait(pids)
+    assert codes == [5, -signal.SIGKILL], codes
+    return time.monotonic() - begun
+
+
+def kill_in_a_save(recipe: Recipe, log: Path, chance: random.Random, save_seconds: float) -> str:
+    """One attempt, killed within one of its first saves: how."""
+    run_dir = recipe.run_dir
+    pids = start(recipe, log)
+    seen = await_save(recipe, pids, chance.choice([1, 1, 2]))
     time.sleep(chance.uniform(0, 1.2 * save_seconds))
     how = chance.choice(["together", "together", "one stopped first", "one killed first"])
     first = chance.randrange(WORLD)
@@ -145,6 +162,9 @@ def main(mode: str, path: str, times: int) -> None:
     chance, how, expected = random.Random(int(os.environ.get("SEED", 0))), Counter(), [0]
     events = map(json.loads, (straight.run_dir / "events.jsonl").read_text().splitlines())
     seconds = [event["seconds"] for event in events if event["kind"] == "saved"]
+    alone_seconds = lose_one_in_a_save(recipe, log) if mode == "kill" else 0.0
+    if mode == "kill":
+        expected.append(newest_committed(recipe.run_dir))
     for _ in range(times):
         if mode == "kill":
             how[kill_in_a_save(recipe, log, chance, sum(seconds) / len(seconds))] += 1
@@ -160,9 +180,9 @@ def main(mode: str, path: str, times: int) -> None:
     assert steps(recipe.run_dir) == steps(straight.run_dir)
     assert state(recipe.run_dir) == state(straight.run_dir)
     same = digest(recipe.run_dir) == digest(straight.run_dir)
-    resumed = sum(step > 0 for step in expected[1:])
+    resumed = sum(step > 0 for step in expected[-times:])
     print(json.dumps({"attempts": times, "resumed_beyond_0": resumed, "how": how, "last_start": expected[-1],
-                      "save_seconds": round(sum(seconds) / len(seconds), 3), "equal": same}))  # fmt: skip
+                      "save_seconds": round(sum(seconds) / len(seconds), 3), "alone_seconds": round(alone_seconds, 1), "equal": same}))  # fmt: skip
     assert same
 
 
