@@ -40,8 +40,13 @@ log = logging.getLogger("slm")
 _PEERS_TIMEOUT_SECONDS = 1800.0
 _PEERS_STILL_SECONDS = 8.0  # without a new byte from the other ranks, after training has failed
 _FAILURES_IN_A_ROW = 3  # with on_failure: continue
+_FIX = "free disk space; the checkpoints before are whole"
 _CHUNK_BYTES = 8 << 20
 _SMALL_FILES_BYTES = 64 << 10  # manifest, done-files and their blocks
+
+
+class _Abandoned(Exception):
+    """Another rank's part of this save will not come."""
 
 
 @dataclass(frozen=True)
@@ -230,17 +235,16 @@ class Checkpointer:
         begun = time.monotonic()
         try:
             self._write_and_commit(save, rank, world)
+        except _Abandoned:
+            pass  # the rank that failed raises why, for all
         except Exception as error:
-            if isinstance(error, OSError):
-                problem = f"rank {rank} could not write the checkpoint {save.final.name}: {error}"
-                self._error = EnvironmentProblem(problem, fix="free disk space; the checkpoints before are whole")
-            else:
-                self._error = error
+            problem = f"rank {rank} could not write the checkpoint {save.final.name}: {error}"
+            self._error = EnvironmentProblem(problem, fix=_FIX) if isinstance(error, OSError) else error
             log.error("%s", self._error)
             try:
                 # Its own part first: on a full disk it makes the room for saying so to rank 0.
                 _part(save.staging, rank).unlink(missing_ok=True)
-                atomic_write(save.staging / f"rank-{rank:05d}.failed", str(error))
+                atomic_write(save.staging / f"rank-{rank:05d}.failed", problem)
             except OSError as second:
                 log.error("rank %d could not leave word that its save failed: %s", rank, second)
         self._seconds = time.monotonic() - begun
@@ -281,11 +285,9 @@ class Checkpointer:
         deadline = time.monotonic() + _PEERS_TIMEOUT_SECONDS
         while missing := [p.name for p in paths if not p.exists()]:
             for failed in staging.glob("*.failed"):
-                raise EnvironmentProblem(
-                    f"{failed.stem} could not write its part of a checkpoint: {failed.read_text()}"
-                )
+                raise EnvironmentProblem(failed.read_text(), fix=_FIX)
             if self._abandoned.is_set():
-                raise EnvironmentProblem("another rank could not write its part of a checkpoint, and says why")
+                raise _Abandoned
             if time.monotonic() > deadline:
                 raise EnvironmentProblem(
                     f"{staging}: after {_PEERS_TIMEOUT_SECONDS:.0f} s there is still no {missing[0]}: is the folder on a "

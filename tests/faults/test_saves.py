@@ -3,14 +3,22 @@ the table of these rows."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from slm import checkpoint
+from slm.engine import Engine
+from slm.recipe import load_recipe
+from slm.train import train
+from tests.distributed.ranks import run_ranks
 from tests.faults.digest import digest, state, steps
 from tests.shards import make_dataset
 
@@ -124,3 +132,99 @@ def test_stopped_and_started_twenty_times(tmp_path):
     """Row 26: resumed at every second of 42 steps."""
     found = torment("stop", write_recipe(tmp_path, 42, every_steps=1000), 20, 850)
     assert (found["equal"], found["last_start"]) == (True, 40)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder that holds 32 MiB and no more."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(
+            "a file system of 32 MiB cannot be mounted here (root only); the test below limits the size of files"
+        )
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)  # the run's log is still open
+
+
+def events(run_dir, kind):
+    lines = map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch):
+    """Row 7: bytes needed and free are said before anything is written; what was committed stays whole. `stop` ends the run
+    with code 3; `continue` ends it after three, and goes on where there is room again."""
+    monkeypatch.chdir(ROOT)
+    model = {"preset": "cpu-tiny", "hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 384}
+    path = write_recipe(tmp_path, 4, model=model, every_steps=2, output=str(small_disk / "run"))
+    run, filler = small_disk / "run", small_disk / "filler"
+    assert train(load_recipe(path)) == 0
+    num_bytes = checkpoint.Reader(run / "latest").num_bytes
+    assert 4e6 < num_bytes < 6.4e6  # five fit: two newest, one that is a phase's end, one more, and the next
+
+    def fill():
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        filler.write_bytes(bytes(free - num_bytes // 2))
+
+    def whole():
+        assert not [*run.glob("checkpoints/.staging-*")]
+        names = [p.name for p in checkpoint.newest_first(run / "checkpoints")]
+        for name in names:
+            checkpoint.verify(run / "checkpoints" / name)
+        return names
+
+    before = whole()
+    assert before == ["main-00000004", "main-00000002"]
+    fill()
+    longer = ["phases.main.tokens=2560"]  # 20 steps
+    assert train(load_recipe(path, longer)) == 3
+    message = caplog.records[-1].getMessage()
+    needed = int(re.search(r"needs ([0-9,]+) bytes", message)[1].replace(",", ""))
+    assert num_bytes < needed < num_bytes + 100_000
+    assert re.search(r"has [0-9,]+ free", message)
+    assert "the checkpoints before are whole" in message
+    assert whole() == before
+    go_on = [*longer, "checkpoint.on_failure=continue"]
+    assert train(load_recipe(path, go_on)) == 3
+    assert "3 saves in a row failed" in caplog.records[-1].getMessage()
+    assert [e["step"] for e in events(run, "save failed")] == [6, 6, 8, 10]
+    assert whole() == before
+
+    def room_again():
+        deadline = time.monotonic() + 60
+        while len(events(run, "save failed")) < 6 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        filler.unlink()
+
+    watcher = threading.Thread(target=room_again)
+    watcher.start()
+    slow = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self, lr: (time.sleep(0.1), slow(self, lr))[1])
+    caplog.clear()
+    assert train(load_recipe(path, go_on)) == 0
+    watcher.join()
+    assert "main-00000008 was NOT saved (2 in a row; the run stops at 3)" in caplog.text
+    assert [e["step"] for e in events(run, "save failed")][4:] == [6, 8]
+    assert whole()[:2] == ["main-00000020", "main-00000018"]
+    assert len(steps(run)) == 20
+
+
+def test_one_rank_that_cannot_write_stops_or_holds_up_all(tmp_path):
+    """Row 7 in the middle of writing: rank 1's file grows too large. Both ranks end with code 3 and its reason; with
+    `continue` both go on, nothing half-written stays, and the saves after it are whole."""
+    path = write_recipe(tmp_path, 8, every_steps=2)
+    output = run_ranks("tests/faults/limited.py", [path, tmp_path], 2).stdout
+    assert output.count("codes [3, 0]") == 2, output[-4000:]
+    said = "rank 1 could not write the checkpoint main-00000002: [Errno 27] File too large"
+    for rank in (0, 1):
+        assert said in (tmp_path / "stop" / "logs" / f"rank-{rank}.log").read_text()
+    assert json.loads((tmp_path / "stop" / "exit.json").read_text())["code"] == 3
+    assert "Traceback" not in output
+    assert checkpoint.choose(tmp_path / "stop") is None
+    assert [e["step"] for e in events(tmp_path / "continue", "save failed")] == [2, 4]
+    assert [e["step"] for e in events(tmp_path / "continue", "saved")] == [6, 8]
+    for run in ("stop", "continue"):
+        assert not [*(tmp_path / run).glob("checkpoints/.staging-*")]
+    assert len(steps(tmp_path / "continue")) == 8
