@@ -473,6 +473,11 @@ def test_changed_data_under_a_half_done_phase_is_refused(recipe, data, caplog, t
     assert "phases.main.batch_tokens was 256, is 512" in message
     assert f"data.sources.a was {data}/a, is {data}/b" in message
     assert "init_from" in message
+    assert train(load_recipe(recipe(), ["seed=5"]), resume=Resume(allow_change=True)) == 2  # that is another run
+    message = refused(recipe(), caplog, "optim.lr=1e-2", "phases.main.schedule.min_ratio=0", "precision=bfloat16")
+    for words in ("step 5 of 12", "optim.lr was 0.003, is 0.01", "phases.main.schedule.min_ratio was 0.1, is 0.0",
+                  "precision was auto, is bfloat16", "--allow-change"):  # fmt: skip
+        assert words in message
     message = refused(recipe(), caplog, "model.num_attention_heads=2")  # the shapes are the same
     assert "model.num_attention_heads was 4, is 2" in message
     assert "steps cannot be taken back" in refused(recipe(), caplog, f"phases.main.tokens={4 * 256}")
@@ -504,6 +509,40 @@ def test_a_changed_recipe_is_said(recipe, tmp_path, caplog):
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert "optim.lr was 0.003, is 0.01" in [e for e in events if "changes" in e][-1]["changes"]
     assert load_recipe(tmp_path / "run" / "recipe.yaml").optim.lr == 1e-2
+
+
+def test_a_run_that_must_go_on_does_not_begin(recipe, tmp_path, caplog):
+    """--must-resume: no checkpoint, as where a path is mistyped, is an error; with one it goes on."""
+    assert train(load_recipe(recipe()), resume=Resume(must=True)) == 2
+    message = caplog.records[-1].getMessage()
+    assert f"{tmp_path}/run/checkpoints holds no checkpoint" in message
+    assert "--must-resume" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert train(load_recipe(recipe())) == 0
+    assert train(load_recipe(recipe(), [f"phases.main.tokens={13 * 256}"]), resume=Resume(must=True)) == 0
+
+
+def test_a_checkpoint_without_moments_is_gone_on_from_on_request(recipe, tmp_path, caplog):
+    """Row 29: refused by name; --fresh-optimizer begins with moments of zero, says so, and counts updates anew."""
+    from safetensors.torch import load_file, save_file
+
+    assert train(load_recipe(recipe(), [f"phases.main.tokens={10 * 256}"])) == 0
+    folder = tmp_path / "run" / "latest"
+    weights = {k: v for k, v in load_file(folder / "rank-00000.safetensors").items() if k.startswith("master/")}
+    save_file(weights, folder / "rank-00000.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        entry |= checkpoint.file_digest(folder / entry["file"])
+    (folder / "manifest.json").write_text(checkpoint.manifest_text(manifest))
+    message = refused(recipe(), caplog)
+    assert "main-00000010 (slm-checkpoint/2) lacks" in message
+    assert "slm train --fresh-optimizer" in message
+    assert train(load_recipe(recipe()), resume=Resume(fresh_optimizer=True)) == 0
+    assert "the moments begin at zero" in caplog.text
+    assert sorted(rows(tmp_path / "run")) == list(range(1, 13))
+    assert checkpoint.Reader(folder).state["optimizer_steps"] == 2
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["kind"] == "fresh optimizer"] == [10]
 
 
 def test_run_directory_in_use(recipe, tmp_path, caplog):
