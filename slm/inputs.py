@@ -311,7 +311,10 @@ def position_of(
                 fix="put it back, or start a new run (another `name`) with init_from",
             )
         steering = [change for field, change in fields.items() if _steers(field, phase.name)]
-        if steering and not allow_change:
+        was_over = reader.state[
+            "permanent"
+        ]  # and is made longer on purpose: what it is from here on is said, as for a new phase
+        if steering and not allow_change and not was_over:
             raise UserError(
                 f"{at}, and its other steps would be taken otherwise than those before: " + "; ".join(steering),
                 fix="put it back, or say --allow-change to go on so",
