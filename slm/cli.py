@@ -109,7 +109,7 @@ def train(
 
     loaded = load_recipe(recipe, overrides)
     steps = _steps(profile)
-    from slm.inputs import Resume
+    from slm.resume import Resume
     from slm.train import train as run
 
     resume = Resume(must=must_resume, allow_change=allow_change, fresh_optimizer=fresh_optimizer)

@@ -29,8 +29,6 @@ from slm.errors import SLMError, UserError
 from slm.evaluate import HeldOut, examine
 from slm.findings import as_dict, report
 from slm.inputs import (
-    Position,
-    Resume,
     check_init_from,
     check_lengths,
     check_tokenizer,
@@ -38,13 +36,9 @@ from slm.inputs import (
     held_out,
     identity,
     load_initial_state,
-    open_checkpoint,
     open_phase_data,
     open_recall,
     origin,
-    phases_to_run,
-    position_of,
-    recipe_changes,
     restore_state,
 )
 from slm.metrics import MetricsLogger, StepTimer, memory_stats, mfu, peak_flops
@@ -52,6 +46,7 @@ from slm.model.llama import Objective
 from slm.optim import learning_rate
 from slm.progress import StepProgress
 from slm.recipe import Phase, Recipe, dump_recipe
+from slm.resume import Position, Resume, open_checkpoint, phases_to_run, position_of, recipe_changes
 from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
 from slm.saving import Checkpointer
 from slm.step import SaveFailed, StepTotals, train_step

@@ -16,8 +16,8 @@ import yaml
 
 from slm import checkpoint
 from slm.errors import UserError
-from slm.inputs import Resume
 from slm.recipe import load_recipe
+from slm.resume import Resume
 from slm.train import train
 from tests.shards import make_dataset
 from tests.unit.test_rope import KINDS, scaling
