@@ -12,15 +12,15 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slm import checkpoint
+from slm.contradictions import is_made_for_another_context
 from slm.data.batches import EvaluationBatches, PhaseData
-from slm.data.selection import Selection, by_length, by_share, without
+from slm.data.selection import selected_documents
 from slm.data.tokens import TokenDataset
 from slm.distill.student import check_online, open_caches
 from slm.engine import Engine
@@ -33,7 +33,7 @@ from slm.model.llama import initial_value
 from slm.parallel import Share
 from slm.recall.samples import Filler, Form, Grid
 from slm.recall.score import RecallBatches
-from slm.recipe import DocFilter, Phase, Recipe
+from slm.recipe import Phase, Recipe, recipe_from_tree
 from slm.runtime import Ranks
 
 log = logging.getLogger("slm")
@@ -77,32 +77,6 @@ def open_phase_data(recipe: Recipe, phase: Phase) -> PhaseData:
     return data
 
 
-def selected_documents(recipe: Recipe, phase: Phase, source: str, dataset: TokenDataset) -> Selection:
-    """Which documents of a source the phase trains on: what its filters leave, less the documents of the earlier phases
-    that exclude_seen names. Those are the documents of the plan, whatever was run of it, under any name of the folder."""
-    folder = Path(recipe.data.sources[source]).resolve()
-    phases = {p.name: p for p in recipe.phases}
-
-    @cache  # a phase may be named by several later ones
-    def chosen(phase_name: str, name: str) -> Selection:
-        rule = phases[phase_name].filters.get(name, DocFilter())
-        allowed = [
-            by_length(shard.doc_offsets, rule.min_doc_tokens, rule.max_doc_tokens)
-            & by_share(i, shard.num_docs, rule.share)
-            for i, shard in enumerate(dataset.shards)
-        ]
-        seen = [
-            chosen(earlier.name, other)
-            for earlier in recipe.phases
-            if earlier.name in rule.exclude_seen
-            for other in earlier.mixture or recipe.data.sources
-            if earlier.mixture.get(other, 1.0) > 0 and Path(recipe.data.sources[other]).resolve() == folder
-        ]
-        return without(allowed, seen)
-
-    return chosen(phase.name, source)
-
-
 def check_vocabulary(recipe: Recipe, data: list[PhaseData], validation: dict[str, TokenDataset]) -> None:
     datasets = {name: dataset for phase_data in data for name, dataset in phase_data.sources.items()}
     datasets |= {f"validation.{name}": dataset for name, dataset in validation.items()}
@@ -141,18 +115,12 @@ def check_lengths(recipe: Recipe, data: dict[str, PhaseData], validation: dict[s
                     fix=f"give it longer documents (mixture, filters.SOURCE.min_doc_tokens), or seq_len up to {longest}",
                 )
             log.warning("%s", problem)
-        scaling = phase.rope_scaling
-        if (
-            scaling
-            and scaling.factor > 1
-            and 0 < longest_before != scaling.original_max_position_embeddings
-            and (phase.seq_len > longest_before)
-            and not _stretched(recipe, phase)
-        ):
+        if is_made_for_another_context(recipe, phase, longest_before):
+            assert phase.rope_scaling is not None
             log.warning(
                 "phases.%s.rope_scaling.original_max_position_embeddings is %d, and the context before it was %d: angles are "
                 "stretched as for another model",
-                phase.name, scaling.original_max_position_embeddings, longest_before,
+                phase.name, phase.rope_scaling.original_max_position_embeddings, longest_before,
             )  # fmt: skip
         longest_before = max(longest_before, phase.seq_len)
         if phase.gate is not None and phase.gate.position_rise is not None:
@@ -163,17 +131,6 @@ def check_lengths(recipe: Recipe, data: dict[str, PhaseData], validation: dict[s
                     f"and the longest of data.validation has {held_out}",
                     fix="hold out longer documents, or leave position_rise out",
                 )
-
-
-def _stretched(recipe: Recipe, phase: Phase) -> bool:
-    """Whether an earlier phase stretched the same original context already."""
-    assert phase.rope_scaling is not None
-    original = phase.rope_scaling.original_max_position_embeddings
-    earlier = recipe.phases[: recipe.phases.index(phase)]
-    return any(
-        p.rope_scaling and p.rope_scaling.factor > 1 and p.rope_scaling.original_max_position_embeddings == original
-        for p in earlier
-    )
 
 
 def _length_of_origin(recipe: Recipe) -> int:
@@ -215,7 +172,7 @@ def open_recall(recipe: Recipe, phases: list[Phase], validation: dict[str, Token
 
     form = Form(settings, load_tokenizer(recipe.tokenizer).encode)
     filler = Filler([dataset for name, dataset in validation.items() if settings.filler in ("", name)])
-    grids = {phase.name: Grid(form, filler, phase.seq_len) for phase in phases}
+    grids = {phase.name: Grid(form, filler, phase.seq_len, "eval.recall.lengths") for phase in phases}
     return {name: grid for name, grid in grids.items() if grid.cells}
 
 
@@ -373,7 +330,6 @@ def recipe_changes(reader: checkpoint.Reader, recipe: Recipe) -> list[str]:
     changes = [f"{key} was {was.get(key)}, is {now.get(key)}" for key in {**was, **now} if was.get(key) != now.get(key)]
     for change in changes:
         log.info("from here on %s", change)
-    _warn_of_longer_phases(reader, recipe)
     return changes
 
 
@@ -387,20 +343,26 @@ def _flat(tree: Any, at: str = "") -> dict[str, Any]:
     return {at: tree}
 
 
-def _warn_of_longer_phases(reader: checkpoint.Reader, recipe: Recipe) -> None:
-    """A phase that is over stays as it was, whatever the recipe says now: says so where it says something else."""
-    position = reader.state["position"]
-    names = [phase.name for phase in recipe.phases]
-    over = recipe.phases[: names.index(position["phase"])] if position["phase"] in names else []
-    was = {p["name"]: -(-p["tokens"] // p["batch_tokens"]) for p in reader.state["recipe"]["phases"]}
-    for phase in over:
-        if was.get(phase.name, phase.num_steps) != phase.num_steps:
+def as_far_as_run(reader: checkpoint.Reader, recipe: Recipe) -> Recipe:
+    """The recipe with the phases that are over as they were: they stay so whatever it says of them now. So that is told, and
+    what is written down of the run (recipe.yaml, checkpoints) does not say otherwise."""
+    names, at = [phase.name for phase in recipe.phases], reader.state["position"]["phase"]
+    over = names[: names.index(at)] if at in names else []
+    was = {phase["name"]: phase for phase in reader.state["recipe"]["phases"] if phase["name"] in over}
+    tree = recipe.model_dump(mode="json")
+    for phase in tree["phases"]:
+        then, now = (_flat(fields) for fields in (was.get(phase["name"], phase), phase))
+        if changed := [f"{key} was {then.get(key)}, is {now.get(key)}" for key in now if then.get(key) != now[key]]:
             log.warning(
-                "phases.%s was over after %d steps and a later phase has begun; that it now says %d has no effect",
-                phase.name,
-                was[phase.name],
-                phase.num_steps,
+                "phases.%s is over and a later phase has begun, so what the recipe now says of it has no effect: %s",
+                phase["name"],
+                "; ".join(changed),
             )
+    tree["phases"] = [was.get(phase["name"], phase) for phase in tree["phases"]]
+    try:
+        return recipe_from_tree(tree, "the recipe with its first phases as they were run")
+    except UserError:  # they name a source, or have a field, that is no more
+        return recipe
 
 
 def phases_to_run(recipe: Recipe, reader: checkpoint.Reader | None, until: str = "") -> list[Phase]:

@@ -30,6 +30,7 @@ from slm.evaluate import HeldOut, examine
 from slm.findings import as_dict, report
 from slm.inputs import (
     Position,
+    as_far_as_run,
     check_init_from,
     check_lengths,
     check_tokenizer,
@@ -45,6 +46,7 @@ from slm.inputs import (
     recipe_changes,
     restore_state,
 )
+from slm.layout import check_ranks
 from slm.metrics import MetricsLogger, StepTimer, memory_stats, mfu, peak_flops
 from slm.model.llama import Objective
 from slm.optim import learning_rate
@@ -104,12 +106,12 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "") -
     ranks = discover_ranks()
     run_dir: Path | None = None
     lock: RunLock | None = None
-    joined = False
+    is_new = refused = joined = False
     setup_logging(ranks.rank, None)
     try:
         device = parallel.local_device(ranks.local_rank)
         joined = parallel.start(device)
-        lock = _take_run_dir(recipe, ranks)
+        lock, is_new = _take_run_dir(recipe, ranks)
         run_dir = recipe.run_dir
         setup_logging(ranks.rank, run_dir)
         _train(recipe, ranks, device, run_dir, stop, profile_steps, until)
@@ -118,8 +120,9 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "") -
         code, reason = EXIT_STOPPED, str(error)
         log.info("%s; saved. The same command goes on from there (exit code %d)", error, code)
     except SLMError as error:
-        code, reason = error.exit_code, str(error)
-        if ranks.rank == 0 or not isinstance(error, UserError):  # every rank finds the same mistake; say it once
+        code, reason, refused = error.exit_code, str(error), True
+        # Every rank finds the same mistake, or judges by the same numbers: it is said once.
+        if ranks.rank == 0 or not isinstance(error, (UserError, gate.GateFailed)):
             log.error("%s: %s", error.title, error)
     except KeyboardInterrupt:
         code, reason = EXIT_CRASHED, "interrupted twice; the last save is the newest state"
@@ -131,6 +134,9 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "") -
             log.error("%s\n%s", reason, str(error).splitlines()[0])
         else:
             log.error("crashed\n%s", traceback.format_exc())
+    # Refused before anything began, a new run leaves no folder; what refuses it does so on all ranks.
+    if is_new and refused and not (recipe.run_dir / "recipe.yaml").exists() and (lock is None or lock.remove_folder()):
+        run_dir = None
     write_exit(run_dir, code, reason)
     if joined and code in (0, EXIT_STOPPED):  # after a failure another rank may be in a collective call: just leave
         parallel.stop()
@@ -140,8 +146,8 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "") -
     return code
 
 
-def _take_run_dir(recipe: Recipe, ranks: Ranks) -> RunLock | None:
-    """Rank 0 takes the lock; all ranks learn whether it could."""
+def _take_run_dir(recipe: Recipe, ranks: Ranks) -> tuple[RunLock | None, bool]:
+    """Rank 0 takes the lock; all ranks learn whether it could, and whether the run directory is new."""
     lock: RunLock | None = None
     error: Exception | None = None
     if ranks.rank == 0:
@@ -149,10 +155,10 @@ def _take_run_dir(recipe: Recipe, ranks: Ranks) -> RunLock | None:
             lock = RunLock(recipe.run_dir)
         except Exception as caught:
             error = caught
-    error = parallel.broadcast(error)
+    error, is_new = parallel.broadcast((error, lock is not None and lock.made_folder))
     if error is not None:
         raise error
-    return lock
+    return lock, is_new
 
 
 def _train(
@@ -170,6 +176,7 @@ def _train(
         parallel.together(check_init_from, recipe)
     reader = checkpoint.Reader(folder) if folder else None
     # Phases that are over, and those of later jobs, may want other data and numbers of ranks than are here.
+    recipe = as_far_as_run(reader, recipe) if reader else recipe
     phases = phases_to_run(recipe, reader, until)
     data, look_at, identities = parallel.together(_open_inputs, recipe, phases, ranks, device)
     position = position_of(reader, recipe, identities) if reader else Position()
@@ -207,6 +214,7 @@ def _open_inputs(
 ) -> tuple[dict[str, PhaseData], Callable[[Phase], HeldOut], dict[str, dict[str, Any]]]:
     """Everything that can be wrong is found here, before anything is built: (data by phase, what to evaluate, identities)."""
     precision, _ = resolve_precision(recipe.precision, device)
+    check_ranks(phases, ranks.world_size)
     for phase in phases:
         # Refuses what would train wrongly.
         deepspeed_config(phase, recipe.optim, precision, ranks.world_size, device.type)
@@ -272,7 +280,7 @@ def run_phases(
             part = gate.part_to_train(phase, position.step)
             if gate.is_at_an_end(phase, position.step):
                 assert reader is not None
-                shortfall = _judge(run, phase, reader, before)
+                shortfall = _judge(run, phase, reader, before, look_at)
                 if not shortfall:
                     break
                 if part is None:
@@ -305,9 +313,17 @@ def run_phases(
     return position
 
 
-def _judge(run: Run, phase: Phase, reader: checkpoint.Reader, before: dict[str, Any] | None) -> list[str]:
+def _judge(
+    run: Run,
+    phase: Phase,
+    reader: checkpoint.Reader,
+    before: dict[str, Any] | None,
+    look_at: Callable[[Phase], HeldOut],
+) -> list[str]:
     """What the end of a phase falls short of, by the evaluation in its checkpoint; the verdict goes to the log and events."""
     earlier = run.recipe.phases[: run.recipe.phases.index(phase)]
+    if gate.asks_for_more(phase, earlier, reader.state.get("findings") or {}):
+        reader.state["findings"] = _measured_again(run, phase, reader, look_at(phase))
     told = gate.verdicts(phase, earlier, reader.state.get("findings") or {}, before)
     short = [text for holds, text in told if not holds]
     if told:
@@ -318,6 +334,19 @@ def _judge(run: Run, phase: Phase, reader: checkpoint.Reader, before: dict[str, 
             level = logging.INFO if holds else logging.WARNING
             log.log(level, "gate of %s, %s: %s", phase.name, "held" if holds else "short", text)
     return short
+
+
+def _measured_again(run: Run, phase: Phase, reader: checkpoint.Reader, held_out: HeldOut) -> dict[str, Any]:
+    """The evaluation at the end of a phase, once more: the recipe has asked for more since."""
+    step, global_step = (reader.state["position"][name] for name in ("step", "global_step"))
+    log.info("gate of %s: not all that it asks for was measured at step %d, so it is evaluated again", phase.name, step)
+    config = run.recipe.model_of(phase)
+    engine = Engine(config, phase, run.recipe.optim, precision=run.precision, device=run.device)
+    restore_state(engine, reader)
+    found = examine(engine, held_out, run.device)
+    engine.close()
+    report(run.metrics, run.run_dir, phase.name, step, global_step, found, False)
+    return as_dict(found)
 
 
 # --- a phase -------------------------------------------------------------------------------------------------

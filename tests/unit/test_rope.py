@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from slm import ModelConfig
-from slm.model.config import RopeScaling
-from slm.model.rope import attention_factor, effective_theta, inverse_frequencies, piece_lengths
+from slm.model.config import RopeScaling, effective_theta
+from slm.model.rope import attention_factor, inverse_frequencies, piece_lengths
 
 ORIGINAL = 32  # of the tiny models here
 
