@@ -90,12 +90,11 @@ def selected_documents(recipe: Recipe, phase: Phase, source: str, dataset: Token
     selection = chosen(phase.name, source)
     if rules is not None and phase.mixture.get(source, 1.0) > 0 and not any(docs.any() for docs in selection):
         lengths = np.concatenate([np.diff(shard.doc_offsets) for shard in dataset.shards])
-        given = ", ".join(
-            f"{field} {value}" for field, value in rules if value != type(rules).model_fields[field].default
-        )
+        most, fields = int(lengths.max(initial=0)), type(rules).model_fields
+        given = ", ".join(f"{field} {value}" for field, value in rules if value != fields[field].default)
         raise UserError(
             f"phases.{phase.name}.filters.{source} ({given}) leaves no document of {recipe.data.sources[source]}: its "
-            f"{len(lengths):,} documents have {lengths.min(initial=0):,} to {lengths.max(initial=0):,} tokens",
+            f"{len(lengths):,} documents have {lengths.min(initial=most):,} to {most:,} tokens",
             fix=f"loosen the filter, or leave {source} out of the phase (mixture)",
         )
     return selection

@@ -68,8 +68,10 @@ class RopeScaling(BaseModel):
             if name not in ("rope_type", *reads) and getattr(self, name) != field.default
         ]
         if "factor" in reads and kind != "dynamic" and "factor" not in self.model_fields_set:
-            what = "nothing says how far its lists reach" if kind == "longrope" else "it would change nothing"
-            problems.append(f"factor is missing of rope_type {kind}, so {what}: give new / original context")
+            so = f"rope_type {kind} would change nothing"
+            if kind == "longrope":
+                so = "nothing says how far the lists of rope_type longrope reach"
+            problems.append(f"factor is missing, so {so}: give new / original context")
         if kind == "theta" and self.rope_theta is None:
             problems.append(
                 "rope_theta is missing: rope_type theta is a new base; the 2θ rule is twice model.rope_theta"

@@ -451,6 +451,20 @@ def test_mistakes_in_data_and_world(recipe, data, tmp_path, caplog):
     assert "no manifest.json" in refused(recipe(), caplog, f"data.sources.a={tmp_path}/empty")
 
 
+def test_a_refused_run_leaves_no_folder(recipe, tmp_path, caplog):
+    """Where this attempt made it and nothing else is in it; what was there, and a run's own exit.json, stays."""
+    refused(recipe(), caplog, "data.sources.a=/nowhere")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    refused(recipe(), caplog, "data.sources.a=/nowhere")
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
+    shutil.rmtree(tmp_path / "run")
+    assert train(load_recipe(recipe(), [f"phases.main.tokens={2 * 256}"])) == 0
+    refused(recipe(), caplog, "model.num_attention_heads=2")
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
+    assert (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_checkpoint_without_its_state_disturbs_nobody(recipe, tmp_path, caplog):
     """Passed over, not counted, not removed; training goes on and saves."""
     assert train(load_recipe(recipe())) == 0
@@ -563,7 +577,7 @@ def test_command_line_mistakes_have_no_traceback(tmp_path, recipe):
         (["train", "absent.yaml"], "does not exist"),
         (["train", str(recipe()), "optim.rl=3"], "optim.rl is not a field"),
         (["train", str(recipe()), "--profile", "x"], "no range of steps"),
-        (["plan", str(recipe()), "--ranks", "3"], "use 1 ranks"),
+        (["plan", str(recipe()), "--ranks", "3"], "use 1 rank, another micro_batch"),
         (["plan", str(recipe()), "--ranks", "0"], "--ranks"),
         (["plan", str(recipe()), "optim.lr=[1"], "not valid YAML"),
         (["plan", str(recipe()), "optim.lr=.inf"], "finite"),
