@@ -131,11 +131,12 @@ def repetitions_done(phase: Phase, step: int) -> str:
 
 
 def failed(phase: Phase, step: int, shortfall: Sequence[str], run_dir: object) -> GateFailed:
+    more = "repeats" if parts(phase)[1:] else "repeat_tokens"
     # The launcher ends with the first line alone.
     return GateFailed(
         f"phase {phase.name} does not pass its gate at step {step}, after {repetitions_done(phase, step)}\n  - "
         + "\n  - ".join(shortfall),
-        fix=f"train it longer (phases.{phase.name}.tokens or gate.repeat_tokens), or ask for less; the same command goes on from "
+        fix=f"train it longer (phases.{phase.name}.tokens or gate.{more}), or ask for less; the same command goes on from "
         f"there. All numbers: {run_dir}/eval",
     )
 
