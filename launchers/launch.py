@@ -186,7 +186,7 @@ class Launch:
         if self.exit_file.exists():
             record = json.loads(self.exit_file.read_text())
             if record["code"]:
-                say(f"the run ended with code {record['code']}: {record['reason'].partition(chr(10))[0].rstrip(':')}")
+                say(f"the run ended with code {record['code']}: {record['reason'].partition(chr(10))[0]}")
             return record["code"]
         if self.arrived:
             return 128 + self.arrived[-1]

@@ -11,7 +11,7 @@ where all that it reads is sure.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slm.distill.settings import loss_problems
@@ -56,12 +56,12 @@ def contradictions(recipe: Recipe, doubtful: Collection[str] = (), unsure_from: 
     return problems
 
 
-def sections_in_doubt(locations: Sequence[tuple[Any, ...]], given: Collection[str]) -> dict[str, Any]:
-    """The arguments of contradictions where the fields at these locations are bad and left out, and so are phases that hold
-    one. given: the sections that the recipe has. One that it lacks may stand under a name that nobody knows."""
-    sections = {"model", "data", "eval", "tokenizer", "teacher"}
+def sections_in_doubt(errors: Sequence[Mapping[str, Any]], given: Collection[str]) -> dict[str, Any]:
+    """The arguments of contradictions where these fields (pydantic's errors) are left out, and with them the phases that hold
+    one. given: the sections that the recipe has. One that it lacks may stand there under a name that nobody knows."""
+    sections, locations = {"model", "data", "eval", "tokenizer", "teacher"}, [error["loc"] for error in errors]
     doubtful = {location[0] for location in locations if location} & sections
-    if any(len(location) == 1 and location[0] not in sections for location in locations):
+    if any(error["type"] == "extra_forbidden" and len(error["loc"]) == 1 for error in errors):
         doubtful |= sections - set(given)
     bad_phases = [location[1] for location in locations if location[:1] == ("phases",) and len(location) > 1]
     return {"doubtful": doubtful, "unsure_from": min(bad_phases, default=None)}

@@ -188,43 +188,33 @@ def gate_problems(phase: Phase, earlier: Sequence[Phase], settings: Eval, valida
 
 def _short_problems(phase: Phase, gate: Gate, earlier: Sequence[Phase], settings: Eval) -> list[str]:
     """Why the loss at the short length cannot be compared, if so."""
-    asked, short, given = (
-        f"short_loss_rise is {gate.short_loss_rise:g}",
-        _short_seq_len(gate, earlier),
-        gate.short_loss_before,
-    )
-    lacking = [f for f, v in (("short_seq_len", gate.short_seq_len), ("short_loss_before", given)) if v is None]
-    if not earlier and lacking:
+    asked, short, given = f"short_loss_rise is {gate.short_loss_rise:g}", gate.short_seq_len, gate.short_loss_before
+    if not earlier and (short is None or given is None):
+        lacking = [field for field, value in (("short_seq_len", short), ("short_loss_before", given)) if value is None]
         return [
             f"{asked}, and no phase comes before this one, which would say {' and '.join(lacking)}: give "
             f"{'both' if len(lacking) > 1 else 'it'}, the loss from slm eval MODEL --seq-len {short or 'N'}"
         ]
-    assert short is not None
+    before, last = (f"phase {earlier[-1].name}", earlier[-1].seq_len) if earlier else ("", 0)
+    named = "short_seq_len" if short else f"short_seq_len, that of {before} where it is not given,"
+    short = short or last
     if short > phase.seq_len:
-        where = (
-            "short_seq_len"
-            if gate.short_seq_len
-            else f"null for short_seq_len, the seq_len of phase {earlier[-1].name},"
-        )
         return [
-            f"{asked}, and {where} is {short}, longer than the phase's own seq_len {phase.seq_len}, so it is not measured "
-            f"here: give short_seq_len, at most {phase.seq_len}"
+            f"{asked}, and {named} is {short}, longer than the phase's own seq_len {phase.seq_len}, so it is not measured here: "
+            f"give short_seq_len, at most {phase.seq_len}"
         ]
-    last = earlier[-1].seq_len if earlier else 0
     if given is None and short > last:
         return [
-            f"{asked}, and short_seq_len is {short}, longer than the seq_len {last} of phase {earlier[-1].name}, so it was not "
-            f"measured before: give at most {last}, or short_loss_before"
+            f"{asked}, and {named} is {short}, longer than the seq_len {last} of {before}, so it was not measured before: give "
+            f"at most {last}, or short_loss_before"
         ]
-    now, before = short in {phase.seq_len, *settings.seq_lens}, given is not None or short in {last, *settings.seq_lens}
-    if now and before:
+    ends = ["this phase"] if short not in (phase.seq_len, *settings.seq_lens) else []
+    ends += [before] if given is None and short not in (last, *settings.seq_lens) else []
+    if not ends:
         return []
-    when = " and ".join(
-        ["this phase"] * (not now) + [f"phase {earlier[-1].name}"] * (not before) if earlier else ["this phase"]
-    )
     return [
-        f"{asked}, over the held-out loss at {short} tokens, which is not measured at the end of {when}: add {short} "
-        "to eval.seq_lens"
+        f"{asked}, over the held-out loss at {short} tokens, which is not measured at the end of {' and '.join(ends)}: add "
+        f"{short} to eval.seq_lens"
     ]
 
 
@@ -243,9 +233,10 @@ def asks_for_more(phase: Phase, earlier: Sequence[Phase], found: dict[str, Any])
     gate = phase.gate
     if gate is None:
         return False
-    lengths = {_short_seq_len(gate, earlier)} if gate.short_loss_rise is not None else set()
-    lengths |= {phase.seq_len} if gate.position_rise is not None else set()
-    return any(_main(found, length) is None for length in lengths) or any(
+    lengths = [_short_seq_len(gate, earlier)] if gate.short_loss_rise is not None else []
+    lengths += [phase.seq_len] if gate.position_rise is not None else []
+    rows = [_main(found, length) for length in lengths]
+    return any(row is None or not row["targets"] for row in rows) or any(
         getattr(gate, field) is not None and not _cells(field, found) for field in ("passkey", "multi_key")
     )
 
@@ -277,12 +268,8 @@ def _short_loss(gate: Gate, most: float, length: int | None, found: dict[str, An
     named = {"now": now, "before the phase": then} if gate.short_loss_before is None else {"now": now}
     for when, row in named.items():
         if row is None or not row["targets"]:
-            way_out = (
-                ""
-                if row is now
-                else f": slm eval of that checkpoint with --seq-len {length} does; give short_loss_before"
-            )
-            return False, f"held-out loss at {length} tokens was not measured {when}{way_out}"
+            way_out = f": slm eval of that checkpoint with --seq-len {length} does; give short_loss_before"
+            return False, f"held-out loss at {length} tokens was not measured {when}{way_out if when != 'now' else ''}"
         if row["loss"] is None:
             return False, f"held-out loss at {length} tokens is not a number {when}"
     assert now is not None

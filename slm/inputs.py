@@ -350,19 +350,20 @@ def as_far_as_run(reader: checkpoint.Reader, recipe: Recipe) -> Recipe:
     over = names[: names.index(at)] if at in names else []
     was = {phase["name"]: phase for phase in reader.state["recipe"]["phases"] if phase["name"] in over}
     tree = recipe.model_dump(mode="json")
-    for phase in tree["phases"]:
-        then, now = (_flat(fields) for fields in (was.get(phase["name"], phase), phase))
-        if changed := [f"{key} was {then.get(key)}, is {now.get(key)}" for key in now if then.get(key) != now[key]]:
-            log.warning(
-                "phases.%s is over and a later phase has begun, so what the recipe now says of it has no effect: %s",
-                phase["name"],
-                "; ".join(changed),
-            )
     tree["phases"] = [was.get(phase["name"], phase) for phase in tree["phases"]]
     try:
-        return recipe_from_tree(tree, "the recipe with its first phases as they were run")
+        restored = recipe_from_tree(tree, "the recipe with its first phases as they were run")
     except UserError:  # they name a source, or have a field, that is no more
         return recipe
+    for then, now in zip(restored.phases, recipe.phases, strict=True):
+        fields, changed = (_flat(phase.model_dump(mode="json")) for phase in (then, now))
+        if told := [f"{k} was {fields.get(k)}, is {v}" for k, v in changed.items() if fields.get(k) != v]:
+            log.warning(
+                "phases.%s is over and a later phase has begun, so what the recipe now says of it has no effect: %s",
+                now.name,
+                "; ".join(told),
+            )
+    return restored
 
 
 def phases_to_run(recipe: Recipe, reader: checkpoint.Reader | None, until: str = "") -> list[Phase]:

@@ -280,9 +280,10 @@ def _validated(tree: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
         return Recipe.model_validate(tree), []
     except ValidationError as error:
         problems = _readable(error, tree)
-        locations = [item["loc"] for item in error.errors()]
+        rest = _without(tree, [item["loc"] for item in error.errors()])
+        in_doubt = sections_in_doubt(error.errors(), tree)
     try:
-        Recipe.model_validate(_without(tree, locations), context=sections_in_doubt(locations, tree))
+        Recipe.model_validate(rest, context=in_doubt)
     except ValidationError as error:
         known = {problem.split(" ", 1)[0] for problem in problems}
         contradictions = [item for item in error.errors() if not item["loc"]]

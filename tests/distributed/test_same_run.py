@@ -66,10 +66,6 @@ LAYOUTS = {
             "offload_activations=true",
         ],
     ),
-    "sequence2-zero1-compiled-accumulate2": (
-        2,
-        ["sequence_parallel=2", "micro_batch=4", "deepspeed=zero1", "compile=true"],
-    ),
     "sequence4-zero1": (4, ["sequence_parallel=4", "micro_batch=8", "deepspeed=zero1"]),
     "sequence4-zero3-accumulate2": (4, ["sequence_parallel=4", "micro_batch=4", "deepspeed=zero3"]),
     "sequence2-data2-zero0": (4, ["sequence_parallel=2", "micro_batch=4", "deepspeed=zero0"]),
@@ -88,7 +84,7 @@ def overrides_of(layout, output):
         if field == "deepspeed":
             beside = output.parent / f"{value}.json"
             value = beside if beside.exists() else CONFIGS / f"{value}.json"
-        found.append(f"{field}={value}" if field == "compile" else f"phases.main.{field}={value}")
+        found.append(f"phases.main.{field}={value}")
     return found
 
 

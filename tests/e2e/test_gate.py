@@ -200,7 +200,7 @@ def test_the_short_loss_is_of_the_same_text_at_both_ends(recipe, tmp_path):
         ({"position_rise": 0.0}, {"data": None}, "data.validation is empty"),
         ({"position_rise": 0.0, "position_early": 65}, {}, "give a smaller position_early"),
         ({"passkey": 2}, {}, "less than or equal to 1"),
-        ({"short_loss_rise": 0.1, "short_seq_len": 100}, {"eval": {"seq_lens": [100]}}, "not measured before: give at most 64"),
+        ({"short_loss_rise": 0.1, "short_seq_len": 100}, {"eval": {"seq_lens": [100]}}, "give at most 64"),
         ({"passkey": 0.9, "repeat_tokens": 256}, {}, "would never reach its peak in a repetition"),
         ({"passkey": 0.9}, {"recall_lengths": [32]}, "none in the upper half of seq_len 128"),
         ({"short_loss_rise": 0.1, "short_seq_len": 256}, {}, "longer than the phase's own seq_len 128"),
