@@ -112,6 +112,15 @@ def reduce_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's tensor of this shape, in their order."""
+    if world_size() == 1:
+        return [tensor]
+    tensors = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(tensors, tensor)
+    return tensors
+
+
 def reduce_max(value: int) -> int:
     """The largest over ranks."""
     if world_size() == 1:

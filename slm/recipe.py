@@ -26,6 +26,7 @@ from slm.gate import Gate, gate_problems
 from slm.layout import sequence_problems
 from slm.model.config import PRESETS, ModelConfig, RopeScaling
 from slm.recall.settings import Recall, recall_problems
+from slm.safety import Safety
 from slm.strategy import deepspeed_problems, resolve_deepspeed
 
 _NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.]*$"
@@ -176,6 +177,7 @@ class Recipe(Section):
     )
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile of each block; auto: on a GPU")
     checkpoint: Checkpoint = Checkpoint()
+    safety: Safety = Safety()
     eval: Eval = Eval()
     log: Log = Log()
 
