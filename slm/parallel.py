@@ -49,6 +49,14 @@ def local_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def same_bits_every_time() -> None:
+    """From now on torch takes kernels whose result does not depend on the order in which threads finish, and refuses to
+    compute what has none. Before the first CUDA call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS: a workspace of its own for each stream
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def start(device: torch.device, timeout_minutes: float = 30.0) -> bool:
     """Joins the process group named by the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 

@@ -176,6 +176,9 @@ class Recipe(Section):
         "auto", description="auto: float32 on a CPU, bfloat16 on a GPU that has it, else float16"
     )
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile of each block; auto: on a GPU")
+    deterministic: bool = Field(
+        False, description="on a GPU only kernels that give the same bits every time (slower); a CPU always does"
+    )
     checkpoint: Checkpoint = Checkpoint()
     safety: Safety = Safety()
     eval: Eval = Eval()

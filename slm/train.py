@@ -117,6 +117,8 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "", l
     joined = False
     setup_logging(ranks.rank, None)
     try:
+        if recipe.deterministic:
+            parallel.same_bits_every_time()
         device = parallel.local_device(ranks.local_rank)
         joined = parallel.start(device)
         lock = _take_run_dir(recipe, ranks)
