@@ -42,6 +42,7 @@ EXIT_CODES = {
     76: "diverged: the loss is not finite",
     77: "out of memory",
     78: "a phase did not pass its gate",
+    80: "ranks held different weights; start again to go on from before",
 }
 
 # A launcher that waits for this attempt names a file here: it then knows how the attempt ended also when
