@@ -167,7 +167,9 @@ class Launch:
                     continue
                 self.failed_at = time.monotonic()
                 if status & 127:
-                    name = signal.Signals(status & 127).name + " (out of memory?)" * (status & 127 == 9)
+                    name = signal.Signals(status & 127).name
+                    if status & 127 == signal.SIGKILL and not self.exit_file.exists():  # no rank has said why
+                        name += " (out of memory?)"
                     say(f"rank {number} (process {process.pid}) was ended by {name}")
         elif time.monotonic() - self.failed_at > GRACE_SECONDS:
             kill_all(self.runner.pid, self.mark)

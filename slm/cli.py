@@ -9,6 +9,7 @@ are inside the commands, so that `slm plan` and `slm --help` answer at once.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,12 +92,37 @@ def train(
             metavar="PHASE", help="leave at the end of this phase: the next job goes on, on other ranks if need be"
         ),
     ] = "",
+    restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="start again, at most N times, after what can pass: killed, crashed, hung"
+        ),
+    ] = 0,
+    launcher: Annotated[
+        str,
+        typer.Option(metavar="COMMAND", help="with --restarts: what starts `slm` on many ranks, as 'mpirun -n 2 slm'"),
+    ] = "",
 ) -> None:
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
     from slm.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     steps = _steps(profile)
+    if launcher and not restarts:
+        raise UserError("--launcher has no effect without --restarts", fix="add --restarts N")
+    if restarts:
+        from slm.runtime import launched_ranks
+        from slm.supervise import supervise
+
+        if (ranks := launched_ranks()) and ranks.world_size > 1:
+            raise UserError(
+                f"--restarts in each of {ranks.world_size} ranks: each would start again without the others",
+                fix="bash launchers/local.sh RECIPE RANKS --restarts N, or slm train RECIPE --restarts N --launcher "
+                "'mpirun -n RANKS slm'",
+            )
+        command = shlex.split(launcher) or [sys.executable, "-m", "slm"]
+        command += ["train", str(recipe), *(overrides or []), "--profile", profile, "--until", until]
+        sys.exit(supervise(command, loaded.run_dir, restarts))
     from slm.train import train as run
 
     sys.exit(run(loaded, profile_steps=steps, until=until))

@@ -41,6 +41,7 @@ EXIT_CODES = {
     76: "diverged: the loss is not finite",
     77: "out of memory",
     78: "a phase did not pass its gate",
+    79: "a rank hung; every rank's stack is in logs/rank-N.stacks",
 }
 
 # A launcher that waits for this attempt names a file here: it then knows how the attempt ended also when
@@ -58,6 +59,12 @@ class Ranks:
     world_size: int
     local_rank: int
     local_world_size: int
+
+
+def launched_ranks() -> Ranks | None:
+    """What a launcher says that this process is; None without one."""
+    found = _from_torch_environment() or _from_mpi() or _from_slurm()
+    return found[0] if found else None
 
 
 def discover_ranks() -> Ranks:

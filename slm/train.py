@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from slm import checkpoint, gate, parallel, plan
+from slm import checkpoint, gate, parallel, plan, watchdog
 from slm.data.batches import Batch, PhaseData
 from slm.data.tokens import TokenDataset
 from slm.diagnostics import explained, start_profiler
@@ -108,10 +108,13 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "") -
     setup_logging(ranks.rank, None)
     try:
         device = parallel.local_device(ranks.local_rank)
-        joined = parallel.start(device)
+        # A collective call must not give up before the watchdog, which says where the others are.
+        joined = parallel.start(device, timeout_minutes=max(30.0, 1.5 * recipe.watchdog.slow_seconds / 60))
         lock = _take_run_dir(recipe, ranks)
         run_dir = recipe.run_dir
         setup_logging(ranks.rank, run_dir)
+        limits, everyone = recipe.watchdog.model_dump(), parallel.gather(watchdog.myself())
+        watchdog.start(run_dir, ranks.rank, **limits, everyone=everyone)
         _train(recipe, ranks, device, run_dir, stop, profile_steps, until)
         code, reason = 0, "done"
     except Stopped as error:
@@ -134,6 +137,7 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "") -
     write_exit(run_dir, code, reason)
     if joined and code in (0, EXIT_STOPPED):  # after a failure another rank may be in a collective call: just leave
         parallel.stop()
+    watchdog.stop()
     if lock is not None:
         lock.close()
     stop.close()
@@ -342,6 +346,7 @@ def run_phase(
     Raises Stopped after saving when a signal came, Diverged, OutOfMemory, UserError.
     """
     recipe, device, world = run.recipe, run.device, run.ranks.world_size
+    watchdog.at(f"the start of phase {phase.name}, step", position.global_step + 1)  # until the first step is done
     compile_blocks = recipe.compile if isinstance(recipe.compile, bool) else device.type == "cuda"
     if compile_blocks and zero_stage(phase.deepspeed) == 3:
         log.info("blocks are not compiled: ZeRO-3 fetches weights between their layers")
@@ -366,8 +371,10 @@ def run_phase(
     measured_at = -1
 
     def save(name: str, **options: Any) -> None:
+        watchdog.at("the save of step", position.global_step)
         with timer.part("save"):
             run.saver.save(engine.fragments(), engine.shapes, state(), name=name, **options)
+            parallel.barrier()  # rank 0 may have waited for the save before: nobody waits for it at a step's limit
         run.metrics.event("save begun", name=name, step=position.global_step)
 
     def state() -> dict[str, Any]:
@@ -387,12 +394,14 @@ def run_phase(
     def measure() -> float | None:
         """Evaluates and logs what is found; returns the held-out loss if it is the lowest of the phase so far."""
         nonlocal latest, measured_at
+        watchdog.at("an evaluation after step", position.global_step)
         with timer.part("eval"):
             recall = recipe.eval.recall_is_due(position.step, part.stop)
             found = examine(engine, look_at(phase), device, progress.evaluating, recall=recall)
         latest, measured_at = as_dict(found), position.step
         lowest = found.lower_than(position.best_loss)
         report(run.metrics, run.run_dir, phase.name, position.step, position.global_step, found, lowest is not None)
+        parallel.barrier()  # rank 0 has drawn pictures
         return lowest
 
     timer = StepTimer(device.type)
@@ -404,7 +413,10 @@ def run_phase(
     try:
         if recipe.eval.at_start and position.step == 0:
             measure()
+        first = position.step
         while position.step < part.stop:
+            if position.step > first:  # the first one may compile
+                watchdog.at(watchdog.STEP, position.global_step + 1)
             with timer.part("data"):
                 batches = [b.to(device) for b in data.step_batches(position.step, **batch_of)]
             lr = learning_rate(phase.schedule, phase.lr or recipe.optim.lr, position.step - part.start, len(part))
