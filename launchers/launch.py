@@ -252,7 +252,10 @@ def start_reaper(group: int, mark: str, scratch: Path) -> tuple[int, int]:
 
 
 def say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    try:
+        print(f"launch: {text}", file=sys.stderr, flush=True)
+    except OSError:  # nobody listens any more, as behind `| head`: no reason to end the run
+        pass
 
 
 if __name__ == "__main__":

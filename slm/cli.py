@@ -9,6 +9,7 @@ are inside the commands, so that `slm plan` and `slm --help` answer at once.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ TokenizerPath = Annotated[str, typer.Option(help="tokenizer, if the model's own 
 
 def main() -> None:
     """Entry point: errors that a user can mend are one message and an exit code, never a traceback."""
+    _open_standard_streams()
     # The deepspeed launcher adds --local_rank=N (unless told not to); the rank comes from the environment.
     sys.argv = [a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank"))]
     try:
@@ -46,6 +48,16 @@ def main() -> None:
         if end.code == UserError.exit_code:  # typer has shown what is wrong with the command line
             _note_exit(UserError.exit_code, "the command line is not understood; see the message above")
         raise
+
+
+def _open_standard_streams() -> None:
+    """Where stdout or stderr is closed (`>&-`), what is printed goes nowhere, and no other file gets its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 def _note_exit(code: int, reason: str) -> None:

@@ -42,13 +42,13 @@ _doing: tuple[str, int | None] = ("start-up", None)
 _watch: _Watch | None = None
 
 
-def myself() -> tuple[str, int, float]:
+def myself() -> tuple[str, int, str]:
     """This process, for its siblings: machine, id, and when it began (ids are used again)."""
     try:  # host names are not unique, and containers on one machine do not see each other's processes
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         machine = socket.gethostname()
-    return machine, os.getpid(), psutil.Process().create_time()
+    return machine, os.getpid(), _began(os.getpid())
 
 
 def start(
@@ -57,7 +57,7 @@ def start(
     *,
     step_seconds: float,
     slow_seconds: float,
-    everyone: list[tuple[str, int, float]],
+    everyone: list[tuple[str, int, str]],
 ) -> None:
     """Watches this process from now on. everyone: what `myself` says on each rank. A limit of 0 is none."""
     global _watch
@@ -90,7 +90,7 @@ class _Watch:
         rank: int,
         step_seconds: float,
         slow_seconds: float,
-        everyone: list[tuple[str, int, float]],
+        everyone: list[tuple[str, int, str]],
     ) -> None:
         self.run_dir, self.rank, self.step_seconds, self.slow_seconds = run_dir, rank, step_seconds, slow_seconds
         here, mine = everyone[rank][0], everyone[rank][1:]
@@ -226,10 +226,17 @@ class _Watch:
             return os.dup(2)
 
 
-def _process(pid: int, began: float) -> psutil.Process | None:
+def _began(pid: int) -> str:
+    try:  # in ticks since the machine's start (proc(5): stat, field 22); psutil's seconds change when the clock is set
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return str(psutil.Process(pid).create_time())
+
+
+def _process(pid: int, began: str) -> psutil.Process | None:
     try:
         process = psutil.Process(pid)
-        return process if abs(process.create_time() - began) < 1 else None
+        return process if _began(pid) == began else None
     except psutil.Error:
         return None
 

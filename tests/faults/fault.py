@@ -1,32 +1,41 @@
-"""`slm` with a fault in one rank: what tests/faults start on each rank in place of slm.cli.
+"""`slm` with faults in some ranks: what tests/faults start on each rank in place of slm.cli.
 
-fault.py WHAT RANK STEP COUNT_FILE[*TIMES] train RECIPE [OVERRIDES...]
+fault.py FAULTS COUNTS train RECIPE [OVERRIDES...]
 
-WHAT happens in rank RANK at the STEPth call of this attempt, counted from 1, at most TIMES times over all attempts (which
-COUNT_FILE counts; once if not said). The product knows nothing of it: its functions are replaced here.
+FAULTS is a list, joined by commas, of WHAT-PLACE@RANK:CALL or WHAT-PLACE@RANK:CALL*TIMES: WHAT happens in rank RANK at the
+CALLth call of PLACE in an attempt, counted from 1, at most TIMES times over all attempts (once if not said). The folder
+COUNTS remembers how often it has. The product knows nothing of it: its functions are replaced here.
 """
 
+import logging
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
+
 
 def main() -> None:
-    what, rank, step, counted = sys.argv[1:5]
-    count_file, _, times = counted.partition("*")
-    sys.argv = ["slm", *sys.argv[5:]]
-    if os.environ.get("RANK", "0") == rank:
-        arm(what, int(step), Path(count_file), int(times or 1))
+    faults, counts = sys.argv[1].split(","), Path(sys.argv[2])
+    sys.argv = ["slm", *sys.argv[3:]]
+    counts.mkdir(exist_ok=True)
+    for fault in faults:
+        match = re.fullmatch(r"(\w+)-(\w+)@(\d+):(\d+)(?:\*(\d+))?", fault)
+        assert match, fault
+        what, place, rank, call, times = match.groups()
+        if os.environ.get("RANK", "0") == rank:
+            arm(FAULTS[what], place, int(call), int(times or 1), counts / fault.replace("*", "x"))
     from slm.cli import main as slm
 
     slm()
 
 
-def arm(what: str, step: int, count_file: Path, times: int) -> None:
-    """Replaces the function in which WHAT happens by one that counts its calls."""
-    fault, _, place = what.partition("-")
+def arm(fault, place: str, call: int, times: int, count: Path) -> None:
+    """Replaces the function of `place` by one that counts its calls."""
     holder, name = place_of(place)
     original = getattr(holder, name)
     calls = 0
@@ -34,10 +43,10 @@ def arm(what: str, step: int, count_file: Path, times: int) -> None:
     def replaced(*arguments, **options):
         nonlocal calls
         calls += 1
-        before = int(count_file.read_text()) if count_file.exists() else 0
-        if calls == step and before < times:
-            count_file.write_text(str(before + 1))
-            if FAULTS[fault]():
+        before = int(count.read_text()) if count.exists() else 0
+        if calls == call and before < times:
+            count.write_text(str(before + 1))
+            if fault():
                 return None  # the call is left out
         return original(*arguments, **options)
 
@@ -109,8 +118,39 @@ def ask_twice() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def ask_soon() -> None:
+    threading.Timer(1.0, ask_to_stop).start()
+
+
+def ask_the_launcher(times: int = 1) -> None:
+    for process in psutil.Process().parents():
+        if any(word.endswith("launch.py") and "launchers" in word for word in process.cmdline()):
+            for _ in range(times):
+                process.send_signal(signal.SIGTERM)
+    time.sleep(1)  # until it is passed on
+
+
+def ask_the_launcher_twice() -> None:
+    ask_the_launcher(2)
+
+
 def rest() -> None:
     time.sleep(float(os.environ["FAULT_SECONDS"]))
+
+
+def fill_the_disk_of_the_log() -> None:
+    for handler in logging.getLogger("slm").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.setStream(open("/dev/full", "w"))
+
+
+def set_the_clock_back() -> None:
+    now = time.time
+    time.time = lambda: now() - 3600
+
+
+def hang_up() -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
 
 
 FAULTS = {
@@ -120,9 +160,15 @@ FAULTS = {
     "hold": hold_the_interpreter,
     "miss": leave_out,
     "crash": crash,
-    "sigterm": ask_to_stop,
-    "sigterm2": ask_twice,
+    "term": ask_to_stop,
+    "term2": ask_twice,
+    "termsoon": ask_soon,
+    "termlauncher": ask_the_launcher,
+    "termlauncher2": ask_the_launcher_twice,
     "rest": rest,
+    "logfull": fill_the_disk_of_the_log,
+    "clock": set_the_clock_back,
+    "hup": hang_up,
 }
 
 
