@@ -74,14 +74,14 @@ def test_a_stopped_rank_is_found_by_the_other_and_shows_where_it_was(tmp_path):
     processes = start(tmp_path, "steps(0.3)\nwait_for_others() if rank == 0 else (guilty(), steps(60))", world=2)
     codes, said = outcome(processes)
     assert codes == [79, -signal.SIGKILL], said
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 15
     stacks = [(tmp_path / "logs" / f"rank-{rank}.stacks").read_text() for rank in (0, 1)]
     assert "in wait_for_others" in stacks[0]
     assert "in guilty" in stacks[1]
     assert "rank 0 has been at step 7 for" in stacks[1]
     (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert (event["kind"], event["rank"], event["doing"], event["step"]) == ("hang", 0, "step", 7)
-    assert 1 < event["seconds"] < 2
+    assert 1 <= event["seconds"] < 2
     assert event["where"]["1"].startswith("guilty (")
     record = json.loads((tmp_path / "exit.json").read_text())
     assert record["code"] == 79
