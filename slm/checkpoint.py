@@ -265,12 +265,15 @@ def verify(folder: Path) -> None:
             )
 
 
-def choose(run_dir: Path) -> Path | None:
+def choose(run_dir: Path, up_to_step: int | None = None) -> Path | None:
     """The newest checkpoint of a run that verifies; says which it passes over. None if there is none at all.
 
-    Raises CorruptArtefact if there are some but none verifies: never a silent start from step 0.
+    up_to_step: none of a later global step. Raises CorruptArtefact if there are some but none verifies: never a silent
+    start from step 0.
     """
     folders = newest_first(run_dir / "checkpoints")
+    if up_to_step is not None:
+        folders = [folder for folder in folders if _global_step(folder) <= up_to_step]
     for folder in folders:
         try:
             verify(folder)

@@ -1,4 +1,4 @@
-"""The `slm` command: plan, train, eval, generate, export, schema.
+"""The `slm` command: plan, train, eval, generate, export, report, schema.
 
 Owns the arguments and what is printed; each command is one call into the module that does the work. Heavy imports
 are inside the commands, so that `slm plan` and `slm --help` answer at once.
@@ -135,9 +135,10 @@ def train(
         command = shlex.split(launcher) or [sys.executable, "-m", "slm"]
         command += ["train", str(recipe), *(overrides or []), "--profile", profile, "--until", until]
         sys.exit(supervise(command, loaded.run_dir, restarts))
+    from slm.ledger import Ledger, process_age_seconds
     from slm.train import train as run
 
-    sys.exit(run(loaded, profile_steps=steps, until=until))
+    sys.exit(run(loaded, profile_steps=steps, until=until, ledger=Ledger(process_age_seconds())))
 
 
 def _steps(text: str) -> range:
@@ -311,6 +312,18 @@ def export(model: ModelPath, output: Annotated[Path, typer.Argument(help="folder
 
     export_model(model, output)
     typer.echo(f"wrote {output}: load it with transformers' AutoModelForCausalLM or SLMForCausalLM.from_pretrained")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Where a run's time went, over all its attempts: the share of it that was training, what was lost, and to what."""
+    from slm.ledger import describe, goodput, read_events
+
+    found = goodput(read_events(run))
+    typer.echo(json.dumps(found, indent=2) if as_json else describe(found))
 
 
 @app.command()

@@ -342,6 +342,14 @@ class Engine:
             for name in _SCALER_STATE:
                 setattr(self._optimizer.loss_scaler, name, state[name])
 
+    def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors that every rank holds a copy of: the weights, at stage 0 their moments too; none at stage 3."""
+        if self.stage < 3:
+            yield from self._parameters.items()
+        if self.stage == 0:
+            for name, parameter in self._parameters.items():
+                yield from ((f"{kind} of {name}", self._inner.state[parameter][kind]) for kind in STATE_KINDS[1:])
+
     def fragments(self) -> Iterator[Fragment]:
         """The state that this rank is responsible for, as live views. Together the ranks hold every element once."""
         if self.stage > 0 or parallel.rank() == 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,16 @@ class Position:
     tokens: int = 0  # of documents, over all phases, padding not counted
     skipped_in_a_row: int = 0
     best_loss: float | None = None  # lowest held-out loss of this phase
+    rollbacks: int = 0  # within this phase
+    steps_left_out: int = 0  # of this phase: whose data a rollback passed over
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Position:
+        """Of a checkpoint's state."""
+        return cls(**state["position"])
+
+    def at_start_of(self, phase: str) -> Position:
+        return replace(self, phase=phase, step=0, best_loss=None, rollbacks=0, steps_left_out=0)
 
 
 def open_phase_data(recipe: Recipe, phase: Phase) -> PhaseData:
@@ -255,7 +265,7 @@ def identity(recipe: Recipe, phase: Phase, data: PhaseData) -> dict[str, Any]:
 
 def position_of(reader: checkpoint.Reader, recipe: Recipe, identities: dict[str, dict[str, Any]]) -> Position:
     """Where a checkpoint of this very run stands. Raises UserError if the recipe no longer fits it."""
-    position = Position(**reader.state["position"])
+    position = Position.of(reader.state)
     phase = next((p for p in recipe.phases if p.name == position.phase), None)
     # Beyond the end stands what a gate's repetition trained, which the recipe may no longer ask for.
     repeated = reader.state["permanent"] and _gate_then(reader, position.phase)
@@ -405,7 +415,7 @@ def _warn_of_longer_phases(reader: checkpoint.Reader, recipe: Recipe) -> None:
 
 def phases_to_run(recipe: Recipe, reader: checkpoint.Reader | None, until: str = "") -> list[Phase]:
     """remaining_phases without one that is over because its gate holds: nothing of what it needed need be here any more."""
-    position = Position(**reader.state["position"]) if reader else Position()
+    position = Position.of(reader.state) if reader else Position()
     phases = remaining_phases(recipe, position, until)
     if reader is None or not phases or phases[0].name != position.phase or not is_at_an_end(phases[0], position.step):
         return phases

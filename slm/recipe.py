@@ -26,6 +26,7 @@ from slm.gate import Gate, gate_problems
 from slm.layout import sequence_problems
 from slm.model.config import PRESETS, ModelConfig, RopeScaling
 from slm.recall.settings import Recall, recall_problems
+from slm.safety import Safety
 from slm.strategy import deepspeed_problems, resolve_deepspeed
 
 _NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.]*$"
@@ -184,7 +185,11 @@ class Recipe(Section):
         "auto", description="auto: float32 on a CPU, bfloat16 on a GPU that has it, else float16"
     )
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile of each block; auto: on a GPU")
+    deterministic: bool = Field(
+        False, description="on a GPU only kernels that give the same bits every time (slower); a CPU always does"
+    )
     checkpoint: Checkpoint = Checkpoint()
+    safety: Safety = Safety()
     eval: Eval = Eval()
     log: Log = Log()
     watchdog: Watchdog = Watchdog()

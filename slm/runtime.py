@@ -43,6 +43,7 @@ EXIT_CODES = {
     77: "out of memory",
     78: "a phase did not pass its gate",
     79: "a rank hung; every rank's stack is in logs/rank-N.stacks",
+    80: "ranks held different weights; start again to go on from before",
 }
 
 # A launcher that waits for this attempt names a file here: it then knows how the attempt ended also when

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from slm import checkpoint, gate, parallel, plan, watchdog
+from slm import checkpoint, gate, parallel, plan, replicas, watchdog
 from slm.data.batches import Batch, PhaseData
 from slm.data.tokens import TokenDataset
 from slm.diagnostics import explained, start_profiler
@@ -45,19 +46,20 @@ from slm.inputs import (
     recipe_changes,
     restore_state,
 )
+from slm.ledger import Ledger
 from slm.metrics import MetricsLogger, StepTimer, memory_stats, mfu, peak_flops
 from slm.model.llama import Objective
 from slm.optim import learning_rate
 from slm.progress import StepProgress
 from slm.recipe import Phase, Recipe, dump_recipe
 from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
+from slm.safety import RollBack, Spikes, stragglers
 from slm.step import SaveFailed, StepTotals, train_step
 from slm.strategy import zero_stage
 
 log = logging.getLogger("slm")
 
 EXIT_CRASHED, EXIT_STOPPED, EXIT_DIVERGED = 5, 75, 76
-_SKIPS_BEFORE_GIVING_UP = 10  # updates in a row whose gradient was not finite
 
 
 class Stopped(Exception):
@@ -81,7 +83,14 @@ class Run:
     metrics: MetricsLogger
     saver: checkpoint.Checkpointer
     stop: StopRequest
+    ledger: Ledger
     profiler: Any = None
+    step: int = 0  # that was last told of
+
+    def tell_seconds(self, step: int) -> None:
+        """Writes down where the time went, up to now. step: how far training is."""
+        self.step = step
+        self.metrics.event("seconds", step=step, seconds=self.ledger.seconds())
 
 
 class StepData(Protocol):
@@ -93,10 +102,11 @@ class StepData(Protocol):
 # --- the run -------------------------------------------------------------------------------------------------
 
 
-def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "") -> int:
+def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "", ledger: Ledger | None = None) -> int:
     """Runs or resumes a recipe on this rank; returns the exit code and leaves it in RUN/exit.json.
 
     until: the name of the phase at whose end this job is over; the last one if empty.
+    ledger: of the time since the process began; a new one if there is none.
 
     A mistake of the user's and a broken file are printed as messages; anything else with its traceback.
     """
@@ -107,15 +117,17 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "") -
     joined = False
     setup_logging(ranks.rank, None)
     try:
+        if recipe.deterministic:
+            parallel.same_bits_every_time()
         device = parallel.local_device(ranks.local_rank)
         # A collective call must not give up before the watchdog, which says where the others are.
         joined = parallel.start(device, timeout_minutes=max(30.0, 1.5 * recipe.watchdog.slow_seconds / 60))
         lock = _take_run_dir(recipe, ranks)
         run_dir = recipe.run_dir
         setup_logging(ranks.rank, run_dir)
-        limits, everyone = recipe.watchdog.model_dump(), parallel.gather(watchdog.myself())
+        limits, everyone = recipe.watchdog.model_dump(), parallel.gather_objects(watchdog.myself())
         watchdog.start(run_dir, ranks.rank, **limits, everyone=everyone)
-        _train(recipe, ranks, device, run_dir, stop, profile_steps, until)
+        _train(recipe, ranks, device, run_dir, stop, profile_steps, until, ledger or Ledger())
         code, reason = 0, "done"
     except Stopped as error:
         code, reason = EXIT_STOPPED, str(error)
@@ -167,6 +179,7 @@ def _train(
     stop: StopRequest,
     profile_steps: range,
     until: str,
+    ledger: Ledger,
 ) -> None:
     # Rank 0 chooses where to go on, for all.
     folder = parallel.first_rank_decides(checkpoint.choose, run_dir)
@@ -185,7 +198,7 @@ def _train(
         for phase in phases:
             log.info("phase %s data: %s", phase.name, data[phase.name].describe())
         log.info("going on from %s" if folder else "starting from %s", folder or origin(recipe))
-    run = open_run(recipe, ranks, device, run_dir, stop, position, profile_steps)
+    run = open_run(recipe, ranks, device, run_dir, stop, position, ledger, profile_steps)
     if changes:
         run.metrics.event("recipe changed", step=position.global_step, changes=changes)
     try:
@@ -203,6 +216,7 @@ def _train(
         run.saver.finish(timeout_seconds=120)
         if run.profiler is not None:
             run.profiler.stop()
+        run.tell_seconds(run.step)
         run.metrics.close()
 
 
@@ -231,24 +245,32 @@ def open_run(
     run_dir: Path,
     stop: StopRequest,
     position: Position,
+    ledger: Ledger,
     profile_steps: range = range(0),
 ) -> Run:
     """The sinks and the saver of one attempt. The caller closes run.metrics."""
     precision, why = resolve_precision(recipe.precision, device)
     log.info("precision %s, because %s; device %s; ranks %d", precision, why, device.type, ranks.world_size)
-    metrics = MetricsLogger(
+    metrics = _open_metrics(recipe, run_dir, ranks.rank, position.global_step)
+    saver = checkpoint.Checkpointer(run_dir, recipe.checkpoint.keep_last)
+    age = sum(ledger.seconds().values())
+    metrics.event("start", world_size=ranks.world_size, precision=precision, step=position.global_step, age=age)
+    profiler = start_profiler(run_dir, ranks.rank, profile_steps, device.type)
+    return Run(
+        recipe, ranks, device, precision, run_dir, metrics, saver, stop, ledger, profiler, step=position.global_step
+    )
+
+
+def _open_metrics(recipe: Recipe, run_dir: Path, rank: int, start_step: int) -> MetricsLogger:
+    return MetricsLogger(
         run_dir,
         tensorboard=recipe.log.tensorboard,
         wandb=recipe.log.wandb.model_dump() if recipe.log.wandb else None,
         run_name=recipe.name,
         config=recipe.model_dump(mode="json"),
-        start_step=position.global_step,
-        rank=ranks.rank,
+        start_step=start_step,
+        rank=rank,
     )
-    saver = checkpoint.Checkpointer(run_dir, recipe.checkpoint.keep_last)
-    metrics.event("start", world_size=ranks.world_size, precision=precision, step=position.global_step)
-    profiler = start_profiler(run_dir, ranks.rank, profile_steps, device.type)
-    return Run(recipe, ranks, device, precision, run_dir, metrics, saver, stop, profiler)
 
 
 def run_phases(
@@ -271,7 +293,7 @@ def run_phases(
         # What the evaluation before this phase found, for its gate.
         before = reader.state.get("before" if phase.name == position.phase else "findings") if reader else None
         if phase.name != position.phase:
-            position = replace(position, phase=phase.name, step=0, best_loss=None)
+            position = position.at_start_of(phase.name)
         while True:
             part = gate.part_to_train(phase, position.step)
             if gate.is_at_an_end(phase, position.step):
@@ -284,18 +306,23 @@ def run_phases(
             assert part is not None
             if part.start and run.ranks.rank == 0:
                 log.info("phase %s goes on to step %d, as its gate says", phase.name, part.stop)
-            position = run_phase(
-                run,
-                phase,
-                data[phase.name],
-                look_at,
-                position,
-                part,
-                load=(lambda engine, reader=reader: restore_state(engine, reader)) if reader else start,  # type: ignore[misc]
-                identity=identities[phase.name],
-                before=before,
-                objective=objective,
-            )
+            try:
+                position = run_phase(
+                    run,
+                    phase,
+                    data[phase.name],
+                    look_at,
+                    position,
+                    part,
+                    load=(lambda engine, reader=reader: restore_state(engine, reader)) if reader else start,  # type: ignore[misc]
+                    losses=reader.state.get("losses", []) if reader and position.step else [],
+                    identity=identities[phase.name],
+                    before=before,
+                    objective=objective,
+                )
+            except RollBack as back:
+                reader, position = _roll_back(run, phase, back.args[0])
+                continue
             run.saver.wait()
             parallel.barrier()
             reader = checkpoint.Reader(run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step))
@@ -307,6 +334,34 @@ def run_phases(
         log.info("there is nothing left to train here")
     log.info("done: %d steps, %s document tokens; %s", position.global_step, f"{position.tokens:,}", run.run_dir)
     return position
+
+
+def _roll_back(run: Run, phase: Phase, bad: Position) -> tuple[checkpoint.Reader | None, Position]:
+    """The newest whole checkpoint from before the steps that were skipped in a row, and the position there: the data from
+    it up to where the run stands now is left out. Without a checkpoint the run begins anew, with other data."""
+    watchdog.at("going back from step", bad.global_step)
+    run.saver.wait()
+    parallel.barrier()
+    first_bad = bad.global_step - bad.skipped_in_a_row
+    folder = parallel.first_rank_decides(partial(checkpoint.choose, run.run_dir, up_to_step=first_bad))
+    reader = checkpoint.Reader(folder) if folder else None
+    to = Position.of(reader.state) if reader else Position()
+    if to.phase != phase.name:
+        to = to.at_start_of(phase.name)
+    to = replace(to, rollbacks=bad.rollbacks + 1, skipped_in_a_row=0)
+    to = replace(to, steps_left_out=bad.steps_left_out + bad.step - to.step)
+    if run.ranks.rank == 0:
+        log.warning(
+            "going back from step %d to %s, and leaving out the data of the %d steps in between",
+            bad.global_step,
+            f"the checkpoint of step {to.global_step}" if reader else "the beginning",
+            bad.step - to.step,
+        )
+    run.tell_seconds(bad.global_step)
+    run.metrics.event("rollback", from_step=bad.global_step, to_step=to.global_step, steps_left_out=to.steps_left_out)
+    run.metrics.close()
+    run.metrics = _open_metrics(run.recipe, run.run_dir, run.ranks.rank, to.global_step)
+    return reader, to
 
 
 def _judge(run: Run, phase: Phase, reader: checkpoint.Reader, before: dict[str, Any] | None) -> list[str]:
@@ -336,15 +391,19 @@ def run_phase(
     part: range,
     *,
     load: Callable[[Engine], None],
+    losses: list[float],
     identity: dict[str, Any],
     before: dict[str, Any] | None = None,
     objective: Objective | None = None,
 ) -> Position:
     """Trains from `position` to the end of this part of the phase (gate.parts); every save, evaluation and log line happens
-    here. before: what the evaluation before the phase found, which checkpoints carry along.
+    here. losses: the last ones of this phase (safety.Spikes). before: what the evaluation before the phase found, which
+    checkpoints carry along.
 
-    Raises Stopped after saving when a signal came, Diverged, OutOfMemory, UserError.
+    Raises Stopped after saving when a signal came, RollBack with the position, Diverged, ReplicasDiffer, OutOfMemory,
+    UserError.
     """
+    run.ledger.enter("init")
     recipe, device, world = run.recipe, run.device, run.ranks.world_size
     watchdog.at(f"the start of phase {phase.name}, step", position.global_step + 1)  # until the first step is done
     compile_blocks = recipe.compile if isinstance(recipe.compile, bool) else device.type == "cuda"
@@ -370,12 +429,24 @@ def run_phase(
     latest: dict[str, Any] | None = None  # what the newest evaluation found
     measured_at = -1
 
+    @contextmanager
+    def doing(what: str) -> Iterator[None]:
+        with timer.part(what), run.ledger.within(what):
+            yield
+
+    def check_replicas() -> None:
+        with doing("check"):
+            replicas.check(engine.replicated(), position.global_step)
+
     def save(name: str, **options: Any) -> None:
         watchdog.at("the save of step", position.global_step)
-        with timer.part("save"):
+        if recipe.safety.check_replicas_every_steps:
+            check_replicas()
+        with doing("save"):
             run.saver.save(engine.fragments(), engine.shapes, state(), name=name, **options)
             parallel.barrier()  # rank 0 may have waited for the save before: nobody waits for it at a step's limit
         run.metrics.event("save begun", name=name, step=position.global_step)
+        run.tell_seconds(position.global_step)
 
     def state() -> dict[str, Any]:
         return {
@@ -389,13 +460,14 @@ def run_phase(
             "layout": {"world_size": world, "zero_stage": engine.stage, "sequence_parallel": phase.sequence_parallel},
             "findings": latest if measured_at == position.step else None,
             "before": before,
+            "losses": list(spikes.losses),
         }
 
     def measure() -> float | None:
         """Evaluates and logs what is found; returns the held-out loss if it is the lowest of the phase so far."""
         nonlocal latest, measured_at
         watchdog.at("an evaluation after step", position.global_step)
-        with timer.part("eval"):
+        with doing("eval"):
             recall = recipe.eval.recall_is_due(position.step, part.stop)
             found = examine(engine, look_at(phase), device, progress.evaluating, recall=recall)
         latest, measured_at = as_dict(found), position.step
@@ -404,7 +476,7 @@ def run_phase(
         parallel.barrier()  # rank 0 has drawn pictures
         return lowest
 
-    timer = StepTimer(device.type)
+    timer, spikes = StepTimer(device.type), Spikes(recipe.safety, losses)
     share = parallel.Share.of(run.ranks.rank, world, phase.sequence_parallel)
     batch_of: dict[str, Any] = dict(global_batch=phase.global_batch, micro_batch=phase.micro_batch, share=share)
     peak = peak_flops(device)
@@ -414,11 +486,13 @@ def run_phase(
         if recipe.eval.at_start and position.step == 0:
             measure()
         first = position.step
+        run.ledger.enter("compile" if compile_blocks else "step")
         while position.step < part.stop:
             if position.step > first:  # the first one may compile
                 watchdog.at(watchdog.STEP, position.global_step + 1)
-            with timer.part("data"):
-                batches = [b.to(device) for b in data.step_batches(position.step, **batch_of)]
+            data_step = position.step + position.steps_left_out
+            with doing("data"):
+                batches = [b.to(device) for b in data.step_batches(data_step, **batch_of)]
             lr = learning_rate(phase.schedule, phase.lr or recipe.optim.lr, position.step - part.start, len(part))
             fraction = min(1.0, position.step / phase.num_steps)
             done = train_step(
@@ -428,6 +502,7 @@ def run_phase(
                 timer,
                 targets,
                 fraction,
+                loss_limit=spikes.limit,
                 stop_requested=run.stop.signal_name is not None,
                 save_failed=run.saver.failed,
             )
@@ -438,37 +513,47 @@ def run_phase(
                 tokens=position.tokens + int(done.num_tokens),
                 skipped_in_a_row=position.skipped_in_a_row + 1 if done.result.skipped else 0,
             )
+            run.ledger.enter("step")
             steps_since_log += 1
             totals = totals.plus(done)
             step, last = position.global_step, position.step == part.stop
             if run.profiler is not None:
                 run.profiler.step()
 
-            if done.result.skipped:
-                run.metrics.event("skip", step=step, reason="gradient not finite")
-                log.warning("step %d skipped on all ranks: its gradient is not finite; weights are untouched", step)
-                if position.skipped_in_a_row >= _SKIPS_BEFORE_GIVING_UP:
+            if done.why_skipped:
+                # data_step: whose sequences these were (PhaseData.sample_ids)
+                run.metrics.event("skip", step=step, reason=done.why_skipped, phase=phase.name, data_step=data_step)
+                if run.ranks.rank == 0:
+                    log.warning("step %d skipped on all ranks, weights untouched: %s", step, done.why_skipped)
+                if position.skipped_in_a_row >= recipe.safety.skips_before_rollback:
+                    if position.rollbacks < recipe.safety.rollbacks:
+                        raise RollBack(position)
                     raise Diverged(
-                        f"{position.skipped_in_a_row} updates in a row had a gradient that is not finite (step {step})",
-                        fix=f"lower optim.lr ({recipe.optim.lr:g}) or lengthen the warm-up; earlier checkpoints are in "
-                        f"{run.run_dir}/checkpoints",
+                        f"{position.skipped_in_a_row} steps in a row were skipped (up to step {step}: {done.why_skipped}), after "
+                        f"going back {position.rollbacks} times in this phase",
+                        fix=f"lower optim.lr ({recipe.optim.lr:g}) or lengthen the warm-up; look at the data of the skipped "
+                        f"steps ({run.run_dir}/events.jsonl names them); earlier checkpoints are in {run.run_dir}/checkpoints",
                     )
+            else:
+                spikes.accept(done.loss)
+            every = recipe.safety.check_replicas_every_steps
+            if every and step % every == 0:
+                check_replicas()
 
             if step % recipe.log.every_steps == 0 or last:
-                sums = parallel.reduce_sum([float(done.loss_sum), *done.parts.tolist()])
-                loss = sums[0] / max(1.0, done.num_targets)
+                sums = parallel.reduce_sum(done.parts.tolist())
                 parts = timer.snapshot()
                 # Evaluating and saving are not training: they have their own columns and lower no throughput.
                 wall, last_log = time.perf_counter() - last_log, time.perf_counter()
-                seconds = wall - parts.get("eval", 0.0) - parts.get("save", 0.0)
+                seconds = wall - sum(parts.get(name, 0.0) for name in ("eval", "save", "check"))
                 flops = {
                     "full": plan.training_flops(config, totals.num_tokens, totals.pairs_full),
                     "causal": plan.training_flops(config, totals.num_tokens, totals.pairs_causal),
                 }
                 row = {
                     "phase": phase.name,
-                    "loss": loss,
-                    **(targets.named(sums[1:], done.num_targets, fraction) if targets else {}),
+                    "loss": done.loss,
+                    **(targets.named(sums, done.num_targets, fraction) if targets else {}),
                     "lr": lr,
                     "grad_norm": done.result.grad_norm,
                     "tokens": position.tokens,
@@ -480,7 +565,9 @@ def run_phase(
                     "seconds/step": seconds / steps_since_log,
                 }
                 run.metrics.log(step, row)
-                progress.update(position.step, loss, totals.num_tokens / seconds)
+                run.tell_seconds(step)
+                progress.update(position.step, done.loss, totals.num_tokens / seconds)
+                _tell_stragglers(run, step, parts, steps_since_log, seconds)
                 steps_since_log, totals = 0, StepTotals()
 
             best = False
@@ -496,6 +583,9 @@ def run_phase(
                 run.saver.wait()
                 parallel.barrier()
                 raise Stopped(f"stopped by {run.stop.signal_name or 'a signal to another rank'} after step {step}")
+    except RollBack:
+        engine.close()  # the phase builds another
+        raise
     except SaveFailed:
         run.saver.wait()  # raises the reason, on the rank that has it
         raise
@@ -504,7 +594,19 @@ def run_phase(
     finally:
         progress.close()
     engine.close()
+    run.ledger.enter("finish")
     return position
+
+
+def _tell_stragglers(run: Run, step: int, parts: dict[str, float], num_steps: int, seconds: float) -> None:
+    """Says which ranks kept the others waiting since the last line, by what each did without waiting itself."""
+    own = sum(parts.get(name, 0.0) for name in ("data", "teacher", "forward")) / num_steps
+    of_ranks = parallel.gather(torch.tensor(own, dtype=torch.float64, device=run.device))
+    slow = stragglers({rank: float(of_rank) for rank, of_rank in enumerate(of_ranks)}, seconds / num_steps)
+    for rank, more in slow.items():
+        run.metrics.event("straggler", step=step, rank=rank, seconds_more=more)
+        if run.ranks.rank == 0:
+            log.warning("rank %d is slow: %.0f ms a step more than the others (up to step %d)", rank, 1000 * more, step)
 
 
 def _targets(recipe: Recipe, phase: Phase, data: StepData, device: torch.device) -> Targets | None:

@@ -35,6 +35,7 @@ from slm.engine import Engine
 from slm.errors import UserError
 from slm.evaluate import HeldOut
 from slm.inputs import Position, position_of, remaining_phases
+from slm.ledger import Ledger
 from slm.losses import IGNORE
 from slm.model.config import ModelConfig
 from slm.model.llama import Objective, SLMForCausalLM
@@ -262,6 +263,7 @@ class SLMTrainer:
             os.environ.update(environment)
 
     def _train(self, num_epochs: float, resume_from_checkpoint: bool | str | Path | None) -> dict[str, Any]:
+        ledger = Ledger()
         ranks = discover_ranks()
         device = parallel.local_device(ranks.local_rank)
         if parallel.start(device):
@@ -280,7 +282,7 @@ class SLMTrainer:
             folder = parallel.first_rank_decides(self._checkpoint_to_resume, resume_from_checkpoint)
             reader = checkpoint.Reader(folder) if folder else None
             position = position_of(reader, recipe, identities) if reader else Position()
-            run = open_run(recipe, ranks, device, self.output_dir, stop, position)
+            run = open_run(recipe, ranks, device, self.output_dir, stop, position, ledger)
             try:
                 position = run_phases(
                     run,

@@ -4,7 +4,7 @@ Owns one thread in each rank, the files RUN/logs/rank-N.stacks and the `hang` ev
 that it goes on; when nothing new is heard for the limit of that kind of work, the stacks of all ranks of this machine
 are written (a stopped one is woken for it), and they leave together. Imports no torch.
 
-    watchdog.start(run_dir, rank, step_seconds=900, slow_seconds=3600, everyone=parallel.gather(watchdog.myself()))
+    watchdog.start(run_dir, rank, step_seconds=900, slow_seconds=3600, everyone=parallel.gather_objects(watchdog.myself()))
     watchdog.at("step", 7)         # a step may take step_seconds; whatever has another name, slow_seconds
     watchdog.stop()
 
