@@ -137,3 +137,17 @@ def test_the_last_step_of_a_run(tmp_path):
     assert last_step(tmp_path) == 0
     (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n{"step": 5, "lo')
     assert last_step(tmp_path) == 4
+
+
+def test_restarts_are_refused_in_each_rank_and_a_launcher_without_them():
+    """A user's mistake, with the way that works."""
+    base = [sys.executable, "-m", "slm", "train", "recipes/demo.yaml"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for more, variables, words in (
+        (["--restarts", "2"], {"RANK": "0", "WORLD_SIZE": "2"}, "bash launchers/local.sh RECIPE RANKS --restarts N"),
+        (["--launcher", "mpirun -n 2 slm"], {}, "no effect without --restarts"),
+    ):
+        done = subprocess.run([*base, *more], env={**env, **variables}, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
