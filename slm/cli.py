@@ -133,7 +133,8 @@ def train(
                 "'mpirun -n RANKS slm'",
             )
         command = shlex.split(launcher) or [sys.executable, "-m", "slm"]
-        command += ["train", str(recipe), *(overrides or []), "--profile", profile, "--until", until]
+        command += ["train", str(recipe), *(overrides or [])]
+        command += ["--profile", profile] * bool(profile) + ["--until", until] * bool(until)
         sys.exit(supervise(command, loaded.run_dir, restarts))
     from slm.ledger import Ledger, process_age_seconds
     from slm.train import train as run

@@ -51,7 +51,7 @@ def test_killed_twice_from_outside_the_run_still_comes_to_the_same(recipe, strai
     with subprocess.Popen(command, env=environment(FAULT_SECONDS="1000"), cwd=ROOT) as process:
         try:
             for number in ("1", "2"):
-                wait_until(lambda number=number: count.exists() and count.read_text() == number)
+                wait_until(lambda number=number: count.exists() and count.read_text() == number, 150)
                 (child,) = psutil.Process(process.pid).children()
                 child.kill()
             assert process.wait(120) == 0
@@ -77,7 +77,7 @@ def test_many_ranks_by_local_sh(recipe, straight):
     metrics = recipe.with_name("run") / "metrics.jsonl"
     with subprocess.Popen(command, env=environment(PYTHON=sys.executable), cwd=ROOT) as process:
         try:
-            wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2)
+            wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 150)
             ranks = [p for p in processes_of(recipe) if p.environ().get("RANK") == "1"]
             os.kill(ranks[0].pid, signal.SIGKILL)
             assert process.wait(200) == 0
