@@ -9,6 +9,7 @@ are inside the commands, so that `slm plan` and `slm --help` answer at once.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ TokenizerPath = Annotated[str, typer.Option(help="tokenizer, if the model's own 
 
 def main() -> None:
     """Entry point: errors that a user can mend are one message and an exit code, never a traceback."""
+    _open_standard_streams()
     # The deepspeed launcher adds --local_rank=N (unless told not to); the rank comes from the environment.
     sys.argv = [a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank"))]
     try:
@@ -49,6 +51,16 @@ def main() -> None:
         if end.code == UserError.exit_code:  # typer has shown what is wrong with the command line
             _note_exit(UserError.exit_code, "the command line is not understood; see the message above")
         raise
+
+
+def _open_standard_streams() -> None:
+    """Where stdout or stderr is closed (`>&-`), what is printed goes nowhere, and no other file gets its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 def _note_exit(code: int, reason: str) -> None:
@@ -105,10 +117,36 @@ def train(
             metavar="PHASE", help="leave at the end of this phase: the next job goes on, on other ranks if need be"
         ),
     ] = "",
+    restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="start again, at most N times, after what can pass: killed, crashed, hung"
+        ),
+    ] = 0,
+    launcher: Annotated[
+        str,
+        typer.Option(metavar="COMMAND", help="with --restarts: what starts `slm` on many ranks, as 'mpirun -n 2 slm'"),
+    ] = "",
 ) -> None:
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
     loaded = _load(recipe, overrides)
     steps = _steps(profile)
+    if launcher and not restarts:
+        raise UserError("--launcher has no effect without --restarts", fix="add --restarts N")
+    if restarts:
+        from slm.runtime import launched_ranks
+        from slm.supervise import supervise
+
+        if (ranks := launched_ranks()) and ranks.world_size > 1:
+            raise UserError(
+                f"--restarts in each of {ranks.world_size} ranks: each would start again without the others",
+                fix="bash launchers/local.sh RECIPE RANKS --restarts N, or slm train RECIPE --restarts N --launcher "
+                "'mpirun -n RANKS slm'",
+            )
+        command = shlex.split(launcher) or [sys.executable, "-m", "slm"]
+        command += ["train", str(recipe), *(overrides or [])]
+        command += ["--profile", profile] * bool(profile) + ["--until", until] * bool(until)
+        sys.exit(supervise(command, loaded.run_dir, restarts))
     from slm.ledger import Ledger, process_age_seconds
     from slm.train import train as run
 

@@ -152,6 +152,14 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Each rank's picklable value, by rank, on every rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is no longer there, by what gloo and NCCL say of it."""
     said = str(error)

@@ -164,6 +164,15 @@ class Log(Section):
     wandb: Wandb | None = Field(None, description="also log to Weights & Biases")
 
 
+class Watchdog(Section):
+    """A rank of which nothing is heard for so long hangs: all stacks are written and the run ends with code 79."""
+
+    step_seconds: Real = Field(900, ge=0, description="longest time of one step; 0: not watched")
+    slow_seconds: Real = Field(
+        3600, ge=0, description="the same of a start, a phase's first step, a save, one batch of an evaluation; 0: not"
+    )
+
+
 class InitFrom(Section):
     path: str = Field(description="another run, one of its checkpoints, or a Hugging Face folder")
     optimizer: bool = Field(False, description="take the optimiser's moments too (not from a Hugging Face folder)")
@@ -193,6 +202,7 @@ class Recipe(Section):
     safety: Safety = Safety()
     eval: Eval = Eval()
     log: Log = Log()
+    watchdog: Watchdog = Watchdog()
 
     @model_validator(mode="before")
     @classmethod

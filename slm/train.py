@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from slm import checkpoint, gate, parallel, plan, replicas
+from slm import checkpoint, gate, parallel, plan, replicas, watchdog
 from slm.data.batches import Batch, PhaseData
 from slm.data.tokens import TokenDataset
 from slm.diagnostics import explained, start_profiler
@@ -122,10 +122,13 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "", l
         if recipe.deterministic:
             parallel.same_bits_every_time()
         device = parallel.local_device(ranks.local_rank)
-        joined = parallel.start(device)
+        # A collective call must not give up before the watchdog, which says where the others are.
+        joined = parallel.start(device, timeout_minutes=max(30.0, 1.5 * recipe.watchdog.slow_seconds / 60))
         lock, is_new = _take_run_dir(recipe, ranks)
         run_dir = recipe.run_dir
         setup_logging(ranks.rank, run_dir)
+        limits, everyone = recipe.watchdog.model_dump(), parallel.gather_objects(watchdog.myself())
+        watchdog.start(run_dir, ranks.rank, **limits, everyone=everyone)
         _train(recipe, ranks, device, run_dir, stop, profile_steps, until, ledger or Ledger())
         code, reason = 0, "done"
     except Stopped as error:
@@ -152,6 +155,7 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "", l
     write_exit(run_dir, code, reason)
     if joined and code in (0, EXIT_STOPPED):  # after a failure another rank may be in a collective call: just leave
         parallel.stop()
+    watchdog.stop()
     if lock is not None:
         lock.close()
     stop.close()
@@ -343,6 +347,7 @@ def run_phases(
 def _roll_back(run: Run, phase: Phase, bad: Position) -> tuple[checkpoint.Reader | None, Position]:
     """The newest whole checkpoint from before the steps that were skipped in a row, and the position there: the data from
     it up to where the run stands now is left out. Without a checkpoint the run begins anew, with other data."""
+    watchdog.at("going back from step", bad.global_step)
     run.saver.wait()
     parallel.barrier()
     first_bad = bad.global_step - bad.skipped_in_a_row
@@ -429,6 +434,7 @@ def run_phase(
     """
     run.ledger.enter("init")
     recipe, device, world = run.recipe, run.device, run.ranks.world_size
+    watchdog.at(f"the start of phase {phase.name}, step", position.global_step + 1)  # until the first step is done
     compile_blocks = recipe.compile if isinstance(recipe.compile, bool) else device.type == "cuda"
     if compile_blocks and zero_stage(phase.deepspeed) == 3:
         log.info("blocks are not compiled: ZeRO-3 fetches weights between their layers")
@@ -462,10 +468,12 @@ def run_phase(
             replicas.check(engine.replicated(), position.global_step)
 
     def save(name: str, **options: Any) -> None:
+        watchdog.at("the save of step", position.global_step)
         if recipe.safety.check_replicas_every_steps:
             check_replicas()
         with doing("save"):
             run.saver.save(engine.fragments(), engine.shapes, state(), name=name, **options)
+            parallel.barrier()  # rank 0 may have waited for the save before: nobody waits for it at a step's limit
         run.metrics.event("save begun", name=name, step=position.global_step)
         run.tell_seconds(position.global_step)
 
@@ -487,12 +495,14 @@ def run_phase(
     def measure() -> float | None:
         """Evaluates and logs what is found; returns the held-out loss if it is the lowest of the phase so far."""
         nonlocal latest, measured_at
+        watchdog.at("an evaluation after step", position.global_step)
         with doing("eval"):
             recall = recipe.eval.recall_is_due(position.step, part.stop)
             found = examine(engine, look_at(phase), device, progress.evaluating, recall=recall)
         latest, measured_at = as_dict(found), position.step
         lowest = found.lower_than(position.best_loss)
         report(run.metrics, run.run_dir, phase.name, position.step, position.global_step, found, lowest is not None)
+        parallel.barrier()  # rank 0 has drawn pictures
         return lowest
 
     timer, spikes = StepTimer(device.type), Spikes(recipe.safety, losses)
@@ -504,8 +514,11 @@ def run_phase(
     try:
         if recipe.eval.at_start and position.step == 0:
             measure()
+        first = position.step
         run.ledger.enter("compile" if compile_blocks else "step")
         while position.step < part.stop:
+            if position.step > first:  # the first one may compile
+                watchdog.at(watchdog.STEP, position.global_step + 1)
             data_step = position.step + position.steps_left_out
             with doing("data"):
                 batches = [b.to(device) for b in data.step_batches(data_step, **batch_of)]
