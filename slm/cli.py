@@ -127,10 +127,24 @@ def train(
         str,
         typer.Option(metavar="COMMAND", help="with --restarts: what starts `slm` on many ranks, as 'mpirun -n 2 slm'"),
     ] = "",
+    must_resume: Annotated[
+        bool, typer.Option("--must-resume", help="fail where there is no checkpoint, instead of beginning at step 0")
+    ] = False,
+    allow_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-change", help="go on within a phase though its lr, schedule, loss … are others than before"
+        ),
+    ] = False,
+    fresh_optimizer: Annotated[
+        bool, typer.Option("--fresh-optimizer", help="go on from the checkpoint's weights alone; moments begin at zero")
+    ] = False,
 ) -> None:
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
     loaded = _load(recipe, overrides)
     steps = _steps(profile)
+    from slm.inputs import Resume
+
     if launcher and not restarts:
         raise UserError("--launcher has no effect without --restarts", fix="add --restarts N")
     if restarts:
@@ -143,14 +157,22 @@ def train(
                 fix="bash launchers/local.sh RECIPE RANKS --restarts N, or slm train RECIPE --restarts N --launcher "
                 "'mpirun -n RANKS slm'",
             )
+        if fresh_optimizer:
+            raise UserError(
+                "--fresh-optimizer with --restarts: each restart would throw the moments away again",
+                fix="start once with --fresh-optimizer, stop it after its first save, and go on with --restarts",
+            )
         command = shlex.split(launcher) or [sys.executable, "-m", "slm"]
         command += ["train", str(recipe), *(overrides or [])]
         command += ["--profile", profile] * bool(profile) + ["--until", until] * bool(until)
+        command += ["--must-resume"] * must_resume + ["--allow-change"] * allow_change
         sys.exit(supervise(command, loaded.run_dir, restarts))
     from slm.ledger import Ledger, process_age_seconds
     from slm.train import train as run
 
-    sys.exit(run(loaded, profile_steps=steps, until=until, ledger=Ledger(process_age_seconds())))
+    resume = Resume(must=must_resume, allow_change=allow_change, fresh_optimizer=fresh_optimizer)
+    ledger = Ledger(process_age_seconds())
+    sys.exit(run(loaded, profile_steps=steps, until=until, resume=resume, ledger=ledger))
 
 
 def _steps(text: str) -> range:

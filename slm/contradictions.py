@@ -48,6 +48,12 @@ def contradictions(recipe: Recipe, doubtful: Collection[str] = (), unsure_from: 
             problems += loss_problems(phase.loss, recipe.teacher, f"phases.{phase.name}.loss")
     if sure("model"):
         problems += _model_problems(recipe)
+    every, kept = recipe.checkpoint.every_steps, recipe.checkpoint.keep_every_steps
+    if sure("checkpoint") and kept % every:
+        problems.append(
+            f"checkpoint.keep_every_steps is {kept}, no multiple of checkpoint.every_steps {every}: most of what is to be "
+            f"kept would not be saved; try {-(-kept // every) * every}"
+        )
     names = [phase.name for phase in recipe.phases]
     for name in sorted({n for n in names if names.count(n) > 1}):
         problems.append(f"phases: the name {name!r} is used twice; checkpoints are named by phase, so rename one")

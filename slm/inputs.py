@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from pydantic import ValidationError
 
 from slm import checkpoint
 from slm.contradictions import is_made_for_another_context
@@ -220,8 +223,34 @@ def identity(recipe: Recipe, phase: Phase, data: PhaseData) -> dict[str, Any]:
     }
 
 
-def position_of(reader: checkpoint.Reader, recipe: Recipe, identities: dict[str, dict[str, Any]]) -> Position:
+@dataclass(frozen=True)
+class Resume:
+    """What a user says about going on. must: not from step 0. allow_change: though fields that steer the steps have changed.
+    fresh_optimizer: from the weights alone."""
+
+    must: bool = False
+    allow_change: bool = False
+    fresh_optimizer: bool = False
+
+
+def open_checkpoint(run_dir: Path, resume: Resume) -> checkpoint.Reader | None:
+    """What the run goes on from, the same on all ranks; None if it is to begin. Raises UserError if it must not begin."""
+    folder = checkpoint.choose_together(run_dir)
+    if folder is None:
+        if resume.must:
+            raise UserError(
+                f"--must-resume, and {run_dir}/checkpoints holds no checkpoint: the run would begin at step 0",
+                fix="check the recipe's name and output, or leave --must-resume out to begin",
+            )
+        return None
+    return checkpoint.Reader(folder, weights_only=resume.fresh_optimizer)
+
+
+def position_of(
+    reader: checkpoint.Reader, recipe: Recipe, identities: dict[str, dict[str, Any]], allow_change: bool = False
+) -> Position:
     """Where a checkpoint of this very run stands. Raises UserError if the recipe no longer fits it."""
+    reader.check_optimizer()
     position = Position.of(reader.state)
     phase = next((p for p in recipe.phases if p.name == position.phase), None)
     # Beyond the end stands what a gate's repetition trained, which the recipe may no longer ask for.
@@ -240,26 +269,60 @@ def position_of(reader: checkpoint.Reader, recipe: Recipe, identities: dict[str,
             fix="put it back, or start a new run (another `name`)",
         )
     if phase is not None and phase.name in identities and 0 < position.step < parts(phase)[-1].stop:
-        was = {**reader.state["identity"], **_of_phase(reader.state["recipe"], phase.name)}
-        now = {**identities[phase.name], **_of_phase(recipe.model_dump(mode="json"), phase.name)}
-        changed = [f"{key} was {was.get(key)}, is {now[key]}" for key in now if was.get(key) != now[key]]
-        if changed:
+        at = f"phases.{phase.name} is at step {position.step} of {phase.num_steps}"
+        fields = _changed_fields(reader, recipe)
+        other_run = _of_another_run(reader.state["identity"], identities[phase.name], fields, phase.name)
+        if other_run:
             raise UserError(
-                f"phases.{phase.name} is at step {position.step} of {phase.num_steps}, but what it trains on has changed: "
-                + "; ".join(changed),
+                f"{at}, but what it trains on has changed: " + "; ".join(other_run),
                 fix="put it back, or start a new run (another `name`) with init_from",
             )
+        steering = [change for field, change in fields.items() if _steers(field, phase.name)]
+        was_over = reader.state[
+            "permanent"
+        ]  # and is made longer on purpose: what it is from here on is said, as for a new phase
+        if steering and not allow_change and not was_over:
+            raise UserError(
+                f"{at}, and its other steps would be taken otherwise than those before: " + "; ".join(steering),
+                fix="put it back, or say --allow-change to go on so",
+            )
     return position
+
+
+def _of_another_run(was: dict[str, Any], now: dict[str, Any], fields: dict[str, str], phase: str) -> list[str]:
+    """What cannot be gone on with: the place in the order of the data would mean other documents. By the recipe's names."""
+    found = [
+        fields[name] for name in ("seed", f"phases.{phase}.seq_len", f"phases.{phase}.batch_tokens") if name in fields
+    ]
+    if was["data"] != now["data"]:
+        words = ("mixture", "repeats", "filters")
+        named = [
+            change
+            for field, change in fields.items()
+            if field.startswith(("data.sources.", *(f"phases.{phase}.{word}" for word in words)))
+        ]
+        # Its order is drawn by the seed, and cut by seq_len: where those have changed, it need not have changed itself.
+        if named or not found:
+            found += named or ["data.sources: the recipe names the same folders, but their documents are others now"]
+    if was.get("tokenizer") != now.get("tokenizer"):
+        found.append("data.sources: the token shards were made with another tokenizer")
+    if was.get("teachers") != now.get("teachers"):
+        named = [change for field, change in fields.items() if field.startswith(("teacher.", f"phases.{phase}.loss."))]
+        found += named or ["teacher: the recipe names the same, but its weights or its cache are others now"]
+    return found
+
+
+def _steers(field: str, phase: str) -> bool:
+    """Whether a field of the recipe changes what a step of the phase computes, beyond the order of additions. (Its tokens do
+    too, by the schedule: but a phase is made longer on purpose, and that is said in the log.)"""
+    steering = ("lr", "schedule", "loss", "mixture", "repeats", "filters", "rope_scaling")
+    own = field.startswith(tuple(f"phases.{phase}.{name}" for name in steering))
+    return own or field.startswith("optim.") or field == "precision"
 
 
 def _gate_then(reader: checkpoint.Reader, name: str) -> bool:
     """Whether the recipe that the checkpoint was made by had a gate at this phase."""
     return any(phase["name"] == name and phase.get("gate") for phase in reader.state["recipe"]["phases"])
-
-
-def _of_phase(recipe: dict[str, Any], name: str) -> dict[str, Any]:
-    phase = next(p for p in recipe["phases"] if p["name"] == name)
-    return {key: phase[key] for key in ("seq_len", "batch_tokens")}
 
 
 def check_init_from(recipe: Recipe) -> None:
@@ -286,11 +349,12 @@ def load_initial_state(engine: Engine, recipe: Recipe) -> None:
         return
     value, reader = checkpoint.weight_source(recipe.init_from.path)
     _check_same_function(engine, recipe.init_from.path, reader)
-    if recipe.init_from.optimizer:
-        assert reader is not None  # check_init_from
+    if reader is None:
+        engine.write_weights(value)
+    elif recipe.init_from.optimizer:
         restore_state(engine, reader)
     else:
-        engine.write_weights(value)
+        engine.write_state(_weights_of(reader))
 
 
 def _check_same_function(engine: Engine, path: str, reader: checkpoint.Reader | None) -> None:
@@ -329,18 +393,42 @@ def restore_state(engine: Engine, reader: checkpoint.Reader) -> None:
     """Fills a fresh engine with a checkpoint's weights, moments and counters, whatever layout wrote it."""
     for name, shape in engine.shapes.items():
         reader.check_shape(name, shape)
-    engine.write_state(reader.read)
-    engine.optimizer_steps = reader.state["optimizer_steps"]
+    reader.check_optimizer()
+    engine.write_state(_weights_of(reader) if reader.weights_only else reader.read)
+    if reader.weights_only:
+        log.warning("--fresh-optimizer: the moments begin at zero, and Adam counts its updates from 0")
+    else:
+        engine.optimizer_steps = reader.state["optimizer_steps"]
     engine.loss_scale = reader.state["loss_scale"]
+    log.info("read %s of the %s bytes of %s", f"{reader.bytes_read:,}", f"{reader.num_bytes:,}", reader.folder)
+
+
+def _weights_of(reader: checkpoint.Reader) -> Callable[[str, str, int, int], torch.Tensor | None]:
+    """For Engine.write_state: the part of the weights that this rank holds, and no moments."""
+    return lambda kind, *place: reader.read(kind, *place) if kind == "master" else None
 
 
 def recipe_changes(reader: checkpoint.Reader, recipe: Recipe) -> list[str]:
     """What the recipe says otherwise than when the checkpoint was made, one change an entry, also written to the log."""
-    was, now = (_flat(tree) for tree in (reader.state["recipe"], recipe.model_dump(mode="json")))
-    changes = [f"{key} was {was.get(key)}, is {now.get(key)}" for key in {**was, **now} if was.get(key) != now.get(key)]
+    changes = [*_changed_fields(reader, recipe).values()]
     for change in changes:
         log.info("from here on %s", change)
     return changes
+
+
+def _changed_fields(reader: checkpoint.Reader, recipe: Recipe) -> dict[str, str]:
+    """{field by its name in the recipe: what it was and is}."""
+    then = reader.state["recipe"]
+    try:
+        then = Recipe.model_validate(then).model_dump(mode="json")  # fields that are newer than it have their defaults
+    except ValidationError:
+        pass  # of a version whose recipes this one refuses; compared as it is
+    was, now = _flat(then), _flat(recipe.model_dump(mode="json"))
+    return {
+        field: f"{field} was {was.get(field)}, is {now.get(field)}"
+        for field in {**was, **now}
+        if was.get(field) != now.get(field)
+    }
 
 
 def _flat(tree: Any, at: str = "") -> dict[str, Any]:

@@ -128,6 +128,17 @@ class Phase(Section):
 class Checkpoint(Section):
     every_steps: Count = Field(500, gt=0, description="steps between saves; the end of a phase is always saved")
     keep_last: Count = Field(2, gt=0, description="newest checkpoints kept; phase ends and the best are kept besides")
+    keep_every_steps: Count = Field(
+        0, ge=0, description="a save at a multiple of it is never removed; 0: only phase ends and the best stay"
+    )
+    when_busy: Literal["wait", "skip"] = Field(
+        "wait",
+        description="a save that comes while the one before is still being written; phase ends and stops always wait",
+    )
+    on_failure: Literal["stop", "continue"] = Field(
+        "stop",
+        description="continue: go on after a failed save until three in a row, or that of a phase's end, have failed",
+    )
 
 
 class Eval(Section):

@@ -31,6 +31,7 @@ from slm.evaluate import HeldOut, examine
 from slm.findings import as_dict, report
 from slm.inputs import (
     Position,
+    Resume,
     as_far_as_run,
     check_init_from,
     check_lengths,
@@ -39,6 +40,7 @@ from slm.inputs import (
     held_out,
     identity,
     load_initial_state,
+    open_checkpoint,
     open_phase_data,
     open_recall,
     origin,
@@ -56,6 +58,7 @@ from slm.progress import StepProgress
 from slm.recipe import Phase, Recipe, dump_recipe
 from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
 from slm.safety import RollBack, Spikes, stragglers
+from slm.saving import Checkpointer
 from slm.step import SaveFailed, StepTotals, train_step
 from slm.strategy import zero_stage
 
@@ -83,7 +86,7 @@ class Run:
     precision: str
     run_dir: Path
     metrics: MetricsLogger
-    saver: checkpoint.Checkpointer
+    saver: Checkpointer
     stop: StopRequest
     ledger: Ledger
     profiler: Any = None
@@ -104,7 +107,14 @@ class StepData(Protocol):
 # --- the run -------------------------------------------------------------------------------------------------
 
 
-def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "", ledger: Ledger | None = None) -> int:
+def train(
+    recipe: Recipe,
+    *,
+    profile_steps: range = range(0),
+    until: str = "",
+    resume: Resume | None = None,
+    ledger: Ledger | None = None,
+) -> int:
     """Runs or resumes a recipe on this rank; returns the exit code and leaves it in RUN/exit.json.
 
     until: the name of the phase at whose end this job is over; the last one if empty.
@@ -129,7 +139,7 @@ def train(recipe: Recipe, *, profile_steps: range = range(0), until: str = "", l
         setup_logging(ranks.rank, run_dir)
         limits, everyone = recipe.watchdog.model_dump(), parallel.gather_objects(watchdog.myself())
         watchdog.start(run_dir, ranks.rank, **limits, everyone=everyone)
-        _train(recipe, ranks, device, run_dir, stop, profile_steps, until, ledger or Ledger())
+        _train(recipe, ranks, device, run_dir, stop, profile_steps, until, resume or Resume(), ledger or Ledger())
         code, reason = 0, "done"
     except Stopped as error:
         code, reason = EXIT_STOPPED, str(error)
@@ -185,18 +195,17 @@ def _train(
     stop: StopRequest,
     profile_steps: range,
     until: str,
+    resume: Resume,
     ledger: Ledger,
 ) -> None:
-    # Rank 0 chooses where to go on, for all.
-    folder = parallel.first_rank_decides(checkpoint.choose, run_dir)
-    if folder is None:  # a run that has checkpoints of its own no longer needs what it began from
+    reader = open_checkpoint(run_dir, resume)
+    if reader is None:  # a run that has checkpoints of its own no longer needs what it began from
         parallel.together(check_init_from, recipe)
-    reader = checkpoint.Reader(folder) if folder else None
     # Phases that are over, and those of later jobs, may want other data and numbers of ranks than are here.
     recipe = as_far_as_run(reader, recipe) if reader else recipe
     phases = phases_to_run(recipe, reader, until)
     data, look_at, identities = parallel.together(_open_inputs, recipe, phases, ranks, device)
-    position = position_of(reader, recipe, identities) if reader else Position()
+    position = position_of(reader, recipe, identities, resume.allow_change) if reader else Position()
     changes = recipe_changes(reader, recipe) if reader else []
     if ranks.rank == 0:
         if phases:  # where nothing is left to train, it stays the recipe of what was
@@ -204,10 +213,12 @@ def _train(
         log.info("%s", plan.describe(recipe, ranks.world_size, phases))
         for phase in phases:
             log.info("phase %s data: %s", phase.name, data[phase.name].describe())
-        log.info("going on from %s" if folder else "starting from %s", folder or origin(recipe))
+        log.info("going on from %s" if reader else "starting from %s", reader.folder if reader else origin(recipe))
     run = open_run(recipe, ranks, device, run_dir, stop, position, ledger, profile_steps)
     if changes:
         run.metrics.event("recipe changed", step=position.global_step, changes=changes)
+    if reader is not None and resume.fresh_optimizer:
+        run.metrics.event("fresh optimizer", step=position.global_step)
     try:
         run_phases(
             run,
@@ -259,25 +270,21 @@ def open_run(
     """The sinks and the saver of one attempt. The caller closes run.metrics."""
     precision, why = resolve_precision(recipe.precision, device)
     log.info("precision %s, because %s; device %s; ranks %d", precision, why, device.type, ranks.world_size)
-    metrics = _open_metrics(recipe, run_dir, ranks.rank, position.global_step)
-    saver = checkpoint.Checkpointer(run_dir, recipe.checkpoint.keep_last)
-    age = sum(ledger.seconds().values())
-    metrics.event("start", world_size=ranks.world_size, precision=precision, step=position.global_step, age=age)
-    profiler = start_profiler(run_dir, ranks.rank, profile_steps, device.type)
-    return Run(
-        recipe, ranks, device, precision, run_dir, metrics, saver, stop, ledger, profiler, step=position.global_step
-    )
-
-
-def _open_metrics(recipe: Recipe, run_dir: Path, rank: int, start_step: int) -> MetricsLogger:
-    return MetricsLogger(
+    metrics = MetricsLogger(
         run_dir,
         tensorboard=recipe.log.tensorboard,
         wandb=recipe.log.wandb.model_dump() if recipe.log.wandb else None,
         run_name=recipe.name,
         config=recipe.model_dump(mode="json"),
-        start_step=start_step,
-        rank=rank,
+        start_step=position.global_step,
+        rank=ranks.rank,
+    )
+    saver = Checkpointer(run_dir, recipe.checkpoint, metrics.event)
+    age = sum(ledger.seconds().values())
+    metrics.event("start", world_size=ranks.world_size, precision=precision, step=position.global_step, age=age)
+    profiler = start_profiler(run_dir, ranks.rank, profile_steps, device.type)
+    return Run(
+        recipe, ranks, device, precision, run_dir, metrics, saver, stop, ledger, profiler, step=position.global_step
     )
 
 
@@ -351,7 +358,7 @@ def _roll_back(run: Run, phase: Phase, bad: Position) -> tuple[checkpoint.Reader
     run.saver.wait()
     parallel.barrier()
     first_bad = bad.global_step - bad.skipped_in_a_row
-    folder = parallel.first_rank_decides(partial(checkpoint.choose, run.run_dir, up_to_step=first_bad))
+    folder = checkpoint.choose_together(run.run_dir, up_to_step=first_bad)
     reader = checkpoint.Reader(folder) if folder else None
     to = Position.of(reader.state) if reader else Position()
     if to.phase != phase.name:
@@ -367,8 +374,7 @@ def _roll_back(run: Run, phase: Phase, bad: Position) -> tuple[checkpoint.Reader
         )
     run.tell_seconds(bad.global_step)
     run.metrics.event("rollback", from_step=bad.global_step, to_step=to.global_step, steps_left_out=to.steps_left_out)
-    run.metrics.close()
-    run.metrics = _open_metrics(run.recipe, run.run_dir, run.ranks.rank, to.global_step)
+    run.metrics.go_back(to.global_step)
     return reader, to
 
 
@@ -472,9 +478,10 @@ def run_phase(
         if recipe.safety.check_replicas_every_steps:
             check_replicas()
         with doing("save"):
-            run.saver.save(engine.fragments(), engine.shapes, state(), name=name, **options)
+            begun = run.saver.save(engine.fragments(), engine.shapes, state(), name=name, **options)
             parallel.barrier()  # rank 0 may have waited for the save before: nobody waits for it at a step's limit
-        run.metrics.event("save begun", name=name, step=position.global_step)
+        if begun:
+            run.metrics.event("save begun", name=name, step=position.global_step)
         run.tell_seconds(position.global_step)
 
     def state() -> dict[str, Any]:
@@ -607,7 +614,8 @@ def run_phase(
 
             stopping = done.stop_requested and not last
             if best or last or stopping or position.step % recipe.checkpoint.every_steps == 0:
-                save(checkpoint.folder_name(phase.name, position.step), permanent=last, best=best)
+                name = checkpoint.folder_name(phase.name, position.step)
+                save(name, permanent=last, best=best, required=stopping)
             if stopping:
                 run.saver.wait()
                 parallel.barrier()
@@ -616,7 +624,7 @@ def run_phase(
         engine.close()  # the phase builds another
         raise
     except SaveFailed:
-        run.saver.wait()  # raises the reason, on the rank that has it
+        run.saver.wait()  # raises the reason, on all ranks
         raise
     except RuntimeError as error:
         raise explained(error, run.run_dir, run.ranks.rank, device.type, phase) from error

@@ -1,6 +1,7 @@
 """One process, 2 ranks, accumulation and every ZeRO stage are the same run; and each resumes what another saved."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -198,27 +199,61 @@ def test_resume_is_bit_exact_at_the_same_layout(runs, world):
         assert same_bits(folder, name, f"{name}-resumed"), name
 
 
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [
-        ("two-zero3-accumulate4", "one-zero0"),
-        ("two-zero2-accumulate2", "one-zero1-accumulate4"),
-        ("one-zero0", "two-zero3-recompute"),
-        ("two-zero1", "two-zero3-offload"),
-        ("one-zero1-accumulate4", "two-zero2-offload"),
-        ("two-zero3-offload", "two-zero0-accumulate2"),
-    ],
-)
-def test_resume_at_another_layout(runs, source, target):
-    """World size, ZeRO stage, accumulation and offload change at step 6; the losses stay within 1e-5."""
+# (layout that saved at step 6, layout that goes on): what changes is the number of ranks, the ZeRO stage, accumulation,
+# offloading, and the ranks that share a sequence, each both ways.
+TRANSITIONS = [
+    ("two-zero3-accumulate4", "one-zero0"),
+    ("two-zero2-accumulate2", "one-zero1-accumulate4"),
+    ("one-zero0", "two-zero3-recompute"),
+    ("two-zero1", "two-zero3-offload"),
+    ("one-zero1-accumulate4", "two-zero2-offload"),
+    ("two-zero3-offload", "two-zero0-accumulate2"),
+    ("two-zero1", "sequence2-zero3-accumulate4"),
+    ("sequence2-zero1-accumulate2", "two-zero2-accumulate2"),
+    ("sequence4-zero1", "one-zero1-accumulate4"),
+    ("one-zero0", "sequence2-data2-zero3-accumulate4"),
+    ("two-zero2-offload", "sequence4-zero1"),
+]
+
+
+@pytest.fixture(scope="module")
+def resumed(runs):
+    """Every transition trained from step 6 to 10, those of a number of ranks in one start of them: {transition: run}."""
     folder, recipe = runs
-    run = resume_copy(folder, recipe, source, f"{source}-as-{target}")
-    train_many([(recipe, overrides_of(target, run))], LAYOUTS[target][0])
-    straight, resumed = metrics(folder / source), metrics(run)
-    assert sorted(resumed) == [7, 8, 9, 10]
-    for step, found in resumed.items():
-        assert found["loss"] == pytest.approx(straight[step]["loss"], abs=1e-5)
-        assert found["grad_norm"] == pytest.approx(straight[step]["grad_norm"], rel=1e-5)
+    found = {pair: resume_copy(folder, recipe, pair[0], f"{pair[0]}-as-{pair[1]}") for pair in TRANSITIONS}
+    for world in (1, 2, 4):
+        jobs = [(recipe, overrides_of(pair[1], run)) for pair, run in found.items() if LAYOUTS[pair[1]][0] == world]
+        train_many(jobs, world)
+    return found
+
+
+@pytest.mark.parametrize(("source", "target"), TRANSITIONS)
+def test_resume_at_another_layout(runs, resumed, source, target):
+    """The layout changes at step 6; losses stay within 1e-5, and the order of the data is the same tokens."""
+    folder, _ = runs
+    straight, found = metrics(folder / source), metrics(resumed[source, target])
+    assert sorted(found) == [7, 8, 9, 10]
+    for step, row in found.items():
+        assert row["loss"] == pytest.approx(straight[step]["loss"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(straight[step]["grad_norm"], rel=1e-5)
+        assert row["tokens"] == straight[step]["tokens"]
+
+
+@pytest.mark.parametrize("target", ["one-zero1-accumulate4", "two-zero3-recompute", "two-zero2-offload", "sequence4-zero1",
+                                    "sequence2-data2-zero3-accumulate4"])  # fmt: skip
+def test_each_rank_reads_its_part_alone(runs, resumed, target):
+    """At 1, 2 and 4 ranks, ZeRO 1 to 3: beside the headers, the ranks together read each byte of the state once, and none more
+    than its share (padded to equal parts by ZeRO-3, and whole small tensors)."""
+    for pair in [pair for pair in TRANSITIONS if pair[1] == target]:
+        folder = (resumed[pair] / "checkpoints" / "main-00000006").resolve()
+        headers = Reader(folder).bytes_read
+        num_bytes = 12 * sum(torch.Size(shape).numel() for shape in Reader(folder).shapes.values())
+        world = LAYOUTS[target][0]
+        logs = [(resumed[pair] / "logs" / f"rank-{rank}.log").read_text() for rank in range(world)]
+        read = [int(re.search(r"read ([0-9,]+) of the", log)[1].replace(",", "")) - headers for log in logs]
+        print(pair, "of", num_bytes, "bytes of state the ranks read", read, "and headers of", headers)
+        assert sum(read) == num_bytes
+        assert max(read) <= 1.02 * num_bytes / world
 
 
 def test_the_reference_is_a_plain_pytorch_loop(runs):
