@@ -65,7 +65,10 @@ def contradictions(recipe: Recipe, doubtful: Collection[str] = (), unsure_from: 
 def sections_in_doubt(errors: Sequence[Mapping[str, Any]], given: Collection[str]) -> dict[str, Any]:
     """The arguments of contradictions where these fields (pydantic's errors) are left out, and with them the phases that hold
     one. given: the sections that the recipe has. One that it lacks may stand there under a name that nobody knows."""
-    sections, locations = {"model", "data", "eval", "tokenizer", "teacher"}, [error["loc"] for error in errors]
+    sections, locations = (
+        {"model", "data", "eval", "tokenizer", "teacher", "checkpoint"},
+        [error["loc"] for error in errors],
+    )
     doubtful = {location[0] for location in locations if location} & sections
     if any(error["type"] == "extra_forbidden" and len(error["loc"]) == 1 for error in errors):
         doubtful |= sections - set(given)

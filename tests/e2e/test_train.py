@@ -260,7 +260,7 @@ def test_a_compiled_run_is_the_eager_run_and_compiles_once_per_phase(recipe, tmp
     """Two phases of different length with evaluations: one graph to train and one to evaluate each, none later."""
     from torch._dynamo.utils import counters
 
-    import slm.train
+    import slm.loop
 
     phases = [
         {"name": n, "tokens": 6 * 256, "seq_len": s, "batch_tokens": 256, "micro_batch": 4}
@@ -268,13 +268,13 @@ def test_a_compiled_run_is_the_eager_run_and_compiles_once_per_phase(recipe, tmp
     ]
     path = recipe(phases=phases, eval={"every_steps": 2, "seq_lens": [32, 16]})  # at other lengths it is eager
     assert train(load_recipe(path, [f"output={tmp_path}/eager"])) == 0
-    graphs, step_itself = [], slm.train.train_step
+    graphs, step_itself = [], slm.loop.train_step
 
     def counted(*args, **kwargs):
         graphs.append(counters["stats"]["unique_graphs"] - before)
         return step_itself(*args, **kwargs)
 
-    monkeypatch.setattr(slm.train, "train_step", counted)
+    monkeypatch.setattr(slm.loop, "train_step", counted)
     before = counters["stats"]["unique_graphs"]
     assert train(load_recipe(path, ["compile=true"])) == 0
     assert graphs == [0, 1, 2, 2, 2, 2, 2, 3, 4, 4, 4, 4]  # before each step

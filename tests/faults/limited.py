@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 
+import slm.loop
 import slm.train
 from slm import parallel
 from slm.recipe import load_recipe
@@ -11,7 +12,7 @@ from slm.runtime import discover_ranks
 
 recipe, folder = sys.argv[1:]
 parallel.start(parallel.local_device(discover_ranks().local_rank))
-step_itself, calls = slm.train.train_step, []
+step_itself, calls = slm.loop.train_step, []
 
 
 def allow(num_bytes):
@@ -28,7 +29,7 @@ def counted(*args, **kwargs):
 
 allow(200_000)
 codes = [slm.train.train(load_recipe(recipe, [f"output={folder}/stop"]))]
-slm.train.train_step = counted
+slm.loop.train_step = counted
 codes.append(slm.train.train(load_recipe(recipe, [f"output={folder}/continue", "checkpoint.on_failure=continue"])))
 print("codes", json.dumps(codes), flush=True)
 parallel.stop()

@@ -25,6 +25,7 @@ from pathlib import Path
 import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (deepspeed.initialize would, in every attempt: it takes seconds)
 import torch
 
+import slm.loop
 import slm.train
 from slm import checkpoint
 from slm.recipe import Recipe, load_recipe
@@ -59,7 +60,7 @@ def start(recipe: Recipe, log: Path, *, stop_in_step: int = 0) -> list[int]:
 
 
 def stop_myself_in(step: int) -> None:
-    step_itself, calls = slm.train.train_step, []
+    step_itself, calls = slm.loop.train_step, []
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -67,7 +68,7 @@ def stop_myself_in(step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return step_itself(*args, **kwargs)
 
-    slm.train.train_step = counted
+    slm.loop.train_step = counted
 
 
 def ended(pids: list[int]) -> list[int] | None:
