@@ -180,9 +180,12 @@ def choose(run_dir: Path) -> Path | None:
     return _first_whole(run_dir, newest_first(run_dir / "checkpoints"), verify)
 
 
-def choose_together(run_dir: Path) -> Path | None:
-    """choose, by all ranks: rank 0 lists, and each rank reads through a part of the files."""
+def choose_together(run_dir: Path, up_to_step: int | None = None) -> Path | None:
+    """choose, by all ranks: rank 0 lists, and each rank reads through a part of the files. up_to_step: none of a later
+    global step."""
     folders = parallel.first_rank_decides(newest_first, run_dir / "checkpoints")
+    if up_to_step is not None:
+        folders = [folder for folder in folders if _global_step(folder) <= up_to_step]
     return _first_whole(run_dir, folders, _verify_together)
 
 

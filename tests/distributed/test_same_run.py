@@ -57,6 +57,16 @@ LAYOUTS = {
     ),
     "sequence2-zero3-whole-buckets": (2, ["sequence_parallel=2", "micro_batch=8", "deepspeed=zero3_whole_buckets"]),
     "sequence2-zero2-offload": (2, ["sequence_parallel=2", "micro_batch=8", "deepspeed=zero2_offload"]),
+    "sequence2-zero3-offload-activations": (
+        2,
+        [
+            "sequence_parallel=2",
+            "micro_batch=8",
+            "deepspeed=zero3_offload",
+            "activation_checkpointing=full",
+            "offload_activations=true",
+        ],
+    ),
     "sequence4-zero1": (4, ["sequence_parallel=4", "micro_batch=8", "deepspeed=zero1"]),
     "sequence4-zero3-accumulate2": (4, ["sequence_parallel=4", "micro_batch=4", "deepspeed=zero3"]),
     "sequence2-data2-zero0": (4, ["sequence_parallel=2", "micro_batch=4", "deepspeed=zero0"]),
@@ -295,11 +305,12 @@ def test_the_reference_is_a_plain_pytorch_loop(runs):
 
 
 def test_bfloat16_trains_like_float32_and_resumes_bit_exact(runs):
-    """The GPU's precision at stages 1, 2 (accumulating) and 3: losses within bfloat16's rounding of float32's, and an exact
-    resume from the masters."""
+    """The GPU's precision at stages 1, 2 (accumulating) and 3, and on shared sequences: losses within bfloat16's rounding of
+    float32's, and an exact resume from the masters. Between layouts the products are the same and only sums are rounded in
+    another order: a tenth of that."""
     folder, recipe = runs
     half = ["precision=bfloat16"]
-    names = ("two-zero1", "two-zero2-accumulate2", "two-zero3-recompute")
+    names = ("two-zero1", "two-zero2-accumulate2", "two-zero3-recompute", "sequence2-zero1-accumulate2")
     jobs = [(recipe, [*overrides_of(name, folder / f"{name}-bf16"), *half]) for name in names]
     train_many(jobs, 2)
     reference = metrics(folder / "one-zero0")
@@ -307,9 +318,29 @@ def test_bfloat16_trains_like_float32_and_resumes_bit_exact(runs):
         for step, found in metrics(folder / f"{name}-bf16").items():
             assert found["loss"] == pytest.approx(reference[step]["loss"], abs=2e-2)
         resume_copy(folder, recipe, f"{name}-bf16", f"{name}-bf16-resumed")
+    apart, shared = (metrics(folder / f"{name}-bf16") for name in ("two-zero1", "sequence2-zero1-accumulate2"))
+    for step, found in shared.items():
+        assert found["loss"] == pytest.approx(apart[step]["loss"], abs=5e-4)
+        assert found["grad_norm"] == pytest.approx(apart[step]["grad_norm"], rel=2e-3)
     train_many([(r, [f"output={o[0].removeprefix('output=')}-resumed", *o[1:]]) for r, o in jobs], 2)
     for name in names:
         assert same_bits(folder, f"{name}-bf16", f"{name}-bf16-resumed"), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_blocks_on_shared_sequences(runs):
+    """With the exchanges between ranks inside of them: losses and norms of one process that compiles nothing. (The C++
+    compiler takes its time, once for each rank.)"""
+    folder, recipe = runs
+    name = "sequence2-zero1-accumulate2"
+    options = [*overrides_of(name, folder / f"{name}-compiled"), "compile=true"]
+    train_many([(recipe, options)], 2, timeout_seconds=600)
+    reference, found = metrics(folder / "one-zero0"), metrics(folder / f"{name}-compiled")
+    assert sorted(found) == sorted(reference)
+    for step, row in found.items():
+        assert row["loss"] == pytest.approx(reference[step]["loss"], abs=1e-5), step
+        assert row["grad_norm"] == pytest.approx(reference[step]["grad_norm"], rel=1e-5), step
 
 
 def test_each_phase_may_have_its_own_ranks(runs, tmp_path):

@@ -16,8 +16,8 @@ import yaml
 
 from slm import checkpoint
 from slm.errors import UserError
+from slm.inputs import Resume
 from slm.recipe import load_recipe
-from slm.resume import Resume
 from slm.train import train
 from tests.shards import make_dataset
 from tests.unit.test_rope import KINDS, scaling
@@ -260,7 +260,7 @@ def test_a_compiled_run_is_the_eager_run_and_compiles_once_per_phase(recipe, tmp
     """Two phases of different length with evaluations: one graph to train and one to evaluate each, none later."""
     from torch._dynamo.utils import counters
 
-    import slm.train
+    import slm.loop
 
     phases = [
         {"name": n, "tokens": 6 * 256, "seq_len": s, "batch_tokens": 256, "micro_batch": 4}
@@ -268,13 +268,13 @@ def test_a_compiled_run_is_the_eager_run_and_compiles_once_per_phase(recipe, tmp
     ]
     path = recipe(phases=phases, eval={"every_steps": 2, "seq_lens": [32, 16]})  # at other lengths it is eager
     assert train(load_recipe(path, [f"output={tmp_path}/eager"])) == 0
-    graphs, step_itself = [], slm.train.train_step
+    graphs, step_itself = [], slm.loop.train_step
 
     def counted(*args, **kwargs):
         graphs.append(counters["stats"]["unique_graphs"] - before)
         return step_itself(*args, **kwargs)
 
-    monkeypatch.setattr(slm.train, "train_step", counted)
+    monkeypatch.setattr(slm.loop, "train_step", counted)
     before = counters["stats"]["unique_graphs"]
     assert train(load_recipe(path, ["compile=true"])) == 0
     assert graphs == [0, 1, 2, 2, 2, 2, 2, 3, 4, 4, 4, 4]  # before each step
@@ -452,6 +452,20 @@ def test_mistakes_in_data_and_world(recipe, data, tmp_path, caplog):
     assert "no manifest.json" in refused(recipe(), caplog, f"data.sources.a={tmp_path}/empty")
 
 
+def test_a_refused_run_leaves_no_folder(recipe, tmp_path, caplog):
+    """Where this attempt made it and nothing else is in it; what was there, and a run's own exit.json, stays."""
+    refused(recipe(), caplog, "data.sources.a=/nowhere")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    refused(recipe(), caplog, "data.sources.a=/nowhere")
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
+    shutil.rmtree(tmp_path / "run")
+    assert train(load_recipe(recipe(), [f"phases.main.tokens={2 * 256}"])) == 0
+    refused(recipe(), caplog, "model.num_attention_heads=2")
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
+    assert (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_checkpoint_without_its_state_disturbs_nobody(recipe, tmp_path, caplog):
     """Passed over, not counted, not removed; training goes on and saves."""
     assert train(load_recipe(recipe())) == 0
@@ -585,7 +599,7 @@ def test_command_line_mistakes_have_no_traceback(tmp_path, recipe):
         (["train", "absent.yaml"], "does not exist"),
         (["train", str(recipe()), "optim.rl=3"], "optim.rl is not a field"),
         (["train", str(recipe()), "--profile", "x"], "no range of steps"),
-        (["plan", str(recipe()), "--ranks", "3"], "use 1 ranks"),
+        (["plan", str(recipe()), "--ranks", "3"], "use 1 rank, another micro_batch"),
         (["plan", str(recipe()), "--ranks", "0"], "--ranks"),
         (["plan", str(recipe()), "optim.lr=[1"], "not valid YAML"),
         (["plan", str(recipe()), "optim.lr=.inf"], "finite"),

@@ -28,6 +28,7 @@ from pathlib import Path
 import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (deepspeed.initialize would, in every attempt: it takes seconds)
 import torch
 
+import slm.loop
 import slm.train
 from slm import checkpoint
 from slm.recipe import Recipe, load_recipe
@@ -62,7 +63,7 @@ def start(recipe: Recipe, log: Path, prepare: Callable[[int], None] = lambda ran
 
 def before_step(step: int, act: Callable[[], None]) -> None:
     """In this rank: act() as the so-manieth step that it takes begins."""
-    step_itself, calls = slm.train.train_step, []
+    step_itself, calls = slm.loop.train_step, []
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -70,7 +71,7 @@ def before_step(step: int, act: Callable[[], None]) -> None:
             act()
         return step_itself(*args, **kwargs)
 
-    slm.train.train_step = counted
+    slm.loop.train_step = counted
 
 
 def stop_soon(rank: int) -> None:
