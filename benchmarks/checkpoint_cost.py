@@ -138,7 +138,7 @@ def main() -> int:
             return 1
         console.print(f"{len(reference)} losses and gradient norms are the same bits in all arms and rounds")
         table = Table(
-            "arm", "step [ms]", "blocked by a save [ms]", "of the run", "until committed [ms]", "1 % at one in [s]"
+            "arm", "step, ms", "blocked by a save, ms", "of the run", "until committed, ms", "1 % at one in, s"
         )
         for arm in ARMS:
             step, blocked, written = (
