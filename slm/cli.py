@@ -154,8 +154,7 @@ def train(
         if (ranks := launched_ranks()) and ranks.world_size > 1:
             raise UserError(
                 f"--restarts in each of {ranks.world_size} ranks: each would start again without the others",
-                fix="bash launchers/local.sh RECIPE RANKS --restarts N, or slm train RECIPE --restarts N --launcher "
-                "'mpirun -n RANKS slm'",
+                fix="give --restarts N to launchers/local.sh, or slm train RECIPE --restarts N --launcher 'mpirun -n RANKS slm'",
             )
         if fresh_optimizer:
             raise UserError(
