@@ -278,9 +278,8 @@ def position_of(
                 fix="put it back, or start a new run (another `name`) with init_from",
             )
         steering = [change for field, change in fields.items() if _steers(field, phase.name)]
-        was_over = reader.state[
-            "permanent"
-        ]  # and is made longer on purpose: what it is from here on is said, as for a new phase
+        # One that was over is made longer on purpose: what it is from here on is said, as of a new phase.
+        was_over = reader.state["permanent"]
         if steering and not allow_change and not was_over:
             raise UserError(
                 f"{at}, and its other steps would be taken otherwise than those before: " + "; ".join(steering),
