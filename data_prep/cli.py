@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from slm.errors import CorruptArtefact, SLMError, UserError
+from slm.redact import redact_crashes, redact_record, redacted
 
 app = typer.Typer(
     help="From text to token shards. INPUT is JSON lines (.jsonl, .json; also .gz, .zst, .bz2), Parquet, Arrow, text files "
@@ -67,11 +68,14 @@ class Layout(Enum):
 def main() -> None:
     """Entry point: errors that a user can mend are one message and an exit code, never a traceback."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(redact_record)
+    redact_crashes()
     try:
         app()
     except SLMError as error:
         if not getattr(error, "told", False):  # under mpirun, what the first rank found is said by it alone
-            typer.echo(f"{error.title}: {error}", err=True)
+            typer.echo(redacted(f"{error.title}: {error}"), err=True)
         sys.exit(error.exit_code)
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from slm.errors import SLMError, UserError
+from slm.redact import redact_crashes, redacted
 
 app = typer.Typer(
     help="From raw text to a small language model, on DeepSpeed. (`slm-data` prepares the text.)",
@@ -35,10 +36,11 @@ def main() -> None:
     """Entry point: errors that a user can mend are one message and an exit code, never a traceback."""
     # The deepspeed launcher adds --local_rank=N (unless told not to); the rank comes from the environment.
     sys.argv = [a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank"))]
+    redact_crashes()
     try:
         app()
     except SLMError as error:
-        typer.echo(f"{error.title}: {error}", err=True)
+        typer.echo(redacted(f"{error.title}: {error}"), err=True)
         _note_exit(error.exit_code, str(error))
         sys.exit(error.exit_code)
     except SystemExit as end:
@@ -267,11 +269,15 @@ def generate(
 
 
 @app.command()
-def export(model: ModelPath, output: Annotated[Path, typer.Argument(help="folder to write")]) -> None:
+def export(
+    model: ModelPath,
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    tokenizer: Annotated[str, typer.Option(help="tokenizer, if it is a Python class: module:Class")] = "",
+) -> None:
     """Write a run's best (or the named) checkpoint as a Hugging Face folder in float32, with its tokenizer."""
     from slm.loading import export_model
 
-    export_model(model, output)
+    export_model(model, output, tokenizer)
     typer.echo(f"wrote {output}: load it with transformers' AutoModelForCausalLM or SLMForCausalLM.from_pretrained")
 
 

@@ -1,13 +1,19 @@
-"""YAML that says which keys stand there twice, of which the ordinary loader would silently keep the last.
+"""YAML that holds data and nothing else: no Python objects, no bombs, and no key given twice, of which the ordinary loader
+would silently keep the last.
 
 tree, duplicates = load("a: 1\\nb: 2\\na: 3\\n")      # {"a": 3, "b": 2}, ["line 3: the key 'a' stands there twice ..."]
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+# A recipe has some thousand characters and some hundred values. Aliases can make billions of values of few characters.
+MAX_CHARACTERS = 1 << 18
+MAX_VALUES = 50_000
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -37,8 +43,42 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def read(path: Path) -> tuple[Any, list[str]]:
+    """`load` of a file, of which no more is read than a recipe may have. Raises OSError, UnicodeDecodeError, yaml.YAMLError."""
+    with open(path, encoding="utf-8") as file:
+        return load(file.read(MAX_CHARACTERS + 1))
+
+
 def load(text: str) -> tuple[Any, list[str]]:
     """(what it holds, one line for each key given twice). Raises yaml.YAMLError."""
-    loader = _StrictLoader(text)
-    loader.duplicates = []
-    return loader.get_single_data(), loader.duplicates
+    if len(text) > MAX_CHARACTERS:
+        raise yaml.YAMLError(f"it has more than {MAX_CHARACTERS:,} characters, which no recipe needs")
+    try:
+        loader = _StrictLoader(text)
+        loader.duplicates = []
+        node = loader.get_single_node()
+        if node is None:
+            return None, []
+        _num_values(node, {})
+        return loader.construct_document(node), loader.duplicates
+    except RecursionError:
+        raise yaml.YAMLError("its lists and mappings are nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # 2026-13-45 is no date, and 5000 digits are no number
+        raise yaml.YAMLError(f"a value is none ({error})") from None
+
+
+def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values in it, each as often as aliases name it. Raises yaml.YAMLError if they are too many or it holds itself."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: it holds itself, by an alias")
+        return known[id(node)]
+    known[id(node)] = 0  # under way
+    total = 1
+    children = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+    for child in children if isinstance(node, yaml.CollectionNode) else ():
+        total += _num_values(child, known)
+        if total > MAX_VALUES:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: its aliases make more than {MAX_VALUES:,} values")
+    known[id(node)] = total
+    return total

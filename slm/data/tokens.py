@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from slm.errors import CorruptArtefact, UserError
+from slm.names import file_inside
 from slm.runtime import atomic_write
 
 SCHEMA = "slm-tokens/1"
@@ -281,7 +282,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptArtefact(f"{path} is not readable ({error})") from None
     if schema != SCHEMA:
         raise CorruptArtefact(f"{path} has schema {schema!r}; this version reads {SCHEMA!r}")
@@ -289,4 +290,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CorruptArtefact(f"{path} lacks {', '.join(missing)}: it is no whole manifest")
     if manifest.get("sha256", "") not in ("", _manifest_sha256(manifest)):
         raise CorruptArtefact(f"{path} was changed: its contents do not have the SHA-256 that it names")
+    for entry in manifest["shards"]:
+        for suffix in _suffixes(entry):
+            name = entry.get("name")
+            file_inside(folder, f"{name}.{suffix}" if isinstance(name, str) else name, path)
     return manifest
