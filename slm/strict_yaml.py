@@ -14,10 +14,21 @@ import yaml
 # A recipe has some thousand characters and some hundred values. Aliases can make billions of values of few characters.
 MAX_CHARACTERS = 1 << 18
 MAX_VALUES = 50_000
+MAX_DEPTH = 40
+_TOO_DEEP = "its lists and mappings are nested more than 40 deep"
 
 
 class _StrictLoader(yaml.SafeLoader):
     duplicates: list[str]
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:  # at once: reading on would take time by the square of the depth
+            raise yaml.YAMLError(_TOO_DEEP)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -59,26 +70,27 @@ def load(text: str) -> tuple[Any, list[str]]:
         node = loader.get_single_node()
         if node is None:
             return None, []
-        _num_values(node, {})
+        _measure(node, {})
         return loader.construct_document(node), loader.duplicates
-    except RecursionError:
-        raise yaml.YAMLError("its lists and mappings are nested too deeply") from None
     except (ValueError, OverflowError) as error:  # 2026-13-45 is no date, and 5000 digits are no number
         raise yaml.YAMLError(f"a value is none ({error})") from None
 
 
-def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values in it, each as often as aliases name it. Raises yaml.YAMLError if they are too many or it holds itself."""
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(values in it, each as often as aliases name it; how deep they nest). Raises yaml.YAMLError for too many or too deep."""
     if id(node) in known:
-        if not known[id(node)]:
+        if not known[id(node)][0]:
             raise yaml.YAMLError(f"line {node.start_mark.line + 1}: it holds itself, by an alias")
         return known[id(node)]
-    known[id(node)] = 0  # under way
-    total = 1
+    known[id(node)] = 0, 0  # under way
+    total, depth = 1, 0
     children = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
     for child in children if isinstance(node, yaml.CollectionNode) else ():
-        total += _num_values(child, known)
+        values, levels = _measure(child, known)
+        total, depth = total + values, max(depth, levels)
         if total > MAX_VALUES:
             raise yaml.YAMLError(f"line {node.start_mark.line + 1}: its aliases make more than {MAX_VALUES:,} values")
-    known[id(node)] = total
-    return total
+    if depth >= MAX_DEPTH:
+        raise yaml.YAMLError(_TOO_DEEP)
+    known[id(node)] = total, depth + 1
+    return known[id(node)]
