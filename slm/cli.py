@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from slm.errors import SLMError, UserError
-from slm.redact import redact_crashes, redacted
+from slm.redact import redacted
 
 app = typer.Typer(
     help="From raw text to a small language model, on DeepSpeed. (`slm-data` prepares the text.)",
@@ -36,7 +37,6 @@ def main() -> None:
     """Entry point: errors that a user can mend are one message and an exit code, never a traceback."""
     # The deepspeed launcher adds --local_rank=N (unless told not to); the rank comes from the environment.
     sys.argv = [a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank"))]
-    redact_crashes()
     try:
         app()
     except SLMError as error:
@@ -47,6 +47,9 @@ def main() -> None:
         if end.code == UserError.exit_code:  # typer has shown what is wrong with the command line
             _note_exit(UserError.exit_code, "the command line is not understood; see the message above")
         raise
+    except Exception:  # a bug; what is printed may be kept as a log
+        typer.echo(redacted(traceback.format_exc()), err=True, nl=False)
+        sys.exit(1)
 
 
 def _note_exit(code: int, reason: str) -> None:

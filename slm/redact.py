@@ -11,9 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
-import traceback
-from types import TracebackType
 
 _SECRET_NAME = re.compile(r"(^|_)(\w*KEY|\w*TOKEN|SECRET|PASS\w*|PWD|CREDENTIALS?|AUTH)(_|$)", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+:[^/\s@]*(?=@)")
@@ -38,12 +35,3 @@ def redact_record(record: logging.LogRecord) -> bool:
         text += "\n" + logging.Formatter().formatException(record.exc_info)
     record.msg, record.args, record.exc_info, record.exc_text = redacted(text), (), None, None
     return True
-
-
-def redact_crashes() -> None:
-    """From now on a traceback that ends this process is printed redacted: a batch job's output is a log."""
-
-    def show(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
-        sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, at))))
-
-    sys.excepthook = show

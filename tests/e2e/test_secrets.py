@@ -152,6 +152,7 @@ def test_what_is_a_secret(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_no_secret_leaves_the_environment_and_no_name_is_run(watched, tmp_path):
     """Two ranks by the launcher with W&B and TensorBoard, a teacher's cache, evaluation, export, generation, running out of
     memory; the folders' names hold what a shell would run."""
