@@ -364,14 +364,16 @@ def _row_records(column: Any, reading: Reading, line: int, row: int) -> Iterator
     is_json = str(column.type) == "extension<arrow.json>"  # what datasets makes of a column of several types
     for i in range(len(values if indices is None else indices)):
         at = i if indices is None else indices[i].as_py()
-        value, problem = (None if at is None else values[at].as_py()), ""
+        found, problem = None if at is None else values[at], ""
+        if is_text and found is not None and found.is_valid:
+            if found.as_buffer().size > reading.max_doc_bytes:  # not copied first: it may be of any size
+                yield Record(None, TOO_LONG, line + i + 1, row + i)
+                continue
+        value = None if found is None else found.as_py()
         if is_json and value is not None:
             with suppress(ValueError):  # it leaves the first value of a file as it is
                 value = json.loads(value)
         if is_text and value is not None:
-            if len(value) > reading.max_doc_bytes:
-                yield Record(None, TOO_LONG, line + i + 1, row + i)
-                continue
             try:
                 value = value.decode()
             except UnicodeDecodeError:

@@ -120,7 +120,6 @@ def test_a_tokenizer_that_changed_in_any_part_is_another_one(write, tmp_path, ca
     """Row 20: the data were made with what it was, and training says so before the first step."""
     tokenizer = SLMTokenizer().train(TEXTS, vocab_size=300)
     tokenizer.save_pretrained(tmp_path / "tok")
-    shutil.rmtree(tmp_path / "a", ignore_errors=True)
     path = write(tokenizer=str(tmp_path / "tok"))
     shutil.rmtree(tmp_path / "a")
     make_dataset(tmp_path / "a", vocab_size=len(tokenizer), fingerprint=tokenizer.fingerprint)
@@ -137,7 +136,6 @@ def test_a_tokenizer_that_changed_in_any_part_is_another_one(write, tmp_path, ca
 
 def test_a_lost_shard_is_named_before_the_first_step(write, tmp_path, caplog):
     """Row 21."""
-    (tmp_path / "a" / "t-00001.bin").unlink()
     path = write()
     (tmp_path / "a" / "t-00001.bin").unlink()
     assert train(load_recipe(path)) == 4
@@ -147,7 +145,7 @@ def test_a_lost_shard_is_named_before_the_first_step(write, tmp_path, caplog):
 @pytest.fixture
 def phase(tmp_path, monkeypatch):
     monkeypatch.setattr("slm.data.batches._SECONDS_BETWEEN_LOOKS", 0.0)
-    return PhaseData({"a": make_dataset(tmp_path / "a")}, {}, seq_len=64, seed=0, phase_name="a")
+    return PhaseData({"a": make_dataset(tmp_path / "a")}, {"a": 1.0}, seq_len=64, seed=0, phase_name="a")
 
 
 def steps(phase, count=4):
@@ -234,7 +232,7 @@ def test_a_loader_that_dies_ends_the_run_and_leaves_no_gap(write, tmp_path, capl
         assert train(load_recipe(path)) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
-    data = PhaseData({"a": TokenDataset(tmp_path / "a")}, {}, seq_len=64, seed=1234, phase_name="main")
+    data = PhaseData({"a": TokenDataset(tmp_path / "a")}, {"a": 1.0}, seq_len=64, seed=1234, phase_name="main")
     drawn = [sample for step in range(12) for sample in data.sample_ids(step, 4)]
     assert len(set(drawn)) == len(drawn) == 48
 
