@@ -167,7 +167,9 @@ class Launch:
                     continue
                 self.failed_at = time.monotonic()
                 if status & 127:
-                    name = signal.Signals(status & 127).name + " (out of memory?)" * (status & 127 == 9)
+                    name = signal.Signals(status & 127).name
+                    if status & 127 == signal.SIGKILL and not self.exit_file.exists():  # no rank has said why
+                        name += " (out of memory?)"
                     say(f"rank {number} (process {process.pid}) was ended by {name}")
         elif time.monotonic() - self.failed_at > GRACE_SECONDS:
             kill_all(self.runner.pid, self.mark)
@@ -250,7 +252,10 @@ def start_reaper(group: int, mark: str, scratch: Path) -> tuple[int, int]:
 
 
 def say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    try:
+        print(f"launch: {text}", file=sys.stderr, flush=True)
+    except OSError:  # nobody listens any more, as behind `| head`: no reason to end the run
+        pass
 
 
 if __name__ == "__main__":

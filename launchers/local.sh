@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Train on this machine: launchers/local.sh RECIPE [NUMBER_OF_RANKS] [OVERRIDES...]
+# Train on this machine: launchers/local.sh RECIPE [NUMBER_OF_RANKS] [--restarts N] [OVERRIDES...]
 #   bash launchers/local.sh recipes/quickstart.yaml 2 optim.lr=1e-3
 # Ranks: by default one for each visible GPU, or one on a machine without. Stop it with Ctrl-C or SIGTERM: it
 # saves first. The exit code is the run's own: 0 done, 75 stopped after saving (start again to go on), others in
-# README.md.
+# README.md. --restarts starts it again, at most N times, when it was killed, crashed or hung.
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
-    sed -n '2,6s/^# \{0,1\}//p' "$0"
+    sed -n '2,7s/^# \{0,1\}//p' "$0"
     exit $(( $# < 1 ? 2 : 0 ))
 fi
 recipe=$1
@@ -26,4 +26,11 @@ if [[ -z $python ]]; then
     done
 fi
 # exec: signals sent to this script must reach the program that forwards them.
-exec "$python" "$root/launchers/launch.py" "${ranks[@]}" --module slm.cli train "$recipe" "$@"
+launch=("$root/launchers/launch.py" "${ranks[@]}" --module slm.cli)
+for argument in "$@"; do
+    if [[ $argument == --restarts || $argument == --restarts=* ]]; then
+        export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+        exec "$python" -m slm train "$recipe" "$@" --launcher "$(printf '%q ' "$python" "${launch[@]}")"
+    fi
+done
+exec "$python" "${launch[@]}" train "$recipe" "$@"

@@ -1,4 +1,4 @@
-"""The `slm` command: plan, train, eval, generate, export, schema.
+"""The `slm` command: plan, train, eval, generate, export, report, schema.
 
 Owns the arguments and what is printed; each command is one call into the module that does the work. Heavy imports
 are inside the commands, so that `slm plan` and `slm --help` answer at once.
@@ -9,15 +9,20 @@ are inside the commands, so that `slm plan` and `slm --help` answer at once.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slm.errors import SLMError, UserError
 from slm.redact import redacted
+
+if TYPE_CHECKING:
+    from slm.recipe import Recipe
 
 app = typer.Typer(
     help="From raw text to a small language model, on DeepSpeed. (`slm-data` prepares the text.)",
@@ -35,6 +40,7 @@ TokenizerPath = Annotated[str, typer.Option(help="tokenizer, if the model's own 
 
 def main() -> None:
     """Entry point: errors that a user can mend are one message and an exit code, never a traceback."""
+    _open_standard_streams()
     # The deepspeed launcher adds --local_rank=N (unless told not to); the rank comes from the environment.
     sys.argv = [a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank"))]
     try:
@@ -52,6 +58,16 @@ def main() -> None:
         sys.exit(1)
 
 
+def _open_standard_streams() -> None:
+    """Where stdout or stderr is closed (`>&-`), what is printed goes nowhere, and no other file gets its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+
+
 def _note_exit(code: int, reason: str) -> None:
     """A launcher that waits for this process reads here how it ended. (What a run has written itself stays.)"""
     from slm.runtime import write_exit
@@ -59,27 +75,37 @@ def _note_exit(code: int, reason: str) -> None:
     write_exit(None, code, reason)
 
 
+def _load(recipe: str | Path, overrides: list[str] | None) -> Recipe:
+    """From here on messages name the recipe as it was given."""
+    from slm.recipe import load_recipe
+
+    SLMError.recipe = shlex.join([str(recipe), *(overrides or [])])
+    return load_recipe(recipe, overrides)
+
+
 @app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="number of devices; as many as share a sequence, if not given")
+        int | None, typer.Option(min=1, help="number of devices; the fewest that fit, if not given")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
-    """Check a recipe and say what it comes to: parameters, steps, batch, FLOPs. Needs no data and no GPU."""
+    """Check a recipe and say what it comes to: parameters, steps, batch, FLOPs. Needs no GPU and no data; what is here of
+    its tokenizer and its data is held against it."""
     from dataclasses import asdict
 
-    from slm.plan import describe, plan_phase
-    from slm.recipe import load_recipe
+    from slm.layout import fitting_ranks
+    from slm.plan import check_what_is_here, describe, plan_phase
 
-    loaded = load_recipe(recipe, overrides)
-    ranks = ranks or max(phase.sequence_parallel for phase in loaded.phases)
+    loaded = _load(recipe, overrides)
+    check_what_is_here(loaded)
+    ranks = ranks or next(iter(fitting_ranks(loaded.phases)), None)
     if not as_json:
         typer.echo(describe(loaded, ranks))
         return
-    phases = [asdict(plan_phase(loaded, phase, ranks)) for phase in loaded.phases]
+    phases = [asdict(plan_phase(loaded, phase, ranks or phase.sequence_parallel)) for phase in loaded.phases]
     typer.echo(json.dumps({"parameters": loaded.model.num_parameters(), "ranks": ranks, "phases": phases}, indent=2))
 
 
@@ -96,15 +122,62 @@ def train(
             metavar="PHASE", help="leave at the end of this phase: the next job goes on, on other ranks if need be"
         ),
     ] = "",
+    restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="start again, at most N times, after what can pass: killed, crashed, hung"
+        ),
+    ] = 0,
+    launcher: Annotated[
+        str,
+        typer.Option(metavar="COMMAND", help="with --restarts: what starts `slm` on many ranks, as 'mpirun -n 2 slm'"),
+    ] = "",
+    must_resume: Annotated[
+        bool, typer.Option("--must-resume", help="fail where there is no checkpoint, instead of beginning at step 0")
+    ] = False,
+    allow_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-change", help="go on within a phase though its lr, schedule, loss … are others than before"
+        ),
+    ] = False,
+    fresh_optimizer: Annotated[
+        bool, typer.Option("--fresh-optimizer", help="go on from the checkpoint's weights alone; moments begin at zero")
+    ] = False,
 ) -> None:
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
-    from slm.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
+    loaded = _load(recipe, overrides)
     steps = _steps(profile)
+    from slm.inputs import Resume
+
+    if launcher and not restarts:
+        raise UserError("--launcher has no effect without --restarts", fix="add --restarts N")
+    if restarts:
+        from slm.runtime import launched_ranks
+        from slm.supervise import supervise
+
+        if (ranks := launched_ranks()) and ranks.world_size > 1:
+            raise UserError(
+                f"--restarts in each of {ranks.world_size} ranks: each would start again without the others",
+                fix="bash launchers/local.sh RECIPE RANKS --restarts N, or slm train RECIPE --restarts N --launcher "
+                "'mpirun -n RANKS slm'",
+            )
+        if fresh_optimizer:
+            raise UserError(
+                "--fresh-optimizer with --restarts: each restart would throw the moments away again",
+                fix="start once with --fresh-optimizer, stop it after its first save, and go on with --restarts",
+            )
+        command = shlex.split(launcher) or [sys.executable, "-m", "slm"]
+        command += ["train", str(recipe), *(overrides or [])]
+        command += ["--profile", profile] * bool(profile) + ["--until", until] * bool(until)
+        command += ["--must-resume"] * must_resume + ["--allow-change"] * allow_change
+        sys.exit(supervise(command, loaded.run_dir, restarts))
+    from slm.ledger import Ledger, process_age_seconds
     from slm.train import train as run
 
-    sys.exit(run(loaded, profile_steps=steps, until=until))
+    resume = Resume(must=must_resume, allow_change=allow_change, fresh_optimizer=fresh_optimizer)
+    ledger = Ledger(process_age_seconds())
+    sys.exit(run(loaded, profile_steps=steps, until=until, resume=resume, ledger=ledger))
 
 
 def _steps(text: str) -> range:
@@ -136,8 +209,6 @@ def teacher(
     Killed, the same command goes on. `verify` reads all of it again; `stats` shows what the teachers know and how much of
     it the caches hold; `diff` runs the teachers on a sample and says what the caches lost.
     """
-    from slm.recipe import load_recipe
-
     action = words[0] if words[0] in ("verify", "stats", "diff") else "build"
     rest = words if action == "build" else words[1:]
     if not rest:
@@ -155,7 +226,7 @@ def teacher(
     ):
         if given and action not in of:
             raise UserError(f"{option} has no effect here", fix=f"it is for slm teacher {' and '.join(of)}")
-    recipe = load_recipe(rest[0], rest[1:])
+    recipe = _load(rest[0], rest[1:])
     if action == "build":
         from slm.distill.build import build
 
@@ -282,6 +353,18 @@ def export(
 
     export_model(model, output, tokenizer)
     typer.echo(f"wrote {output}: load it with transformers' AutoModelForCausalLM or SLMForCausalLM.from_pretrained")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Where a run's time went, over all its attempts: the share of it that was training, what was lost, and to what."""
+    from slm.ledger import describe, goodput, read_events
+
+    found = goodput(read_events(run))
+    typer.echo(json.dumps(found, indent=2) if as_json else describe(found))
 
 
 @app.command()

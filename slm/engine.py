@@ -14,23 +14,18 @@ saving needs no communication and any layout can load any other (checkpoint.py).
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
-import os
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from slm import parallel
+from slm import operators, parallel
 from slm.data.batches import Batch
-from slm.errors import EnvironmentProblem, UserError
+from slm.errors import UserError
 from slm.layout import data_parallel, gradient_accumulation
 from slm.losses import Distillation
 from slm.model.config import ModelConfig
@@ -163,8 +158,7 @@ class Engine:
         groups_of_ranks = parallel.sequence_groups(phase.sequence_parallel) if phase.sequence_parallel > 1 else None
         deepspeed.utils.groups.mpu = groups_of_ranks  # an earlier phase's stays otherwise
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-        if offload:
-            build_cpu_adam()
+        build_operators(ds_config["zero_optimization"])
         module = self.module = self._build_model(config, ds_config, groups_of_ranks)
         self._set_recomputation(phase)
         module.objective = objective
@@ -348,6 +342,14 @@ class Engine:
             for name in _SCALER_STATE:
                 setattr(self._optimizer.loss_scaler, name, state[name])
 
+    def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors that every rank holds a copy of: the weights, at stage 0 their moments too; none at stage 3."""
+        if self.stage < 3:
+            yield from self._parameters.items()
+        if self.stage == 0:
+            for name, parameter in self._parameters.items():
+                yield from ((f"{kind} of {name}", self._inner.state[parameter][kind]) for kind in STATE_KINDS[1:])
+
     def fragments(self) -> Iterator[Fragment]:
         """The state that this rank is responsible for, as live views. Together the ranks hold every element once."""
         if self.stage > 0 or parallel.rank() == 0:
@@ -449,50 +451,19 @@ class PartitionedModel:
         return self._engine(*inputs, **options)
 
 
-# --- DeepSpeed's compiled CPU Adam ---------------------------------------------------------------------------
+# --- DeepSpeed's compiled operators --------------------------------------------------------------------------
 
 
-def extensions_dir() -> Path:
-    """Where compiled operators of exactly this environment live: other versions or CPUs get another folder."""
-    import deepspeed
+def build_operators(zero: dict[str, Any]) -> None:
+    """Loads those that the "zero_optimization" section of a DeepSpeed JSON needs; see operators.py."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder, QuantizerBuilder
 
-    flags = next((x for x in _cpuinfo() if x.startswith("flags")), platform.processor())
-    identity = [torch.__version__, deepspeed.__version__, platform.python_version(), flags]
-    key = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm" / "torch_extensions" / key
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        operators.load(CPUAdamBuilder(), "CPU Adam")
+    if zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients"):
+        operators.load(QuantizerBuilder(), "quantiser")
 
 
 def build_cpu_adam() -> None:
-    """Loads DeepSpeed's CPU Adam, which offloading needs; compiles it first if this machine has not yet.
-
-    Says so (it takes minutes), one process at a time, and clears the lock of a build that was killed: torch
-    would wait for it forever. Raises EnvironmentProblem if the compiler fails.
-    """
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir())))
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "build.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in folder.glob("*/lock"):  # whoever builds holds the flock, and that is us
-            stale.unlink()
-        built = any(folder.glob("cpu_adam/*.so"))
-        if not built:
-            log.warning("compiling DeepSpeed's CPU Adam, once for this machine: 1 to 4 minutes (%s)", folder)
-        try:
-            from deepspeed.ops.op_builder import CPUAdamBuilder
-
-            CPUAdamBuilder().load(verbose=False)
-        except Exception as error:
-            raise EnvironmentProblem(
-                f"DeepSpeed's CPU Adam could not be compiled: {str(error).strip().splitlines()[-1]}",
-                fix="install a C++ compiler and ninja (apt-get install g++ ninja-build), or a ds_configs file without "
-                "offload",
-            ) from error
-        if not built:
-            log.warning("compiled")
+    """Before anything needs it: it takes minutes."""
+    build_operators({"offload_optimizer": {"device": "cpu"}})

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from slm import parallel
+from slm import parallel, watchdog
 from slm.data.batches import Batch
 from slm.losses import IGNORE
 from slm.model.llama import Visit
@@ -119,6 +119,7 @@ def examine(
     def count(_: int) -> None:
         nonlocal done
         done += 1
+        watchdog.at("an evaluation, after batch", done)
         progress(done)
 
     losses = {held_out.seq_len: evaluate(scorer.token_losses, held_out.sources, device, count)}

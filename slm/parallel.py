@@ -49,6 +49,14 @@ def local_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def same_bits_every_time() -> None:
+    """From now on torch takes kernels whose result does not depend on the order in which threads finish, and refuses to
+    compute what has none. Before the first CUDA call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS: a workspace of its own for each stream
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def start(device: torch.device, timeout_minutes: float = 30.0) -> bool:
     """Joins the process group named by the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
@@ -112,6 +120,15 @@ def reduce_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's tensor of this shape, in their order."""
+    if world_size() == 1:
+        return [tensor]
+    tensors = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(tensors, tensor)
+    return tensors
+
+
 def reduce_max(value: int) -> int:
     """The largest over ranks."""
     if world_size() == 1:
@@ -133,6 +150,14 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=_device)
     return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Each rank's picklable value, by rank, on every rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def is_lost_peer(error: BaseException) -> bool:

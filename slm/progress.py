@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,9 +36,17 @@ class _Progress:
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
             self._bar.start()
 
+    def _draw(self, **fields: Any) -> None:
+        assert self._bar is not None
+        try:
+            self._bar.update(self._task, **fields)
+        except OSError:  # the terminal was closed, and the run goes on under nohup
+            self.close()
+
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
             self._bar = None
 
 
@@ -51,7 +60,7 @@ class StepProgress(_Progress):
         """`step` steps of the phase are done."""
         note = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, note=note)
+            self._draw(completed=step, note=note)
         elif self._enabled and (time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES or step == self._total):
             self._last_line = time.monotonic()
             left = (self._last_line - self._started) / max(1, step - self._first) * (self._total - step)
@@ -60,7 +69,7 @@ class StepProgress(_Progress):
     def evaluating(self, num_batches: int) -> None:
         """An evaluation within the phase has done so many batches."""
         if self._bar is not None:
-            self._bar.update(self._task, note=f"evaluating: {num_batches} batches done")
+            self._draw(note=f"evaluating: {num_batches} batches done")
         elif self._enabled and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             log.info("%s evaluating: %d batches done", self._title, num_batches)
@@ -84,7 +93,7 @@ class TokenProgress(_Progress):
         rate = (done - first) / max(1e-9, now - began)
         note = f"{rate:,.0f} tokens/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=note)
+            self._draw(completed=done, note=note)
         elif self._enabled and (now - self._last_line > _SECONDS_BETWEEN_LINES or ended):
             self._last_line = now
             left = f"  {timedelta(seconds=round((self._total - done) / rate))} left" if rate > 0 else ""

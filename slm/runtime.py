@@ -19,11 +19,13 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -42,6 +44,8 @@ EXIT_CODES = {
     76: "diverged: the loss is not finite",
     77: "out of memory",
     78: "a phase did not pass its gate",
+    79: "a rank hung; every rank's stack is in logs/rank-N.stacks",
+    80: "ranks held different weights; start again to go on from before",
 }
 
 # A launcher that waits for this attempt names a file here: it then knows how the attempt ended also when
@@ -59,6 +63,12 @@ class Ranks:
     world_size: int
     local_rank: int
     local_world_size: int
+
+
+def launched_ranks() -> Ranks | None:
+    """What a launcher says that this process is; None without one."""
+    found = _from_torch_environment() or _from_mpi() or _from_slurm()
+    return found[0] if found else None
 
 
 def discover_ranks() -> Ranks:
@@ -172,15 +182,18 @@ def free_port() -> int:
 
 # ----------------------------------------------------------------------------------------- signals
 class StopRequest:
-    """SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT only leave a note, `signal_name`; the loop stops on it.
+    """SIGTERM, SIGUSR1 (SLURM's warning), SIGINT and SIGHUP only leave a note, `signal_name`; the loop stops on it.
 
-    A second SIGINT raises KeyboardInterrupt, for a user who does not want to wait. Main thread only.
+    SIGHUP (a closed terminal) stays ignored where it is, as under nohup. A second SIGINT raises KeyboardInterrupt, for a
+    user who does not want to wait. Main thread only.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._num_interrupts = 0
-        wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        wanted = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            wanted.append(signal.SIGHUP)
         self._before = {number: signal.signal(number, self._note) for number in wanted}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -230,7 +243,8 @@ class RunLock:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        run_dir = Path(run_dir)
+        run_dir = self._folder = Path(run_dir)
+        self.made_folder = not run_dir.exists()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] | None = open(run_dir / "lock", "a+")
@@ -259,6 +273,13 @@ class RunLock:
         self._file.flush()
         (run_dir / "exit.json").unlink(missing_ok=True)
 
+    def remove_folder(self) -> bool:
+        """Removes the run directory if it holds no more than every attempt leaves; whether it did. While it is locked."""
+        if {path.name for path in self._folder.iterdir()} - {"lock", "logs"}:
+            return False
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return True
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()  # which unlocks; the file stays, for removing it would race with the next job
@@ -285,9 +306,12 @@ def write_exit(run_dir: str | Path | None, code: int, reason: str, **extra: Any)
     if EXIT_FILE_VARIABLE in os.environ:
         targets.append(Path(os.environ[EXIT_FILE_VARIABLE]))
     for path in targets:
-        if not (path.exists() and _json_or_empty(path.read_text()).get("code")):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, json.dumps(record, indent=2, default=str) + "\n")
+        try:
+            if not (path.exists() and _json_or_empty(path.read_text()).get("code")):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(path, json.dumps(record, indent=2, default=str) + "\n")
+        except OSError as error:  # a full disk: the process's own code still says it
+            logging.getLogger("slm").warning("%s could not be written: %s", path, error)
 
 
 def _json_or_empty(text: str) -> dict[str, Any]:
@@ -306,18 +330,35 @@ def setup_logging(rank: int, run_dir: str | Path | None) -> logging.Logger:
     log = logging.getLogger("slm")
     for handler in log.handlers[:]:  # called again in the same process, as tests and notebooks do
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # what it still holds for a full disk
+            handler.close()
     log.setLevel(logging.INFO)
     log.addHandler(_screen(rank))
     if run_dir is not None:
         path = Path(run_dir) / "logs" / f"rank-{rank}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_file = _LogFile(path)
+        except OSError as error:
+            log.warning("%s cannot be written, the run goes on without: %s", path, error)
+            return log
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         log.addHandler(to_file)
     for handler in log.handlers:
         handler.addFilter(redact_record)
     return log
+
+
+class _LogFile(logging.FileHandler):
+    """What can no longer be written (disk full, folder gone read-only) is said once, and no line is worth a run."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            self._failed = True
+            log = logging.getLogger("slm")
+            log.warning("%s cannot be written, the run goes on without: %s", self.baseFilename, sys.exc_info()[1])
 
 
 def _screen(rank: int) -> logging.Handler:

@@ -1,6 +1,6 @@
 """One optimiser step over a rank's micro-batches, and what came of it.
 
-done = train_step(engine, batches, lr, timer)
+done = train_step(engine, batches, lr, timer, loss_limit=spikes.limit)
 totals = totals.plus(done)
 """
 
@@ -27,15 +27,16 @@ class SaveFailed(EnvironmentProblem):
 
 @dataclass(frozen=True)
 class StepDone:
-    """One step's outcome. loss_sum is this rank's; the counts are of all ranks."""
+    """One step's outcome, of all ranks. why_skipped: empty for a step that was taken."""
 
-    loss_sum: torch.Tensor
+    loss: float  # mean over num_targets
     num_targets: float
     num_tokens: float
     pairs_full: float
     pairs_causal: float
     stop_requested: bool
     result: StepResult
+    why_skipped: str
     # Distillation, this rank's sums: CE, T^2 * divergence, targets that the teachers are known for, each one's own loss.
     parts: torch.Tensor
 
@@ -60,14 +61,15 @@ def train_step(
     targets: Targets | None = None,
     fraction: float = 0.0,
     *,
+    loss_limit: float = float("inf"),
     stop_requested: bool = False,
     save_failed: bool = False,
 ) -> StepDone:
     """One optimiser step over this rank's micro-batches: the gradient of the mean loss over all ranks' targets.
 
     The targets of all micro-batches and ranks are counted before the first forward, so the division is the same
-    however the step is split. The ranks also agree here on whether to stop, and
-    raise SaveFailed together if a checkpoint could not be written on one of them.
+    however the step is split. A loss above loss_limit skips the update, as does a gradient that is not finite. The ranks
+    also agree here on whether to stop, and raise SaveFailed together if a checkpoint could not be written on one of them.
     """
     num_targets, num_tokens, pairs_full, pairs_causal, stop, failed = parallel.reduce_sum(
         [
@@ -84,6 +86,7 @@ def train_step(
     loss_sum = torch.zeros((), device=batches[0].tokens_BT.device)
     parts = torch.zeros(3 + len(batches[0].teacher_nll), device=loss_sum.device)
     for batch in batches:
+        is_last = batch is batches[-1]
         with timer.part("teacher"):
             distillation = targets.of(batch, fraction) if targets else None
         with timer.part("forward"):
@@ -93,9 +96,17 @@ def train_step(
             parts[2:] += torch.tensor(
                 [batch.num_known if batch.teachers else batch.num_targets, *batch.teacher_nll], device=parts.device
             )
-        with timer.part("backward"):
-            engine.backward(micro_loss, max(1.0, num_targets))
         loss_sum += micro_loss.detach()
+        with timer.part("backward"):
+            if is_last:
+                loss_of_all = parallel.reduce_tensor(loss_sum.double()) / max(1.0, num_targets)
+                # A gradient of NaN is what every ZeRO stage skips a step for, on all ranks, without waiting for the device here.
+                micro_loss = micro_loss * torch.where(loss_of_all > loss_limit, float("nan"), 1.0).to(micro_loss.dtype)
+            engine.backward(micro_loss, max(1.0, num_targets))
     with timer.part("optimizer"):
         result = engine.step(lr)
-    return StepDone(loss_sum, num_targets, num_tokens, pairs_full, pairs_causal, stop > 0, result, parts)
+    loss = float(loss_of_all)  # the step has waited for the device already, to know the gradient's norm
+    why_skipped = ""
+    if result.skipped:
+        why_skipped = f"loss {loss:.4g} is above {loss_limit:.4g}" if loss > loss_limit else "gradient not finite"
+    return StepDone(loss, num_targets, num_tokens, pairs_full, pairs_causal, stop > 0, result, why_skipped, parts)

@@ -142,19 +142,29 @@ def test_a_contradictory_environment_is_refused(env, broken):
 
 # ----------------------------------------------------------------------------------------- signals
 def test_signals_leave_a_note_and_are_given_back():
-    """SIGTERM, SIGUSR1 and SIGINT do not interrupt; a second SIGINT does; close() restores the handlers."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    """SIGTERM, SIGUSR1, SIGHUP and SIGINT do not interrupt; a second SIGINT does; close() restores the handlers."""
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+    names = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
+    before = {name: signal.getsignal(getattr(signal, name)) for name in names}
     stop = StopRequest()
     try:
         assert stop.signal_name is None
-        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        for name in names:
             os.kill(os.getpid(), getattr(signal, name))
             assert stop.signal_name == name
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
         stop.close()
-    assert {number: signal.getsignal(number) for number in before} == before
+    assert {name: signal.getsignal(getattr(signal, name)) for name in names} == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)  # as under nohup
+        assert stop.signal_name is None
+    finally:
+        stop.close()
+        signal.signal(signal.SIGHUP, hangup)
 
 
 # ------------------------------------------------------------------------------------ run directory
@@ -242,3 +252,21 @@ def test_each_rank_keeps_a_file_and_rank_0_speaks(tmp_path, capsys, rank):
     assert [line.split(" ", 1)[1] for line in screen] == (
         ["INFO loaded", "WARNING slow"] if rank == 0 else ["[rank 1] WARNING slow"]
     )
+
+
+def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
+    """A full disk: one line on the screen, no traceback, and what follows is on the screen too."""
+    try:
+        log = setup_logging(0, tmp_path)
+        log.handlers[-1].setStream(open("/dev/full", "w"))
+        log.info("one")
+        log.info("two")
+        setup_logging(0, tmp_path)  # closes what it cannot write
+    finally:
+        for handler in logging.getLogger("slm").handlers[:]:
+            logging.getLogger("slm").removeHandler(handler)
+            handler.close()
+    screen = capsys.readouterr().err
+    assert screen.count("rank-0.log cannot be written, the run goes on without") == 1
+    assert "two" in screen
+    assert "Traceback" not in screen

@@ -1,0 +1,178 @@
+"""Where the seconds of a run went: every second of an attempt is in one category, and attempts are joined by `goodput`.
+
+Owns the arithmetic of time; who writes it down is train.py (events of the kind "seconds"), who prints it cli.py.
+
+    ledger = Ledger(process_age_seconds())
+    with ledger.within("eval"): ...         # and then it is again what it was before
+    metrics.event("seconds", step=100, **ledger.seconds())
+    goodput(read_events(run_dir))           # {"wall": 3600.0, "seconds": {"step": 3300.0, "restart": 40.0, …}, …}
+
+Categories: init (start-up, opening data, building and filling engines), compile (the first step of a phase whose blocks are
+compiled), data (waiting for it), step, save (what training waits for), eval, check (comparing replicas), finish; and between
+attempts: lost (steps that a later attempt, or a rollback, computed again), hang (a rank hung until the watchdog ended the
+run), restart (from the last sign of life of an attempt to the first step of the next).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slm.errors import UserError
+
+WORK = ("step", "data")  # what is lost when steps are computed again
+
+
+def process_age_seconds() -> float:
+    """How long this process has been running."""
+    try:  # field 22, after the name in parentheses, is the start in clock ticks since boot
+        fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, AttributeError, IndexError, ValueError):
+        return time.process_time()
+
+
+class Ledger:
+    """The seconds of an attempt by category; always in exactly one of them. age: how long it has been going on already."""
+
+    def __init__(self, age_seconds: float = 0.0) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._category, self._since = "init", time.monotonic() - age_seconds
+
+    def enter(self, category: str) -> None:
+        now = time.monotonic()
+        self._seconds[self._category] += now - self._since
+        self._category, self._since = category, now
+
+    @contextmanager
+    def within(self, category: str) -> Iterator[None]:
+        before = self._category
+        self.enter(category)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def seconds(self) -> dict[str, float]:
+        """Up to now, by category. Their sum is the age of the attempt."""
+        self.enter(self._category)
+        return {name: round(seconds, 4) for name, seconds in self._seconds.items()}
+
+
+# --- over all attempts of a run ----------------------------------------------------------------------------------
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of events.jsonl, without one that a kill cut short. Raises UserError where there is no such file."""
+    path, events = run_dir / "events.jsonl", []
+    if not path.is_file():
+        raise UserError(f"{run_dir} has no events.jsonl, so it is no run that has begun", fix="give runs/NAME")
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """{"wall", "seconds" by category, "goodput", "attempts", "steps_lost", "skipped", "rollbacks"}. Times in seconds.
+
+    wall: from the start of the first process to the last event. The categories sum to it. goodput: the share of the wall
+    in steps that were not computed again.
+    """
+    attempts: list[list[dict[str, Any]]] = []
+    for event in events:
+        if event["kind"] == "start" and "age" in event:
+            attempts.append([])
+        if attempts:
+            attempts[-1].append(event)
+    total: dict[str, float] = defaultdict(float)
+    steps_lost = 0
+    for i, attempt in enumerate(attempts):
+        told = [event for event in attempt if event["kind"] == "seconds"]
+        spent = defaultdict(float, told[-1]["seconds"] if told else {})
+        following = attempts[i + 1][0] if i + 1 < len(attempts) else None
+        returns = [event["to_step"] for event in attempt if event["kind"] == "rollback"]
+        if following is not None:
+            returns.append(following["step"])
+        for seconds, steps in _lost(attempt, returns):
+            steps_lost += steps
+            for category in WORK:
+                spent[category] -= seconds[category]
+                total["lost"] += seconds[category]
+        if i > 0:  # what an interruption cost besides: until the first step again
+            total["restart"] += spent.pop("init", 0.0)
+        for category, seconds in spent.items():
+            total[category] += seconds
+        # From the last time that seconds were told to the end of the attempt, as far as it is known, and to the next one.
+        last_told = told[-1]["time"] if told else attempt[0]["time"] - attempt[0]["age"]
+        hung = sum(event.get("seconds", 0.0) for event in attempt if event["kind"] == "hang")
+        end = following["time"] - following["age"] if following else max(last_told, attempt[-1]["time"])
+        gap = max(0.0, end - last_told)
+        total["hang"] += min(hung, gap)
+        total["restart" if following else "finish"] += gap - min(hung, gap)
+    wall = sum(total.values())
+    seconds = {name: value for name, value in total.items() if value > 0}
+    return {
+        "wall": wall,
+        "seconds": dict(sorted(seconds.items(), key=lambda item: -item[1])),
+        "goodput": total["step"] / wall if wall else 0.0,
+        "attempts": len(attempts),
+        "steps_lost": steps_lost,
+        "skipped": sum(event["kind"] == "skip" for event in events),
+        "rollbacks": sum(event["kind"] == "rollback" for event in events),
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What goodput returns, as a table with bars."""
+    wall = found["wall"]
+    if not wall:
+        return "no attempt of this run has told its time"
+    lines = [
+        f"goodput {found['goodput']:.1%}: of {_duration(wall)} over {found['attempts']} attempts, so much was steps that count",
+        "",
+    ]
+    for name, seconds in found["seconds"].items():
+        bar = "#" * round(40 * seconds / wall)
+        lines.append(f"  {name:8} {_duration(seconds):>10} {seconds / wall:7.2%}  {bar}")
+    lines += [
+        "",
+        f"{found['steps_lost']} steps computed again, {found['skipped']} skipped, {found['rollbacks']} rollbacks",
+    ]
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def _lost(attempt: list[dict[str, Any]], returns: list[int]) -> Iterator[tuple[dict[str, float], int]]:
+    """(seconds by category of WORK, steps) of what an attempt computed beyond each step to which it, or the next, returned."""
+    stretches: list[list[dict[str, Any]]] = [[]]  # between returns of the attempt's own
+    for event in attempt:
+        if event["kind"] == "seconds":
+            stretches[-1].append(event)
+        elif event["kind"] == "rollback":
+            stretches.append([])
+    before: dict[str, Any] = {"step": attempt[0]["step"], "seconds": {}}
+    for stretch, return_to in zip(stretches, returns, strict=False):
+        at_return = before
+        for event in stretch:
+            if event["step"] <= return_to:
+                at_return = event
+        last = stretch[-1] if stretch else at_return
+        spent = {c: last["seconds"].get(c, 0.0) - at_return["seconds"].get(c, 0.0) for c in WORK}
+        yield spent, max(0, last["step"] - return_to)
+        before = {"step": return_to, "seconds": last["seconds"]}

@@ -1,0 +1,154 @@
+"""`slm train --restarts N`: runs a training command again when it ends in a way that can pass.
+
+Owns the decision and the waiting; the run itself goes on from its newest checkpoint by the same command. It knows the run
+by its folder alone (metrics.jsonl, exit.json), so one process, our launcher, torchrun and mpirun are all the same to it.
+
+    code = supervise([sys.executable, "-m", "slm", "train", "recipes/demo.yaml"], Path("runs/demo"), restarts=3)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from slm.runtime import EXIT_CODES, setup_logging
+
+log = logging.getLogger("slm")
+
+# What the same command again would not mend: done, a mistake, a lack, a broken file, or for somebody to look at.
+_FINAL_CODES = frozenset({0, 2, 3, 4, 75, 76, 77, 78})
+_TIMES_AT_ONE_STEP = 3  # then it is no accident
+_LONGEST_WAIT_SECONDS = 60.0
+_TAIL_BYTES = 1 << 16
+
+
+def supervise(command: list[str], run_dir: Path, restarts: int) -> int:
+    """Runs the command, at most `restarts` times again; returns the code of the last attempt.
+
+    Signals go to the command, after which there is no other attempt. It dies with us (where there is prctl): by SIGTERM,
+    so that it saves.
+    """
+    setup_logging(0, None)
+    child = _Child()
+    failed_step, times_at_step = -1, 0
+    for attempt in range(restarts + 1):
+        earlier = _exit_record(run_dir)
+        code = child.run(command)
+        if code in _FINAL_CODES or child.arrived:
+            return code
+        reason = _why(code, _exit_record(run_dir), earlier)
+        step = last_step(run_dir)
+        times_at_step = times_at_step + 1 if step == failed_step else 1
+        failed_step = step
+        if times_at_step == _TIMES_AT_ONE_STEP:
+            log.error(
+                "given up: %d attempts in a row ended after step %d (%s). That is no accident: see %s/logs",
+                times_at_step, step, reason, run_dir,
+            )  # fmt: skip
+            return code
+        if attempt == restarts:
+            log.error("given up after %d restarts; the last attempt ended after step %d: %s", restarts, step, reason)
+            return code
+        seconds = min(_LONGEST_WAIT_SECONDS, 2.0**attempt)
+        if run_dir.is_dir():
+            setup_logging(0, run_dir)  # from now on also in the run's own log
+        log.warning(
+            "attempt %d ended after step %d: %s. Restart %d of %d in %g s",
+            attempt + 1, step, reason, attempt + 1, restarts, seconds,
+        )  # fmt: skip
+        began = time.monotonic()
+        if child.sleep(seconds):
+            log.info("%s: not started again", signal.Signals(child.arrived[-1]).name)
+            return 128 + child.arrived[-1]
+        down = time.monotonic() - began
+        _append_event(run_dir, {"why": reason, "code": code, "step": step, "seconds_down": round(down, 2)})
+    raise AssertionError
+
+
+class _Child:
+    """The command's process, and the signals that came for it."""
+
+    def __init__(self) -> None:
+        self.arrived: list[int] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        wanted = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup: let it be so
+            wanted.append(signal.SIGHUP)
+        for number in wanted:
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.arrived.append(number)
+        if self._process is not None and self._process.returncode is None:
+            os.kill(self._process.pid, signal.SIGTERM if number == signal.SIGHUP else number)
+
+    def run(self, command: list[str]) -> int:
+        # A session of its own: Ctrl-C in a terminal then arrives once, through us.
+        self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+        for number in self.arrived:  # between two attempts
+            self._process.send_signal(number)
+        code = self._process.wait()
+        return code if code >= 0 else 128 - code  # as a shell says it
+
+    def sleep(self, seconds: float) -> bool:
+        """True if a signal came."""
+        deadline = time.monotonic() + seconds
+        while not self.arrived and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return bool(self.arrived)
+
+
+def _end_with_parent() -> None:
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, prctl(2)
+    except (OSError, AttributeError):  # not Linux
+        pass
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step that the run has logged, 0 if none."""
+    try:
+        with open(run_dir / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):  # cut short by a kill
+            continue
+    return 0
+
+
+def _exit_record(run_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run_dir / "exit.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _why(code: int, record: dict[str, Any], earlier: dict[str, Any]) -> str:
+    if record and record != earlier and record.get("code"):
+        return f"{str(record['reason']).partition(chr(10))[0]} (code {code})"
+    if 128 < code <= 128 + signal.SIGRTMAX:
+        return f"ended by {signal.Signals(code - 128).name}" + " (out of memory?)" * (code == 128 + signal.SIGKILL)
+    return f"code {code}" + (f", {EXIT_CODES[code]}" if code in EXIT_CODES else ", without a word of why")
+
+
+def _append_event(run_dir: Path, fields: dict[str, Any]) -> None:
+    """One line in events.jsonl; nobody else has it open between two attempts."""
+    line = json.dumps({"time": time.time(), "kind": "restart", **fields}) + "\n"
+    try:
+        with open(run_dir / "events.jsonl", "a") as file:
+            file.write(line)
+    except OSError as error:
+        log.warning("events.jsonl could not be written: %s", error)

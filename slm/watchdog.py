@@ -1,0 +1,283 @@
+"""Finds a rank that hangs, shows where every rank is, and ends the run with exit code 79.
+
+Owns one thread in each rank, the files RUN/logs/rank-N.stacks and the `hang` event. The loop says what it is doing and
+that it goes on; when nothing new is heard for the limit of that kind of work, the stacks of all ranks of this machine
+are written (a stopped one is woken for it), and they leave together. Imports no torch.
+
+    watchdog.start(run_dir, rank, step_seconds=900, slow_seconds=3600, everyone=parallel.gather_objects(watchdog.myself()))
+    watchdog.at("step", 7)         # a step may take step_seconds; whatever has another name, slow_seconds
+    watchdog.stop()
+
+A rank that waits in a collective call for one that hangs is as silent as that one: whichever sees it first speaks. So
+ranks must leave slow work together, as by a barrier, or those that are ahead would wait at a step's limit.
+`kill -USR2 PID` writes a rank's stack at any time and ends nothing.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from slm.runtime import write_exit
+
+log = logging.getLogger("slm")
+
+EXIT_HUNG = 79
+STEP = "step"  # the one kind of work with the short limit
+
+# What this rank does, and of which step. A new tuple is the sign of life: at() may be called in any hot loop.
+_doing: tuple[str, int | None] = ("start-up", None)
+_watch: _Watch | None = None
+
+
+def myself() -> tuple[str, int, str]:
+    """This process, for its siblings: machine, id, and when it began (ids are used again)."""
+    try:  # host names are not unique, and containers on one machine do not see each other's processes
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        machine = socket.gethostname()
+    return machine, os.getpid(), _began(os.getpid())
+
+
+def start(
+    run_dir: Path,
+    rank: int,
+    *,
+    step_seconds: float,
+    slow_seconds: float,
+    everyone: list[tuple[str, int, str]],
+) -> None:
+    """Watches this process from now on. everyone: what `myself` says on each rank. A limit of 0 is none."""
+    global _watch
+    stop()
+    at("start-up")
+    if step_seconds or slow_seconds:
+        _watch = _Watch(run_dir, rank, step_seconds, slow_seconds, everyone)
+
+
+def at(what: str, step: int | None = None) -> None:
+    """This rank goes on, with `what`."""
+    global _doing
+    before, _doing = _doing, (what, step)
+    if _watch is not None and (before[0] == STEP) != (what == STEP):
+        _watch.arm()
+
+
+def stop() -> None:
+    """Watches no more."""
+    global _watch
+    if _watch is not None:
+        _watch.close()
+        _watch = None
+
+
+class _Watch:
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int,
+        step_seconds: float,
+        slow_seconds: float,
+        everyone: list[tuple[str, int, str]],
+    ) -> None:
+        self.run_dir, self.rank, self.step_seconds, self.slow_seconds = run_dir, rank, step_seconds, slow_seconds
+        here, mine = everyone[rank][0], everyone[rank][1:]
+        # By number, those on this machine beside this one. Ranks elsewhere watch themselves.
+        self.siblings = {number: who[1:] for number, who in enumerate(everyone) if who[0] == here and who[1:] != mine}
+        shortest = min(seconds for seconds in (step_seconds, slow_seconds) if seconds)
+        self.poll_seconds = min(5.0, shortest / 20)
+        self.stacks = self._open(rank)
+        self.suspended = False
+        faulthandler.register(signal.SIGUSR2, file=self.stacks, all_threads=True)
+        self.before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            # Ctrl-Z, and what SLURM sends before it suspends a job: time that passes until SIGCONT is nobody's hang.
+            self.before = signal.signal(signal.SIGTSTP, self._suspend)
+        self.ended = threading.Event()
+        self.arm()
+        self.thread = threading.Thread(target=self._listen, name="watchdog", daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.ended.set()
+        self.thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
+        if self.before is not None:
+            signal.signal(signal.SIGTSTP, self.before)
+        os.close(self.stacks)
+
+    def arm(self) -> None:
+        """The backup for a hang that holds the interpreter's lock, under which our thread cannot run either: a timer
+        of faulthandler's, in C, that writes the stacks and leaves with code 1. It takes 0.1 ms, so not each step."""
+        seconds = self._limit()
+        if seconds and not self.suspended:
+            faulthandler.dump_traceback_later(1.25 * seconds, exit=True, file=self.stacks)
+        else:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _limit(self) -> float:
+        return self.step_seconds if _doing[0] == STEP else self.slow_seconds
+
+    def _listen(self) -> None:
+        heard, silent_seconds, unarmed_seconds, last = _doing, 0.0, 0.0, time.monotonic()
+        while not self.ended.wait(self.poll_seconds):
+            now = time.monotonic()
+            # While this process did not run itself (stopped with all others, a laptop asleep) nobody hung.
+            tick, last = min(now - last, 2 * self.poll_seconds), now
+            silent_seconds = silent_seconds + tick if _doing is heard else 0.0
+            heard, limit = _doing, self._limit()
+            if 0 < limit < silent_seconds:
+                self._end_run(heard, silent_seconds, limit)
+            unarmed_seconds += tick
+            if limit and unarmed_seconds > limit / 8:
+                self.arm()
+                unarmed_seconds = 0.0
+
+    def _suspend(self, *_: Any) -> None:
+        self.suspended = True
+        faulthandler.cancel_dump_traceback_later()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.suspended = False
+        self.arm()
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def _end_run(self, doing: tuple[str, int | None], seconds: float, limit: float) -> None:
+        try:
+            faulthandler.cancel_dump_traceback_later()
+            # The lock of the machine's first file: one rank speaks for all, which see it at about the same time.
+            first = self._open(min([self.rank, *self.siblings]))
+            try:
+                fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fcntl.flock(first, fcntl.LOCK_EX)  # until all is said
+                return
+            except OSError:
+                pass  # a file system without locks: better said twice than never
+            self._speak(doing, seconds, limit)
+            fcntl.flock(first, fcntl.LOCK_UN)
+            # Not all launchers end the ranks of a run that one rank has left.
+            siblings = [process for who in self.siblings.values() if (process := _process(*who))]
+            for process in psutil.wait_procs(siblings, timeout=2)[1]:
+                _send(process, signal.SIGKILL)
+        finally:
+            os._exit(EXIT_HUNG)
+
+    def _speak(self, doing: tuple[str, int | None], seconds: float, limit: float) -> None:
+        what = doing[0] if doing[1] is None else f"{doing[0]} {doing[1]}"
+        title = f"rank {self.rank} has been at {what} for {seconds:.0f} s"
+        processes = {rank: _process(*who) for rank, who in self.siblings.items()}
+        siblings = {rank: process for rank, process in processes.items() if process is not None}
+        for rank, process in siblings.items():
+            file = self._open(rank)
+            _headline(file, title)
+            os.close(file)
+            stopped = _is_stopped(process)
+            _send(process, signal.SIGUSR2)
+            if stopped:  # it wakes to write where it was stopped, and no longer: the run is over
+                _send(process, signal.SIGCONT)
+                time.sleep(0.2)
+                _send(process, signal.SIGSTOP)
+        _headline(self.stacks, title)
+        faulthandler.dump_traceback(self.stacks, all_threads=True)
+        # Ranks on other machines look as seldom as this one, and want to be heard before a launcher ends them.
+        time.sleep(self.poll_seconds + 1)
+        where = {rank: _innermost(self._path(rank)) for rank in sorted([self.rank, *siblings])}
+        field = "watchdog.step_seconds" if doing[0] == STEP else "watchdog.slow_seconds"
+        reason = (
+            f"{title}, longer than {field} ({limit:g}): a rank hangs. Every rank's stack is in "
+            f"{self.run_dir}/logs/rank-N.stacks"
+        )
+        _attempt(lambda: write_exit(self.run_dir, EXIT_HUNG, reason, doing=what, seconds=round(seconds, 1)))
+        event = {"rank": self.rank, "doing": doing[0], "step": doing[1], "seconds": round(seconds, 1), "where": where}
+        _attempt(lambda: self._append_event(event))
+        # The rank may hang in writing to its terminal, with the lock that the next line wants.
+        faulthandler.dump_traceback_later(10, exit=True, file=self.stacks)
+        lines = "\n".join(f"  rank {rank}: {place}" for rank, place in where.items())
+        log.error("%s. Where they are:\n%s\nThe same command goes on from the last checkpoint", reason, lines)
+
+    def _append_event(self, fields: dict[str, Any]) -> None:
+        line = json.dumps({"time": time.time(), "kind": "hang", **fields}) + "\n"
+        file = os.open(self.run_dir / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(file, line.encode())
+
+    def _path(self, rank: int) -> Path:
+        return self.run_dir / "logs" / f"rank-{rank}.stacks"
+
+    def _open(self, rank: int) -> int:
+        try:
+            self._path(rank).parent.mkdir(parents=True, exist_ok=True)
+            return os.open(self._path(rank), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            log.warning("%s cannot be written (%s): stacks would go to the screen", self._path(rank), error)
+            return os.dup(2)
+
+
+def _began(pid: int) -> str:
+    try:  # in ticks since the machine's start (proc(5): stat, field 22); psutil's seconds change when the clock is set
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return str(psutil.Process(pid).create_time())
+
+
+def _process(pid: int, began: str) -> psutil.Process | None:
+    try:
+        process = psutil.Process(pid)
+        return process if _began(pid) == began else None
+    except psutil.Error:
+        return None
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        return False
+
+
+def _send(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.Error:
+        pass  # gone
+
+
+def _attempt(write: Any) -> None:
+    try:
+        write()
+    except OSError as error:  # a full disk does not keep a hung run alive
+        log.warning("%s", error)
+
+
+def _headline(file: int, title: str) -> None:
+    os.write(file, f"\n=== {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {title}\n".encode())
+
+
+def _innermost(path: Path) -> str:
+    """Where the main thread was at the last time: its innermost line, and the innermost of ours above it."""
+    try:
+        text = path.read_text(errors="replace").rpartition("\n=== ")[2]
+    except OSError as error:
+        return str(error)
+    main = re.split(r"^(?:Current thread|Thread) .*\n", text, flags=re.MULTILINE)[-1]  # threads go newest first
+    frames = [
+        (f"{name} ({file}:{line})", file) for file, line, name in re.findall(r'File "(.*)", line (\d+) in (.*)', main)
+    ]
+    if not frames:
+        return "it did not answer (no interpreter, or no such process)"
+    root = str(Path(__file__).parent) + os.sep
+    ours = next((shown for shown, file in frames if file.startswith(root)), frames[0][0])
+    return frames[0][0] if ours == frames[0][0] else f"{frames[0][0]}, called by {ours}"

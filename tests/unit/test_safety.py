@@ -1,0 +1,105 @@
+"""What counts as a spike, which rank is slow, and where the seconds of several attempts went: the arithmetic alone."""
+
+import math
+import random
+import statistics
+import time
+
+import pytest
+
+from slm.ledger import Ledger, goodput, process_age_seconds
+from slm.safety import Safety, Spikes, stragglers
+
+
+def test_a_spike_is_told_from_noise_and_from_learning():
+    """The limit is mean + 6 standard deviations of the window, as statistics says; a noisy falling loss never reaches it, a
+    loss 50 times as high always does; nothing is a spike before 32 losses or where it is turned off."""
+    rng = random.Random(0)
+    spikes, off = Spikes(Safety()), Spikes(Safety(spike_sigmas=0))
+    for step in range(2000):
+        loss = 2 + 8 * math.exp(-step / 50) + rng.gauss(0, 0.05)
+        assert loss <= spikes.limit, step
+        assert (50 * loss > spikes.limit) == (step >= 32)
+        spikes.accept(loss)
+        off.accept(loss)
+    window = list(spikes.losses)
+    assert len(window) == 128
+    assert spikes.limit == pytest.approx(statistics.fmean(window) + 6 * statistics.pstdev(window), rel=1e-12)
+    assert off.limit == math.inf
+    assert Spikes(Safety(), window).limit == spikes.limit  # as a resume has them
+
+
+def test_a_loss_that_hardly_differs_is_no_spike():
+    spikes = Spikes(Safety(), [1.0] * 128)
+    assert 1.05 < spikes.limit < 1.07
+
+
+def test_a_slow_rank_is_one_that_costs_the_step_something():
+    assert stragglers({0: 0.10, 1: 0.11, 2: 0.10, 3: 0.31}, 1.0) == {3: pytest.approx(0.21)}
+    assert stragglers({0: 0.01, 1: 0.21}, 0.5) == {1: pytest.approx(0.2)}
+    assert stragglers({0: 0.001, 1: 0.003}, 1.0) == {}  # three times as slow, and it does not matter
+    assert stragglers({0: 0.5}, 1.0) == {}
+
+
+def test_a_ledger_is_always_in_one_category():
+    began = time.monotonic()
+    ledger = Ledger(2.0)
+    time.sleep(0.02)
+    ledger.enter("step")
+    with ledger.within("data"):
+        time.sleep(0.03)
+    time.sleep(0.01)
+    seconds = ledger.seconds()
+    assert sum(seconds.values()) == pytest.approx(2.0 + time.monotonic() - began, abs=2e-3)
+    assert seconds["init"] >= 2.02 - 1e-3
+    assert seconds["data"] >= 0.03 - 1e-3
+    assert 0 < process_age_seconds() < 24 * 3600
+
+
+def event(kind, at, **fields):
+    return {"time": 1000.0 + at, "kind": kind, **fields}
+
+
+def test_goodput_of_a_run_that_was_killed_twice():
+    """Three attempts on one clock. The first is killed at 130 s after its last word at 120 s (step 40), and the checkpoint is
+    of step 30; the second hangs for 60 s; the third ends. Each second is somewhere, once."""
+    events = [
+        event("start", 10, age=10.0, step=0),
+        event("seconds", 90, step=30, seconds={"init": 20.0, "step": 65.0, "data": 5.0}),
+        event("seconds", 120, step=40, seconds={"init": 20.0, "step": 94.0, "data": 6.0}),
+        event("start", 150, age=5.0, step=30),  # process from 145: 25 s after the last word
+        event("seconds", 200, step=45, seconds={"init": 8.0, "step": 45.0, "data": 2.0}),
+        event("hang", 270, seconds=60.0),
+        event("start", 290, age=5.0, step=45),  # process from 285: 85 s after the last word, 60 of them hung
+        event("seconds", 400, step=80, seconds={"init": 7.0, "step": 100.0, "eval": 5.0, "save": 3.0}),
+        event("done", 401, step=80),
+    ]
+    found = goodput(events)
+    assert found["wall"] == pytest.approx(401)
+    assert sum(found["seconds"].values()) == pytest.approx(401)
+    assert found["steps_lost"] == 10
+    assert found["seconds"]["lost"] == pytest.approx(30)
+    assert found["seconds"]["hang"] == pytest.approx(60)
+    assert found["seconds"]["restart"] == pytest.approx(25 + 8 + 25 + 7)
+    assert found["seconds"]["step"] == pytest.approx(65 + 45 + 100)
+    assert found["goodput"] == pytest.approx(210 / 401)
+    assert found["attempts"] == 3
+
+
+def test_goodput_counts_what_a_rollback_computed_again():
+    """From step 12 back to 8, then killed at 20 with a checkpoint of 16: 4 steps are lost twice."""
+    events = [
+        event("start", 1, age=1.0, step=0),
+        event("seconds", 9, step=8, seconds={"init": 1.0, "step": 8.0}),
+        event("seconds", 13, step=12, seconds={"init": 1.0, "step": 12.0}),
+        event("rollback", 13, from_step=12, to_step=8),
+        event("seconds", 22, step=16, seconds={"init": 2.0, "step": 20.0}),
+        event("seconds", 26, step=20, seconds={"init": 2.0, "step": 24.0}),
+        event("start", 30, age=2.0, step=16),
+        event("seconds", 40, step=24, seconds={"init": 3.0, "step": 9.0}),
+    ]
+    found = goodput(events)
+    assert found["steps_lost"] == 8
+    assert found["seconds"]["lost"] == pytest.approx(8)
+    assert found["seconds"]["step"] == pytest.approx(8 + 8 + 9)
+    assert sum(found["seconds"].values()) == pytest.approx(found["wall"]) == pytest.approx(40)

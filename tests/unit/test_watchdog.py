@@ -1,0 +1,167 @@
+"""watchdog.py: processes without torch that hang in each way, work slowly, or are stopped as a whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from slm import watchdog
+
+ROOT = Path(__file__).parents[2]
+
+# A rank of two that need no collective call: what they do is given, and they know each other by files.
+RANK = """
+    import ctypes, os, pathlib, signal, sys, time
+    from slm import watchdog
+    run_dir, rank, world = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    os.environ["RANK"] = str(rank)
+    me = watchdog.myself()
+    (run_dir / f"me-{rank}.tmp").write_text(repr(me))
+    (run_dir / f"me-{rank}.tmp").rename(run_dir / f"me-{rank}")
+    while not all((run_dir / f"me-{r}").exists() for r in range(world)):
+        time.sleep(0.01)
+    everyone = [eval((run_dir / f"me-{r}").read_text()) for r in range(world)]
+    watchdog.start(run_dir, rank, step_seconds=1, slow_seconds=float(sys.argv[4]), everyone=everyone)
+    def steps(seconds):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            watchdog.at("step", 7)
+            time.sleep(0.05)
+    def wait_for_others():
+        time.sleep(1000)
+    def guilty():
+        os.kill(os.getpid(), signal.SIGSTOP)
+    def hold():
+        ctypes.PyDLL(None).pause()
+    def report():
+        (run_dir / "ready").write_text("")
+"""
+
+
+def start(run_dir, code, world=1, slow_seconds=30):
+    """`code` on so many ranks."""
+    command = [sys.executable, "-c", textwrap.dedent(RANK) + textwrap.dedent(code), str(run_dir)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(slow_seconds)], env=env, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(world)
+    ]
+
+
+def outcome(processes, timeout=20):
+    """Codes and what was said; none outlives the test."""
+    try:
+        said = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [process.returncode for process in processes], said
+
+
+def test_a_stopped_rank_is_found_by_the_other_and_shows_where_it_was(tmp_path):
+    """Both stacks with the guilty line, an event with the place of each, exit.json, and the stopped one is ended too."""
+    began = time.monotonic()
+    processes = start(tmp_path, "steps(0.3)\nwait_for_others() if rank == 0 else (guilty(), steps(60))", world=2)
+    codes, said = outcome(processes)
+    assert codes == [79, -signal.SIGKILL], said
+    assert time.monotonic() - began < 15
+    stacks = [(tmp_path / "logs" / f"rank-{rank}.stacks").read_text() for rank in (0, 1)]
+    assert "in wait_for_others" in stacks[0]
+    assert "in guilty" in stacks[1]
+    assert "rank 0 has been at step 7 for" in stacks[1]
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert (event["kind"], event["rank"], event["doing"], event["step"]) == ("hang", 0, "step", 7)
+    assert 1 <= event["seconds"] < 2
+    assert event["where"]["1"].startswith("guilty (")
+    record = json.loads((tmp_path / "exit.json").read_text())
+    assert record["code"] == 79
+    assert "longer than watchdog.step_seconds (1)" in record["reason"]
+
+
+def test_two_ranks_that_wait_for_ever_speak_once(tmp_path):
+    """Both see it at about the same time, both leave with 79, and there is one event."""
+    codes, said = outcome(start(tmp_path, "steps(0.3)\nwait_for_others()", world=2))
+    assert codes == [79, 79], said
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 1
+    assert "in wait_for_others" in (tmp_path / "logs" / "rank-1.stacks").read_text()
+
+
+def test_a_hang_that_holds_the_interpreter_is_ended_by_the_timer_in_c(tmp_path):
+    """No thread of ours can run; the stack is written all the same, and the code is not 0."""
+    codes, said = outcome(start(tmp_path, "steps(0.3)\nhold()"))
+    assert codes == [1], said
+    assert "in hold" in (tmp_path / "logs" / "rank-0.stacks").read_text()
+
+
+def test_slow_work_has_its_own_limit(tmp_path):
+    """Three times a step's limit in a save, also with the interpreter held, is no hang; three times in a step is."""
+    code = """
+        steps(0.3)
+        watchdog.at("the save of step", 7)
+        time.sleep(2)
+        ctypes.PyDLL(None).usleep(2_000_000)
+        report()
+        steps(0.3)
+        wait_for_others()
+    """
+    codes, said = outcome(start(tmp_path, code))
+    assert codes == [79], said
+    assert (tmp_path / "ready").exists()
+
+
+def test_a_limit_of_0_is_none(tmp_path):
+    """With slow_seconds 0 a start may take for ever, a step may not."""
+    codes, said = outcome(start(tmp_path, "time.sleep(2.5)\nreport()\nsteps(0.1)\nwait_for_others()", slow_seconds=0))
+    assert codes == [79], said
+    assert (tmp_path / "ready").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGSTOP", "SIGTSTP"])
+def test_time_in_which_the_process_was_stopped_itself_does_not_count(tmp_path, name):
+    """A job that is suspended as a whole, or Ctrl-Z, and goes on after more than its limit."""
+    (process,) = start(tmp_path, "steps(0.5)\nreport()\nsteps(1)\nwatchdog.stop()")
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))
+    stopped = psutil.Process(process.pid)
+    while stopped.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    # The timer in C cannot know of SIGSTOP, so stay below its 1.25 seconds there; of SIGTSTP it is told.
+    time.sleep(1.1 if name == "SIGSTOP" else 3)
+    process.send_signal(signal.SIGCONT)
+    codes, said = outcome([process])
+    assert codes == [0], said
+
+
+def test_sigusr2_shows_the_stack_and_ends_nothing(tmp_path):
+    """For whoever wants to look."""
+    (process,) = start(tmp_path, "report()\nsteps(1)\nwatchdog.stop()")
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR2)
+    codes, said = outcome([process])
+    assert codes == [0], said
+    assert "in steps" in (tmp_path / "logs" / "rank-0.stacks").read_text()
+
+
+def test_a_process_of_another_time_is_nobodys_sibling():
+    """An id that is used again by a stranger must get no signal."""
+    _, pid, began = watchdog.myself()
+    assert watchdog._process(pid, began) is not None
+    assert watchdog._process(pid, "1") is None
+    assert watchdog._process(2**22 + 1, began) is None
