@@ -198,3 +198,14 @@ def test_no_secret_leaves_the_environment_and_no_name_is_run(watched, tmp_path):
     watched.run(sys.executable, "-c", limited, code=77)
     assert (tmp_path / "runs/memory/memory/rank-0.txt").is_file()
     watched.check()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_wandb_out_of_reach_costs_no_run_and_tells_no_secret(watched, monkeypatch):
+    """Online through a proxy that is not there: the run goes on offline, under the same id, and is done."""
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "15")
+    printed = watched.slm("train", watched.write(output="runs/x", log={"wandb": {"project": "p", "mode": "online"}}))
+    assert "W&B cannot be reached" in printed
+    assert list((watched.folder / "runs/x").glob("wandb/offline-run-*"))
+    watched.check()
