@@ -31,7 +31,7 @@ from slm.errors import UserError
 from slm.evaluate import HeldOut
 from slm.gate import is_at_an_end, parts, verdicts
 from slm.model.config import ModelConfig
-from slm.model.hf import config_to_hf, read_config
+from slm.model.hf import config_to_hf, read_config, refuse_pickles
 from slm.model.llama import initial_value
 from slm.parallel import Share
 from slm.recall.samples import Filler, Form, Grid
@@ -339,6 +339,7 @@ def check_init_from(recipe: Recipe) -> None:
         raise UserError(
             f"init_from.path {start.path} does not exist", fix="give a run, a checkpoint or a Hugging Face folder"
         )
+    refuse_pickles(start.path)
 
 
 def load_initial_state(engine: Engine, recipe: Recipe) -> None:
