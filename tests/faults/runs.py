@@ -20,7 +20,7 @@ NUM_STEPS = 12
 
 
 def write_recipe(folder: Path, **changes) -> Path:
-    """12 steps on 2 ranks or 1, saved every 4 steps, in folder/run; a step that takes 4 seconds hangs."""
+    """12 steps on 2 ranks or 1, saved every 4 steps, in folder/run."""
     make_dataset(folder / "a")
     make_dataset(folder / "val", lengths=[90, 40, 130, 64, 65], seed=5)
     tree = {
@@ -31,7 +31,7 @@ def write_recipe(folder: Path, **changes) -> Path:
         "optim": {"lr": 3e-3},
         "phases": [{"name": "main", "tokens": NUM_STEPS * 256, "seq_len": 64, "batch_tokens": 256, "micro_batch": 2}],
         "checkpoint": {"every_steps": 4},
-        "watchdog": {"step_seconds": 4, "slow_seconds": 90},
+        "watchdog": {"step_seconds": 60, "slow_seconds": 600},
         **changes,
     }
     path = folder / "t.yaml"

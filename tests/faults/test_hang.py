@@ -9,6 +9,7 @@ from slm import checkpoint
 from tests.faults.runs import digest, events, run
 
 LIMIT_SECONDS = 4
+LIMIT = f"watchdog.step_seconds={LIMIT_SECONDS}"
 HANGS = {  # what, and the function and file that the guilty rank's stack must show
     "sleep-data": "in sleep_for_ever",
     "stop-forward": "in stop",
@@ -24,7 +25,7 @@ def test_a_hang_of_one_rank_ends_the_run_with_both_stacks(recipe, what):
     """A loader that sleeps for ever, SIGSTOP, a collective call that one rank leaves out, the interpreter's lock held in C:
     code 79 within the limit and some seconds, where each rank was, and nothing left running."""
     call = 20 if what == "miss-collective" else 7  # of all collective calls, some steps in
-    code, printed = run(recipe, f"{what}@1:{call}")
+    code, printed = run(recipe, f"{what}@1:{call}", 2, LIMIT)
     ended = time.time()
     assert code == 79
     hung = (recipe.with_name("counts") / f"{what}@1:{call}").stat().st_mtime
@@ -49,7 +50,7 @@ def test_slow_work_is_no_hang(recipe, straight):
     """A start, a first step, a save that rank 0 alone waits for, a batch of an evaluation, each twice as long as a step may
     take: the run goes through, to the same weights."""
     slow = "rest-start@1:1,rest-forward@0:1,rest-write@0:1,rest-eval@1:2"
-    code, printed = run(recipe, slow, 2, "checkpoint.every_steps=2", FAULT_SECONDS="9")
+    code, printed = run(recipe, slow, 2, LIMIT, "checkpoint.every_steps=2", FAULT_SECONDS="9")
     assert code == 0, printed
     assert len(list(recipe.with_name("counts").iterdir())) == 4
     assert not events(recipe.with_name("run"), "hang")
@@ -61,7 +62,7 @@ def test_a_hung_run_is_started_again_and_comes_to_the_same(recipe, straight):
     """--restarts counts a hang among what can pass."""
     from tests.faults.test_kill import supervised
 
-    assert supervised(recipe, "sleep-data@1:7", 2) == 0
+    assert supervised(recipe, "sleep-data@1:7", 2, LIMIT) == 0
     (event,) = events(recipe.with_name("run"), "restart")
     assert event["code"] == 79
     assert "a rank hangs" in event["why"]

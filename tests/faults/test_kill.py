@@ -14,9 +14,9 @@ from tests.distributed.test_launcher import processes_of, wait_until
 from tests.faults.runs import ROOT, digest, environment, events, run, starter
 
 
-def supervised(recipe, faults, ranks, restarts=3):
+def supervised(recipe, faults, ranks, *options, restarts=3):
     """The code of `slm train --restarts`; nothing of it may be left."""
-    command = [sys.executable, "-m", "slm", "train", str(recipe), "--restarts", str(restarts)]
+    command = [sys.executable, "-m", "slm", "train", str(recipe), *options, "--restarts", str(restarts)]
     command += ["--launcher", shlex.join(starter(recipe, faults, ranks))]
     try:
         code = subprocess.run(command, env=environment(), cwd=ROOT, timeout=280).returncode
