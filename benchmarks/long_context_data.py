@@ -36,8 +36,8 @@ from slm.recall.settings import Recall
 from slm.tokenizer import SLMTokenizer
 
 RECALL = Recall(
-    needle="\nThe key is {name}{value}\n", query="\nThe key is {name}", names=(192, 255), name_length=1,
-    values=(192, 255), value_length=4,
+    needle="\nThe key is «{name}{value}»\n", query="\nThe key is «{name}", names=(196, 255), name_length=1,
+    values=(196, 255), value_length=4,
 )  # fmt: skip
 # length of the documents, EOS not counted: how many of each of KINDS, in its order
 COUNTS = {
@@ -47,7 +47,7 @@ COUNTS = {
     256: (1000, 1000, 400, 0, 0, 0),
     1024: (300, 300, 100, 0, 0, 0),
 }
-MOST_NEEDLES = 12  # of 5 different bytes out of 64
+MOST_NEEDLES = 12  # of 5 different bytes out of 60
 NEXT = 192 + np.random.default_rng(64).permutation(64)  # of `chains`: the same in all documents and for all seeds
 _SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 
