@@ -117,7 +117,7 @@ def recipe_of(a: Arm, work: Path, *, trial: bool = False) -> dict[str, Any]:
     recall |= {"samples": 3 if trial else 100, "lengths": [ORIGINAL if a.kind in ("base", "short") else LONG]}
     tree["eval"] |= {"every_steps": 0, "max_sequences": 128, "seq_lens": []}
     if a.kind == "base":
-        names = ["learn", "base"]
+        names = ["learn", "find", "base"]
     elif a.kind == "zero":
         names = ["long"]
         phases["long"] |= {"tokens": STEP_TOKENS, "rope_scaling": scaled(a.scaling, LONG / ORIGINAL), "lr": 1e-8}

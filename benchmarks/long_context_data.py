@@ -3,18 +3,21 @@
     python benchmarks/long_context_data.py artifacts/long-context-toy        # half a minute
 
 Tokens are bytes. Names and values of needles are bytes 192 to 255, which no text here holds. Every document but those of
-`text` is 65, 129, 257 or 1,025 tokens long (BOS and EOS included), so that it fills a sequence of 64, 128, 256 or 1,024
+`text` is 33, 65, 129, 257 or 1,025 tokens long (BOS and EOS included), so that it fills a sequence of 32, 64, 128, 256 or 1,024
 with all labels; a phase chooses its lengths by `filters`. A tenth of the files, and nothing made from them, is `held-out`.
 
-`text`    files of the Python standard library of this interpreter
-`needle`  one needle somewhere, and a question at the end: what recall measures
-`many`    needles, and questions about them, as many as fit in 85 % of the document
-`echo`    a string of such bytes somewhere in text, and once more further on
-`pairs`   names with their values, nothing else, again and again in another order
+`text`     files of the Python standard library of this interpreter
+`needle`   one needle somewhere, and a question at the end: what recall measures
+`many`     needles, and questions about them, as many as fit in 85 % of the document
+`echo`     a string of such bytes somewhere in text, and once more further on
+`records`  short strings of such bytes, again and again in another order, 0 to 3 bytes of text after each
+`loops`    one string of such bytes, again and again
+`chains`   such bytes, of which each decides which one comes two places on
 
-A model of two layers learns from `pairs` to find what followed the same byte before. It may do so by way of the byte after that,
-which serves in `pairs` and fails at the last byte of a needle; `echo` is meant against it, and does not always help
-(benchmarks/README.md).
+To find again what followed a byte, two layers must learn two things that are worth nothing alone: to look one place back, and
+to look for what the first found. AdamW sees no slope for long. `chains` is solved by the first alone, and so is learned at once;
+`loops` then asks for the second. In both a byte may as well be read off the place after it, which fails at the last byte of a
+needle; the text after each string of `records` is against it (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -33,17 +36,19 @@ from slm.recall.settings import Recall
 from slm.tokenizer import SLMTokenizer
 
 RECALL = Recall(
-    needle="\nThe key is {name}{value}\n", query="\nThe key is {name}", names=(192, 255), name_length=1,
-    values=(192, 255), value_length=4,
+    needle="\nThe key is «{name}{value}»\n", query="\nThe key is «{name}", names=(196, 255), name_length=1,
+    values=(196, 255), value_length=4,
 )  # fmt: skip
 # length of the documents, EOS not counted: how many of each of KINDS, in its order
 COUNTS = {
-    64: (0, 0, 30000, 30000),
-    128: (12000, 20000, 12000, 12000),
-    256: (2400, 2400, 800, 800),
-    1024: (700, 700, 300, 300),
+    32: (0, 0, 0, 0, 8000, 8000),
+    64: (2000, 4000, 3000, 4000, 0, 0),
+    128: (5000, 8000, 4000, 0, 0, 0),
+    256: (1000, 1000, 400, 0, 0, 0),
+    1024: (300, 300, 100, 0, 0, 0),
 }
-MOST_NEEDLES = 12  # of 5 different bytes out of 64
+MOST_NEEDLES = 12  # of 5 different bytes out of 60
+NEXT = 192 + np.random.default_rng(64).permutation(64)  # of `chains`: the same in all documents and for all seeds
 _SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 
 
@@ -72,15 +77,36 @@ def many(form: Form, filler: Filler, length: int, rng: np.random.Generator) -> n
     return np.concatenate([np.array(bos, np.int64), *parts, text[cuts[-1] :], np.array(asked)])
 
 
-def pairs(form: Form, filler: Filler, length: int, rng: np.random.Generator) -> np.ndarray:
-    """[BOS] names with their values, each time in another order: int64 [length]."""
+def records(form: Form, filler: Filler, length: int, rng: np.random.Generator) -> np.ndarray:
+    """[BOS] strings, each time in another order and with other text between them: int64 [length]."""
     symbols = rng.permutation(np.arange(192, 256))
-    size = int(rng.integers(2, 6))  # a name and 1 to 4 tokens of value
-    keys = int(rng.integers(2, 1 + min(64, length // 3) // size))
-    records = symbols[: keys * size].reshape(keys, size)
-    rounds = [records[rng.permutation(keys)].ravel() for _ in range(1 + length // (keys * size))]
+    size, gap = int(rng.integers(2, 6)), 3
+    keys = int(rng.integers(1, 1 + min(64, length // 2) // (size + gap)))
+    strings, text = symbols[: keys * size].reshape(keys, size), filler.take(gap * length, rng)
+    parts, num = [np.array([] if filler.bos_id is None else [filler.bos_id], np.int64)], 0
+    while num < length:
+        for i in rng.permutation(keys):
+            between, text = np.split(text, [int(rng.integers(gap + 1))])
+            parts += [strings[i], between]
+            num += size + len(between)
+    return np.concatenate(parts)[:length]
+
+
+def loops(form: Form, filler: Filler, length: int, rng: np.random.Generator) -> np.ndarray:
+    """[BOS] one string until it is full: int64 [length]."""
+    string = rng.permutation(np.arange(192, 256))[: int(rng.integers(3, min(64, length // 2)))]
     bos = [] if filler.bos_id is None else [filler.bos_id]
-    return np.concatenate([np.array(bos, np.int64), *rounds])[:length]
+    return np.concatenate([np.array(bos, np.int64), np.resize(string, length - len(bos))])
+
+
+def chains(form: Form, filler: Filler, length: int, rng: np.random.Generator) -> np.ndarray:
+    """[BOS] two bytes, and then what NEXT has for the one two places back, or by chance (a tenth) any: int64 [length]."""
+    bos = [] if filler.bos_id is None else [filler.bos_id]
+    tokens, is_any = rng.integers(192, 256, size=length - len(bos)), rng.random(length) < 0.1
+    for i in range(2, len(tokens)):
+        if not is_any[i]:
+            tokens[i] = NEXT[tokens[i - 2] - 192]
+    return np.concatenate([np.array(bos, np.int64), tokens])
 
 
 def echo(form: Form, filler: Filler, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -99,8 +125,10 @@ def needle(form: Form, filler: Filler, length: int, rng: np.random.Generator) ->
 KINDS: dict[str, Callable[[Form, Filler, int, np.random.Generator], np.ndarray]] = {
     "needle": needle,
     "many": many,
-    "pairs": pairs,
     "echo": echo,
+    "records": records,
+    "loops": loops,
+    "chains": chains,
 }
 
 
@@ -115,7 +143,7 @@ def write(folder: Path, documents: list[np.ndarray], tokenizer: SLMTokenizer) ->
 
 
 def make_data(root: Path, seed: int = 0, counts: dict[int, tuple[int, ...]] | None = None) -> None:
-    """ROOT/tokenizer and ROOT/{text,held-out,needle,many,echo,pairs}; what is there stays."""
+    """ROOT/tokenizer and ROOT/{text,held-out,needle,many,echo,records,loops,chains}; what is there stays."""
     tokenizer = SLMTokenizer()
     tokenizer.save_pretrained(root / "tokenizer")
     for name, held_out in (("text", False), ("held-out", True)):

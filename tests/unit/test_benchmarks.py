@@ -325,7 +325,7 @@ def toy_data(tmp_path_factory):
     """A few documents of every kind at 128 and 1,024 tokens, made twice: two folders."""
     folders = [tmp_path_factory.mktemp(name) for name in ("a", "b")]
     for folder in folders:
-        long_context_data.make_data(folder, counts={128: (6, 6, 6, 6), 1024: (2, 2, 0, 2)})
+        long_context_data.make_data(folder, counts={128: (6,) * 6, 1024: (2, 2, 2, 0, 0, 0)})
     return folders
 
 
@@ -351,7 +351,7 @@ def test_toy_documents_fill_a_sequence(toy_data):
     tokenizer = SLMTokenizer()
     for name in KINDS:
         lengths = [len(d) for d in documents(toy_data[0], name)]
-        assert lengths == [129] * 6 + [1025] * (0 if name == "pairs" else 2)
+        assert lengths == [129] * 6 + [1025] * (2 if name in ("needle", "many", "echo") else 0)
         for d in documents(toy_data[0], name):
             assert (d[0], d[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
@@ -361,23 +361,38 @@ def test_toy_questions_have_their_answers_in_the_text(toy_data):
     for name, least in (("needle", 2), ("many", 3)):
         for d in documents(toy_data[0], name):
             text = bytes(d[1:-1].tolist())
-            told = re.findall(rb"\nThe key is ([\xc0-\xff])([\xc0-\xff]{4})", text)
+            told = re.findall(rb"\nThe key is \xc2\xab([\xc4-\xff])([\xc4-\xff]{4})", text)
             assert len(told) >= least
             assert len(dict(told)) == len(set(told)) < len(told)
 
 
 def test_toy_strings_come_again(toy_data):
-    """echo: its string twice; pairs: after the first round, every value follows its name."""
+    """echo: its string twice; loops: one string without a byte twice, over and over; records: a byte that does not end one,
+    and half of them do not, is followed by the same one each time, and text stands between some strings."""
     for d in documents(toy_data[0], "echo"):
         string = [t for t in d if 192 <= t <= 255]
         assert len(string) >= 16
         assert string[: len(string) // 2] == string[len(string) // 2 :]
-    for d in documents(toy_data[0], "pairs"):
-        assert all(192 <= t <= 255 for t in d[1:-1])
+    for d in documents(toy_data[0], "loops"):
+        tokens = d[1:-1].tolist()
+        period = tokens.index(tokens[0], 1)
+        assert len(set(tokens)) == period < 64
+        assert tokens[period:] == tokens[:-period]
+    for d in documents(toy_data[0], "records"):
+        strings = re.findall(rb"[\xc0-\xff]+", bytes(d[1:-1].tolist()))
+        assert len(strings) > 3
         followers: dict[int, set[int]] = {}
-        for a, b in itertools.pairwise(d[1:-1].tolist()):
+        for a, b in itertools.pairwise(b"".join(strings)):
             followers.setdefault(a, set()).add(b)
         assert sum(len(f) == 1 for f in followers.values()) >= len(followers) / 2
+
+
+def test_toy_chains_are_decided_two_places_back(toy_data):
+    """Nine tenths of the bytes; and the byte before, which is in between, decides nothing."""
+    pairs = [(d[1:-1][gap:], d[1:-1][:-gap]) for gap in (1, 2) for d in documents(toy_data[0], "chains")]
+    one, two = ([np.mean(long_context_data.NEXT[b - 192] == a) for a, b in of] for of in (pairs[:6], pairs[6:]))
+    assert max(one) < 0.1
+    assert min(two) > 0.8
 
 
 def test_arms_of_the_long_context_benchmark_are_recipes(tmp_path):
