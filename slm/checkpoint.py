@@ -1,16 +1,14 @@
-"""Checkpoints: state by parameter name in safetensors, committed by one rename.
+"""Checkpoints as they lie on the disk: which of them is whole, which to go on from, and what is in it.
 
-Owns the format of `checkpoints/PHASE-STEP/`, saving in the background, choosing what to resume from, `latest` and
-`best`, retention, and turning a checkpoint into a model folder. Does not know DeepSpeed: it gets fragments.
+Owns the format of `checkpoints/PHASE-STEP/`, its verification, the choice of what to resume from, and reading. Saving them
+is in saving.py; neither knows DeepSpeed.
 
-    saver = Checkpointer(run_dir, keep_last=2)
-    saver.save(engine.fragments(), shapes, state, name="main-00000500")    # returns after copying to memory
-    saver.wait()
-    reader = Reader(run_dir / "checkpoints" / "main-00000500")
-    engine.write_state(reader.read)
+    folder = choose(run_dir)                       # the newest that verifies
+    reader = Reader(folder)
+    engine.write_state(reader.read)                # reads the bytes that this rank needs, and no others
 
 A folder holds rank-NNNNN.safetensors (tensors "KIND/NAME@START", 1-D float32), state.json, and manifest.json with the
-size and SHA-256 of each file. A folder without a manifest is not a checkpoint.
+size and SHA-256 of each file and of itself. A folder without a manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,209 +16,136 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
-import threading
-import time
-import uuid
+import re
+import socket
+import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from slm import parallel
-from slm.engine import Fragment
+from slm.engine import STATE_KINDS
 from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
-from slm.runtime import atomic_write, fsync_folder
 
 log = logging.getLogger("slm")
 
-FORMAT = "slm-checkpoint/1"
-_PEERS_TIMEOUT_SECONDS = 1800.0
+FORMAT = "slm-checkpoint/2"
+_READABLE = (
+    FORMAT,
+    "slm-checkpoint/1",
+)  # 1 had no checksum of the manifest and named no optimiser; the rest is the same
+OPTIMIZER = "adamw"  # whose state the tensors are: the only one that engine.py builds
 
 
 def folder_name(phase: str, step: int) -> str:
     return f"{phase}-{step:08d}"
 
 
-# --- writing -------------------------------------------------------------------------------------------------
+# --- the manifest, and what it promises --------------------------------------------------------------------------
 
 
-class Checkpointer:
-    """Saves in the background, one at a time. Every rank makes one and calls the same methods."""
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The bytes of manifest.json: the fields, and a checksum over them, without which a flipped digit would be believed."""
+    fields = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return json.dumps({**fields, "sha256": digest})
 
-    def __init__(self, run_dir: Path, keep_last: int) -> None:
-        self.root = run_dir / "checkpoints"
-        self.keep_last = keep_last
-        self._attempt = parallel.broadcast(uuid.uuid4().hex[:8])  # names staging folders: none is ever reused
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        if parallel.rank() == 0:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob(".staging-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        parallel.barrier()
 
-    def save(
-        self,
-        fragments: Iterable[Fragment],
-        shapes: dict[str, tuple[int, ...]],
-        state: dict[str, Any],
-        *,
-        name: str,
-        permanent: bool = False,
-        best: bool = False,
-    ) -> None:
-        """Saves the fragments and `state` (JSON; with global_step) as checkpoints/NAME.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises CorruptArtefact unless it is whole, UserError if another version of slm wrote it."""
+    path = folder / "manifest.json"
+    try:
+        text = path.read_text()
+        manifest = json.loads(text)
+        version, files, step = manifest["format"], manifest["files"], manifest["global_step"]
+        names = [entry["file"] for entry in files]
+        if not isinstance(step, int) or not all(isinstance(entry["bytes"], int) and entry["sha256"] for entry in files):
+            raise TypeError("a field is of another type")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptArtefact(f"{path} is not readable ({type(error).__name__}: {error})") from None
+    # Of what is not ours nothing more is asked than that it is what its writer wrote.
+    is_whole = text == manifest_text(manifest)
+    if version not in _READABLE and is_whole and re.fullmatch(r"slm-checkpoint/\d+", str(version)):
+        raise UserError(
+            f"{path} has format {version!r}, and this version of slm reads {' and '.join(_READABLE)}: it cannot know what "
+            "the state means",
+            fix="go on with the version of slm that wrote it, or move that folder away to go on from the one before",
+        )
+    if version not in _READABLE or (version == FORMAT and not is_whole):
+        raise CorruptArtefact(f"{path} is not what was saved: its checksum is of another text")
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+            raise CorruptArtefact(f"{path} names the file {name!r}, which is no plain name of a file in its folder")
+    if len(set(names)) != len(names) or "state.json" not in names:
+        raise CorruptArtefact(f"{path} names a file twice, or no state.json")
+    return manifest
 
-        Copies the fragments to memory (training waits for this alone) and writes them in a thread; waits first
-        for the save before. `permanent` is never pruned; `best` makes runs/NAME/best point here.
-        Raises what the save before raised.
-        """
-        self.wait()
-        tensors = {
-            f"{kind}/{fragment.name}@{fragment.start}": value.detach().to("cpu", torch.float32, copy=True)
-            for fragment in fragments
-            for kind, value in fragment.values.items()
-        }
-        state = {**state, "shapes": {n: list(s) for n, s in shapes.items()}, "permanent": permanent}
-        staging = self.root / f".staging-{name}-{self._attempt}"
-        work = (tensors, state, staging, self.root / name, best, parallel.rank(), parallel.world_size())
-        self._thread = threading.Thread(target=self._run, args=work, name=f"save {name}", daemon=True)
-        self._thread.start()
 
-    @property
-    def failed(self) -> bool:
-        """True if the save before went wrong; `wait` raises why."""
-        return self._error is not None
+def file_digest(path: Path) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(4 << 20):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+    return {"bytes": num_bytes, "sha256": digest.hexdigest()}
 
-    def finish(self, timeout_seconds: float) -> None:
-        """On the way out of a run that has failed: gives a save under way the time to be committed."""
-        if self._thread is not None:
-            self._thread.join(timeout_seconds)
 
-    def wait(self) -> None:
-        """Returns when the save under way is committed (on rank 0) or written (elsewhere). Raises its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _run(self, *work: Any) -> None:
-        staging, rank = work[2], work[5]
-        try:
-            self._write_and_commit(*work)
-        except BaseException as error:
-            problem = f"the checkpoint could not be written: {error}"
-            fix = "free disk space; the checkpoints before are whole"
-            self._error = (
-                EnvironmentProblem(problem, fix=fix) if isinstance(error, OSError | SafetensorError) else error
+def _verify_file(folder: Path, entry: dict[str, Any]) -> None:
+    path = folder / entry["file"]
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CorruptArtefact(
+                f"{path} is a link or no file at all: what is read must lie in the checkpoint's folder"
             )
-            try:
-                atomic_write(staging / f"rank-{rank:05d}.failed", str(error))  # so that rank 0 does not wait for it
-            except OSError:
-                log.error("rank %d could not say that its save failed: %s", rank, error)
-
-    def _write_and_commit(
-        self,
-        tensors: dict[str, Any],
-        state: dict[str, Any],
-        staging: Path,
-        final: Path,
-        best: bool,
-        rank: int,
-        world: int,
-    ) -> None:
-        staging.mkdir(exist_ok=True)
-        entry: dict[str, Any] | None = None
-        if tensors:
-            path = staging / f"rank-{rank:05d}.safetensors"
-            save_file(tensors, path)
-            path.chmod(0o644)  # safetensors makes it readable by the owner alone
-            entry = {"file": path.name, **_fsync_and_hash(path)}
-        # Ranks tell each other through files: a collective call here would meet those of the training thread.
-        atomic_write(staging / f"rank-{rank:05d}.done", json.dumps(entry))
-        if rank != 0:
-            return
-        entries = [e for e in _wait_for_peers(staging, world) if e]
-        atomic_write(staging / "state.json", json.dumps(state, indent=1))
-        entries.append({"file": "state.json", **_fsync_and_hash(staging / "state.json")})
-        manifest = {
-            "format": FORMAT,
-            "global_step": state["global_step"],
-            "permanent": state["permanent"],
-            "files": entries,
-        }
-        atomic_write(staging / "manifest.json", json.dumps(manifest))
-        for done in staging.glob("*.done"):
-            done.unlink()
-        if final.exists():  # a run that fell back to an older checkpoint comes by here again
-            discarded = final.with_name(f".staging-replaced-{final.name}-{uuid.uuid4().hex[:8]}")
-            final.rename(discarded)
-            shutil.rmtree(discarded, ignore_errors=True)
-        staging.rename(final)
-        fsync_folder(self.root)
-        _point(self.root.parent / "latest", final)
-        if best:
-            _point(self.root.parent / "best", final)
-        self._prune()
-
-    def _prune(self) -> None:
-        """Removes all but the newest keep_last, the permanent ones and those that `best` and `latest` name."""
-        kept = {p.resolve() for p in (self.root.parent / "best", self.root.parent / "latest") if p.exists()}
-        manifests = {folder: _read_manifest(folder) for folder in newest_first(self.root)}
-        # A folder that cannot be read is neither counted nor removed: somebody may want to look at it.
-        candidates = [f for f, manifest in manifests.items() if manifest and not manifest.get("permanent", True)]
-        for folder in candidates[self.keep_last :]:
-            if folder.resolve() not in kept:
-                # The manifest goes first: what is half removed is then no checkpoint.
-                (folder / "manifest.json").unlink()
-                shutil.rmtree(folder, ignore_errors=True)
+        found = file_digest(path)
+    except OSError as error:
+        raise CorruptArtefact(f"{path} is not readable ({error})") from None
+    if found != {"bytes": entry["bytes"], "sha256": entry["sha256"]}:
+        raise CorruptArtefact(
+            f"{path} is not what was saved: {found['bytes']} bytes, SHA-256 {found['sha256'][:12]}…; the manifest "
+            f"says {entry['bytes']}, {entry['sha256'][:12]}…"
+        )
 
 
-def _wait_for_peers(staging: Path, world: int) -> list[dict[str, Any] | None]:
-    paths = [staging / f"rank-{rank:05d}.done" for rank in range(world)]
-    deadline = time.monotonic() + _PEERS_TIMEOUT_SECONDS
-    while missing := [p.name for p in paths if not p.exists()]:
-        for failed in staging.glob("*.failed"):
-            raise EnvironmentProblem(f"{failed.stem} could not write its part of a checkpoint: {failed.read_text()}")
-        if time.monotonic() > deadline:
-            raise EnvironmentProblem(
-                f"{staging}: after {_PEERS_TIMEOUT_SECONDS:.0f} s there is still no {missing[0]}: is the folder on a "
-                "file system that all ranks share?"
-            )
-        time.sleep(0.02)
-    return [json.loads(p.read_text()) for p in paths]
+def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Raises CorruptArtefact unless every file, of this rank's part, has the size and SHA-256 that the manifest says."""
+    loads = [0] * world_size
+    for entry in sorted(read_manifest(folder)["files"], key=lambda entry: (-entry["bytes"], entry["file"])):
+        lightest = loads.index(min(loads))
+        loads[lightest] += entry["bytes"]
+        if lightest == rank:
+            _verify_file(folder, entry)
 
 
-def _fsync_and_hash(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def _verify_together(folder: Path) -> None:
+    """verify, of which each rank does a part; all raise what one of them found."""
+    theirs = parallel.broadcast(_text(folder))
+    parallel.together(_check_shared, folder, theirs)
+    parallel.together(verify, folder, parallel.rank(), parallel.world_size())
 
 
-def _digest(file: Any) -> Any:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest
+def _check_shared(folder: Path, text: str) -> None:
+    if _text(folder) != text:
+        raise EnvironmentProblem(
+            f"rank {parallel.rank()} on {socket.gethostname()} does not see the {folder}/manifest.json that rank 0 sees: the "
+            "ranks would go on from different states",
+            fix="put the run directory (output) on a file system that all ranks share",
+        )
 
 
-def _point(link: Path, target: Path) -> None:
-    """Makes link a relative symbolic link to target, by one rename."""
-    temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}")
-    temporary.symlink_to(os.path.relpath(target, link.parent))
-    temporary.replace(link)
+def _text(folder: Path) -> str:
+    try:
+        return (folder / "manifest.json").read_text(errors="replace")
+    except OSError:
+        return ""
 
 
-# --- choosing and reading ------------------------------------------------------------------------------------
+# --- choosing ------------------------------------------------------------------------------------------------
 
 
 def newest_first(root: Path) -> list[Path]:
@@ -230,56 +155,48 @@ def newest_first(root: Path) -> list[Path]:
 
 
 def _global_step(folder: Path) -> int:
-    manifest = _read_manifest(folder)
-    return manifest["global_step"] if manifest else -1
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest, or {} if it is not readable or not ours."""
+    """As the manifest says, believed or not: a checkpoint of a newer slm must come up, to be refused by name."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return manifest if isinstance(manifest["global_step"], int) else {}
+        step = json.loads((folder / "manifest.json").read_text())["global_step"]
+        return step if isinstance(step, int) else -1
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return -1
 
 
-def verify(folder: Path) -> None:
-    """Raises CorruptArtefact unless every file has the size and SHA-256 that the manifest says."""
+def manifest_or_none(folder: Path) -> dict[str, Any] | None:
+    """A checkpoint's manifest, or None if it is not readable or not ours."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptArtefact(f"{folder}/manifest.json is not readable ({error})") from None
-    if manifest.get("format") != FORMAT:
-        raise CorruptArtefact(f"{folder} has format {manifest.get('format')!r}; this version reads {FORMAT!r}")
-    for entry in files:
-        path = folder / entry["file"]
-        try:
-            found = _fsync_and_hash(path)
-        except OSError as error:
-            raise CorruptArtefact(f"{path} is not readable ({error})") from None
-        if found != {"bytes": entry["bytes"], "sha256": entry["sha256"]}:
-            raise CorruptArtefact(
-                f"{path} is not what was saved: {found['bytes']} bytes, SHA-256 {found['sha256'][:12]}…; the manifest "
-                f"says {entry['bytes']}, {entry['sha256'][:12]}…"
-            )
+        return read_manifest(folder)
+    except (CorruptArtefact, UserError):
+        return None
 
 
-def choose(run_dir: Path, up_to_step: int | None = None) -> Path | None:
+def choose(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run that verifies; says which it passes over. None if there is none at all.
 
-    up_to_step: none of a later global step. Raises CorruptArtefact if there are some but none verifies: never a silent
-    start from step 0.
+    Raises CorruptArtefact if there are some but none verifies: never a silent start from step 0. UserError if one is of
+    another version of slm, which may be newer than all the others.
     """
-    folders = newest_first(run_dir / "checkpoints")
+    return _first_whole(run_dir, newest_first(run_dir / "checkpoints"), verify)
+
+
+def choose_together(run_dir: Path, up_to_step: int | None = None) -> Path | None:
+    """choose, by all ranks: rank 0 lists, and each rank reads through a part of the files. up_to_step: none of a later
+    global step."""
+    folders = parallel.first_rank_decides(newest_first, run_dir / "checkpoints")
     if up_to_step is not None:
         folders = [folder for folder in folders if _global_step(folder) <= up_to_step]
+    return _first_whole(run_dir, folders, _verify_together)
+
+
+def _first_whole(run_dir: Path, folders: list[Path], check: Callable[[Path], None]) -> Path | None:
     for folder in folders:
         try:
-            verify(folder)
+            check(folder)
             return folder
         except CorruptArtefact as error:
-            log.warning("passing over a checkpoint: %s", error)
+            if parallel.rank() == 0:
+                log.warning("passing over a checkpoint: %s", error)
     if folders:
         raise CorruptArtefact(
             f"none of the {len(folders)} checkpoints in {run_dir}/checkpoints is whole, so there is nothing to go on from",
@@ -304,35 +221,60 @@ def locate(path: str | Path) -> Path:
     )
 
 
-class Reader:
-    """Reads one checkpoint; fetches only the bytes that are asked for."""
+# --- reading -------------------------------------------------------------------------------------------------
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class Reader:
+    """Reads one checkpoint; fetches only the bytes that are asked for, and counts them in `bytes_read`.
+
+    Files are read by position, not mapped: a map reads whole pages and what the kernel reads ahead of them, and a file that
+    is cut short under it kills the process instead of raising. They stay open: `latest` may move on, and retention remove the
+    folder, while this reads. weights_only: as if it held no moments.
+    """
+
+    def __init__(self, folder: Path, *, weights_only: bool = False) -> None:
+        self.folder = folder = folder.resolve()
+        self.weights_only = weights_only
+        self.bytes_read = 0
+        self.manifest = read_manifest(folder)
         self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
-        # {"kind/name": [(start, length, file)]}
-        self._where: dict[str, list[tuple[int, int, Path]]] = defaultdict(list)
-        self._open: dict[Path, Any] = {}
-        for path in sorted(folder.glob("rank-*.safetensors")):
-            try:
-                handle = safe_open(path, "pt").__enter__()
-            except (SafetensorError, OSError) as error:
-                raise CorruptArtefact(f"{path} is not a whole safetensors file ({error})") from None
-            self._open[path] = handle
-            for key in handle.keys():
+        # {"kind/name": [(start, length, file, place of its first byte there)]}. Nothing but what the manifest names is read.
+        self._where: dict[str, list[tuple[int, int, FileIO, int]]] = defaultdict(list)
+        for entry in self.manifest["files"]:
+            if entry["file"].endswith(".safetensors"):
+                self._read_header(folder / entry["file"])
+
+    def _read_header(self, path: Path) -> None:
+        """https://github.com/huggingface/safetensors#format: u64 N, N bytes of JSON, then the values."""
+        try:
+            file = open(path, "rb", buffering=0)
+            num_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(num_bytes))
+            header.pop("__metadata__", None)
+            for key, tensor in header.items():
                 name, start = key.rsplit("@", 1)
-                self._where[name].append((int(start), handle.get_slice(key).get_shape()[0], path))
+                first, end = tensor["data_offsets"]
+                if tensor["dtype"] != "F32" or tensor["shape"] != [(end - first) // 4]:
+                    raise ValueError(f"{key} is not 1-D float32")
+                self._where[name].append((int(start), (end - first) // 4, file, 8 + num_bytes + first))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptArtefact(f"{path} is not a whole safetensors file ({error})") from None
+        self.bytes_read += 8 + num_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its files."""
+        return sum(entry["bytes"] for entry in self.manifest["files"])
 
     def read(self, kind: str, name: str, start: int, length: int) -> torch.Tensor:
         """Elements start..start+length of a flattened parameter's state: float32 1-D. Raises CorruptArtefact."""
         out = torch.empty(length, dtype=torch.float32)
         filled = 0
-        for at, size, path in self._where.get(f"{kind}/{name}", []):
+        for at, size, file, first_byte in self._where.get(f"{kind}/{name}", []):
             low, high = max(start, at), min(start + length, at + size)
             if low < high:
-                stored = self._open[path].get_slice(f"{kind}/{name}@{at}")
-                out[low - start : high - start] = stored[low - at : high - at]
+                self._fill(out[low - start : high - start], file, first_byte + 4 * (low - at))
                 filled += high - low
         if filled != length:
             raise CorruptArtefact(
@@ -340,6 +282,44 @@ class Reader:
                 "all there or the model has another shape"
             )
         return out
+
+    def _fill(self, out: torch.Tensor, file: FileIO, first_byte: int) -> None:
+        rest = out.numpy().data.cast("B")
+        file.seek(first_byte)
+        while rest:  # one call reads 2 GiB at most
+            count = file.readinto(rest)
+            if not count:
+                raise CorruptArtefact(f"{file.name!r} ends {len(rest)} bytes before a piece of it does")
+            self.bytes_read += count
+            rest = rest[count:]
+
+    def missing_state(self) -> list[str]:
+        """What a resume with this optimiser needs and the checkpoint does not hold, as KIND/NAME."""
+        held = {key: sum(size for _, size, _, _ in pieces) for key, pieces in self._where.items()}
+        return [
+            f"{kind}/{name}"
+            for kind in STATE_KINDS
+            for name, shape in self.shapes.items()
+            if held.get(f"{kind}/{name}", 0) != torch.Size(shape).numel()
+        ]
+
+    def check_optimizer(self) -> None:
+        """Raises UserError unless a run with AdamW can go on from here."""
+        where, optimizer = f"{self.folder} ({self.manifest['format']})", self.state.get("optimizer", OPTIMIZER)
+        fix = "slm train --fresh-optimizer takes its weights and begins with moments of zero"
+        if self.weights_only:
+            return
+        if optimizer != OPTIMIZER:
+            raise UserError(
+                f"{where} was made with the optimiser {optimizer!r}, whose state means nothing to {OPTIMIZER!r}",
+                fix=fix,
+            )
+        if missing := self.missing_state():
+            raise UserError(
+                f"{where} lacks {len(missing)} of the tensors that the optimiser {OPTIMIZER!r} goes on from, such as "
+                f"{missing[0]}",
+                fix=fix,
+            )
 
     def weight(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A whole float32 weight. Raises UserError if the checkpoint's model has another shape."""

@@ -13,11 +13,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slm.errors import SLMError, UserError
+
+if TYPE_CHECKING:
+    from slm.recipe import Recipe
 
 app = typer.Typer(
     help="From raw text to a small language model, on DeepSpeed. (`slm-data` prepares the text.)",
@@ -67,27 +70,37 @@ def _note_exit(code: int, reason: str) -> None:
     write_exit(None, code, reason)
 
 
+def _load(recipe: str | Path, overrides: list[str] | None) -> Recipe:
+    """From here on messages name the recipe as it was given."""
+    from slm.recipe import load_recipe
+
+    SLMError.recipe = shlex.join([str(recipe), *(overrides or [])])
+    return load_recipe(recipe, overrides)
+
+
 @app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="number of devices; as many as share a sequence, if not given")
+        int | None, typer.Option(min=1, help="number of devices; the fewest that fit, if not given")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
-    """Check a recipe and say what it comes to: parameters, steps, batch, FLOPs. Needs no data and no GPU."""
+    """Check a recipe and say what it comes to: parameters, steps, batch, FLOPs. Needs no GPU and no data; what is here of
+    its tokenizer and its data is held against it."""
     from dataclasses import asdict
 
-    from slm.plan import describe, plan_phase
-    from slm.recipe import load_recipe
+    from slm.layout import fitting_ranks
+    from slm.plan import check_what_is_here, describe, plan_phase
 
-    loaded = load_recipe(recipe, overrides)
-    ranks = ranks or max(phase.sequence_parallel for phase in loaded.phases)
+    loaded = _load(recipe, overrides)
+    check_what_is_here(loaded)
+    ranks = ranks or next(iter(fitting_ranks(loaded.phases)), None)
     if not as_json:
         typer.echo(describe(loaded, ranks))
         return
-    phases = [asdict(plan_phase(loaded, phase, ranks)) for phase in loaded.phases]
+    phases = [asdict(plan_phase(loaded, phase, ranks or phase.sequence_parallel)) for phase in loaded.phases]
     typer.echo(json.dumps({"parameters": loaded.model.num_parameters(), "ranks": ranks, "phases": phases}, indent=2))
 
 
@@ -114,12 +127,24 @@ def train(
         str,
         typer.Option(metavar="COMMAND", help="with --restarts: what starts `slm` on many ranks, as 'mpirun -n 2 slm'"),
     ] = "",
+    must_resume: Annotated[
+        bool, typer.Option("--must-resume", help="fail where there is no checkpoint, instead of beginning at step 0")
+    ] = False,
+    allow_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-change", help="go on within a phase though its lr, schedule, loss … are others than before"
+        ),
+    ] = False,
+    fresh_optimizer: Annotated[
+        bool, typer.Option("--fresh-optimizer", help="go on from the checkpoint's weights alone; moments begin at zero")
+    ] = False,
 ) -> None:
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
-    from slm.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
+    loaded = _load(recipe, overrides)
     steps = _steps(profile)
+    from slm.inputs import Resume
+
     if launcher and not restarts:
         raise UserError("--launcher has no effect without --restarts", fix="add --restarts N")
     if restarts:
@@ -132,14 +157,22 @@ def train(
                 fix="bash launchers/local.sh RECIPE RANKS --restarts N, or slm train RECIPE --restarts N --launcher "
                 "'mpirun -n RANKS slm'",
             )
+        if fresh_optimizer:
+            raise UserError(
+                "--fresh-optimizer with --restarts: each restart would throw the moments away again",
+                fix="start once with --fresh-optimizer, stop it after its first save, and go on with --restarts",
+            )
         command = shlex.split(launcher) or [sys.executable, "-m", "slm"]
         command += ["train", str(recipe), *(overrides or [])]
         command += ["--profile", profile] * bool(profile) + ["--until", until] * bool(until)
+        command += ["--must-resume"] * must_resume + ["--allow-change"] * allow_change
         sys.exit(supervise(command, loaded.run_dir, restarts))
     from slm.ledger import Ledger, process_age_seconds
     from slm.train import train as run
 
-    sys.exit(run(loaded, profile_steps=steps, until=until, ledger=Ledger(process_age_seconds())))
+    resume = Resume(must=must_resume, allow_change=allow_change, fresh_optimizer=fresh_optimizer)
+    ledger = Ledger(process_age_seconds())
+    sys.exit(run(loaded, profile_steps=steps, until=until, resume=resume, ledger=ledger))
 
 
 def _steps(text: str) -> range:
@@ -171,8 +204,6 @@ def teacher(
     Killed, the same command goes on. `verify` reads all of it again; `stats` shows what the teachers know and how much of
     it the caches hold; `diff` runs the teachers on a sample and says what the caches lost.
     """
-    from slm.recipe import load_recipe
-
     action = words[0] if words[0] in ("verify", "stats", "diff") else "build"
     rest = words if action == "build" else words[1:]
     if not rest:
@@ -190,7 +221,7 @@ def teacher(
     ):
         if given and action not in of:
             raise UserError(f"{option} has no effect here", fix=f"it is for slm teacher {' and '.join(of)}")
-    recipe = load_recipe(rest[0], rest[1:])
+    recipe = _load(rest[0], rest[1:])
     if action == "build":
         from slm.distill.build import build
 

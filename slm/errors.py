@@ -1,12 +1,14 @@
 """The three ways a command can fail that are not our bug, and how they are shown.
 
 Owns the exception classes and their exit codes. A message says the value, the field, the consequence
-and the fix; the command line prints it without a traceback.
+and the fix; the command line prints it without a traceback. RECIPE in a message becomes what the command line was given.
 
     raise UserError("optim.lr is -1: weights would move uphill", fix="give a positive rate, such as 3e-4")
 """
 
 from __future__ import annotations
+
+import re
 
 
 class SLMError(Exception):
@@ -14,9 +16,11 @@ class SLMError(Exception):
 
     exit_code = 2
     title = "Error"
+    recipe = "RECIPE"  # the recipe and its overrides, set by the command line: a fix can then be copied as it is
 
     def __init__(self, problem: str, *, fix: str = "") -> None:
-        self.problem, self.fix = problem, fix
+        self.problem, self.fix = (re.sub(r"\bRECIPE\b", lambda _: SLMError.recipe, text) for text in (problem, fix))
+        problem, fix = self.problem, self.fix
         super().__init__(f"{problem}\n  Fix: {fix}" if fix else problem)
 
     def __reduce__(self) -> tuple[object, ...]:  # crosses process pools with its fix intact

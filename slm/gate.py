@@ -49,7 +49,9 @@ class Gate(Section):
     position_early: Count | None = Field(
         None, gt=0, description="the early one holds this position; null: short_seq_len"
     )
-    repeat_tokens: Count = Field(0, ge=0, description="train on for so many tokens if it falls short; 0: stop")
+    repeat_tokens: Count = Field(
+        0, ge=0, description="train on for so many tokens, rounded up to whole steps, if it falls short; 0: stop"
+    )
     repeats: Count = Field(
         1, ge=1, le=99, description="so many times at most, with the schedule from its beginning each time"
     )
@@ -58,6 +60,23 @@ class Gate(Section):
     def _asks(self) -> Gate:
         if all(getattr(self, field) is None for field in ASKED):
             raise ValueError(f"asks for nothing: give {', '.join(ASKED)}, or leave the gate out")
+        rise, positions = self.short_loss_rise is not None, self.position_rise is not None
+        problems = [
+            f"{field} is {getattr(self, field):g}, which has no effect {why}: remove it"
+            for field, has_effect, why in (
+                ("repeats", self.repeat_tokens > 0, "without repeat_tokens"),
+                ("short_loss_before", rise, "without short_loss_rise"),
+                ("position_early", positions, "without position_rise"),
+                (
+                    "short_seq_len",
+                    rise or (positions and self.position_early is None),
+                    "beside position_early" if positions else "without short_loss_rise or position_rise",
+                ),
+            )
+            if not has_effect and getattr(self, field) != Gate.model_fields[field].default
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -90,10 +109,34 @@ def is_at_an_end(phase: Phase, step: int) -> bool:
     return step in {part.stop for part in found} or step > found[-1].stop
 
 
+def repetition(phase: Phase) -> str:
+    """What the phase is repeated by, in words; empty if it is not."""
+    repeated = parts(phase)[1:]
+    if phase.gate is None or not repeated:
+        return ""
+    tokens = len(repeated[0]) * phase.batch_tokens
+    rounded = "" if tokens == phase.gate.repeat_tokens else f" (repeat_tokens {phase.gate.repeat_tokens:,}, rounded up)"
+    times = f"up to {len(repeated)} repetitions" if len(repeated) > 1 else "1 repetition"
+    return f"{times} of {len(repeated[0]):,} steps = {tokens:,} tokens{rounded}"
+
+
+def repetitions_done(phase: Phase, step: int) -> str:
+    """How many of the repetitions that the recipe allows are over at this step, in words."""
+    repeated = parts(phase)[1:]
+    if step > (repeated[-1].stop if repeated else phase.num_steps):
+        return f"{step - phase.num_steps:,} steps of repetition, more than the recipe asks for now"
+    return (
+        f"{sum(part.stop <= step for part in repeated)} of {len(repeated)} repetitions" if repeated else "no repetition"
+    )
+
+
 def failed(phase: Phase, step: int, shortfall: Sequence[str], run_dir: object) -> GateFailed:
+    more = "repeats" if parts(phase)[1:] else "repeat_tokens"
+    # The launcher ends with the first line alone.
     return GateFailed(
-        f"phase {phase.name} ends at step {step} and does not pass its gate:\n  - " + "\n  - ".join(shortfall),
-        fix=f"train it longer (phases.{phase.name}.tokens or gate.repeat_tokens), or ask for less; the same command goes on from "
+        f"phase {phase.name} does not pass its gate at step {step}, after {repetitions_done(phase, step)}\n  - "
+        + "\n  - ".join(shortfall),
+        fix=f"train it longer (phases.{phase.name}.tokens or gate.{more}), or ask for less; the same command goes on from "
         f"there. All numbers: {run_dir}/eval",
     )
 
@@ -127,21 +170,8 @@ def gate_problems(phase: Phase, earlier: Sequence[Phase], settings: Eval, valida
                 f"{at}.{field} is {getattr(gate, field):g}, but eval.recall.lengths has none in the upper half of seq_len "
                 f"{phase.seq_len}, so what the phase teaches would not be looked at: add one"
             )
-    short = _short_seq_len(gate, earlier)
     if gate.short_loss_rise is not None:
-        measured = {phase.seq_len, *(n for n in settings.seq_lens if n < phase.seq_len)}
-        last = earlier[-1].seq_len if earlier else 0
-        before = {last, *(n for n in settings.seq_lens if n < last)}
-        if short is None or (gate.short_loss_before is None and not earlier):
-            problems.append(
-                f"{at}.short_loss_rise is {gate.short_loss_rise:g}, and no phase comes before this one: give short_seq_len and "
-                "short_loss_before, the loss to compare with (slm eval MODEL --seq-len N)"
-            )
-        elif short not in measured or (gate.short_loss_before is None and short not in before):
-            problems.append(
-                f"{at}.short_loss_rise compares the held-out loss at {short} tokens, which is not measured at the end of this "
-                f"phase{'' if gate.short_loss_before is not None else ' and of the one before'}: add {short} to eval.seq_lens"
-            )
+        problems += [f"{at}.{problem}" for problem in _short_problems(phase, gate, earlier, settings)]
     extra = parts(phase)[1:]
     if extra and phase.schedule.warmup_steps > len(extra[0]):
         problems.append(
@@ -156,6 +186,38 @@ def gate_problems(phase: Phase, earlier: Sequence[Phase], settings: Eval, valida
     return problems
 
 
+def _short_problems(phase: Phase, gate: Gate, earlier: Sequence[Phase], settings: Eval) -> list[str]:
+    """Why the loss at the short length cannot be compared, if so."""
+    asked, short, given = f"short_loss_rise is {gate.short_loss_rise:g}", gate.short_seq_len, gate.short_loss_before
+    if not earlier and (short is None or given is None):
+        lacking = [field for field, value in (("short_seq_len", short), ("short_loss_before", given)) if value is None]
+        return [
+            f"{asked}, and no phase comes before this one, which would say {' and '.join(lacking)}: give "
+            f"{'both' if len(lacking) > 1 else 'it'}, the loss from slm eval MODEL --seq-len {short or 'N'}"
+        ]
+    before, last = (f"phase {earlier[-1].name}", earlier[-1].seq_len) if earlier else ("", 0)
+    named = "short_seq_len" if short else f"short_seq_len, that of {before} where it is not given,"
+    short = short or last
+    if short > phase.seq_len:
+        return [
+            f"{asked}, and {named} is {short}, longer than the phase's own seq_len {phase.seq_len}, so it is not measured here: "
+            f"give short_seq_len, at most {phase.seq_len}"
+        ]
+    if given is None and short > last:
+        return [
+            f"{asked}, and {named} is {short}, longer than the seq_len {last} of {before}, so it was not measured before: give "
+            f"at most {last}, or short_loss_before"
+        ]
+    ends = ["this phase"] if short not in (phase.seq_len, *settings.seq_lens) else []
+    ends += [before] if given is None and short not in (last, *settings.seq_lens) else []
+    if not ends:
+        return []
+    return [
+        f"{asked}, over the held-out loss at {short} tokens, which is not measured at the end of {' and '.join(ends)}: add "
+        f"{short} to eval.seq_lens"
+    ]
+
+
 def _bucket(position: int) -> int:
     """Of loss by position: 1, 2, 3-4, 5-8, ... tokens."""
     return (position - 1).bit_length()
@@ -164,6 +226,19 @@ def _bucket(position: int) -> int:
 def _early(phase: Phase, earlier: Sequence[Phase]) -> int:
     assert phase.gate is not None
     return phase.gate.position_early or _short_seq_len(phase.gate, earlier) or max(1, phase.seq_len // 8)
+
+
+def asks_for_more(phase: Phase, earlier: Sequence[Phase], found: dict[str, Any]) -> bool:
+    """Whether the evaluation at the phase's end lacks what its gate asks for: the recipe may have asked for less then."""
+    gate = phase.gate
+    if gate is None:
+        return False
+    lengths = [_short_seq_len(gate, earlier)] if gate.short_loss_rise is not None else []
+    lengths += [phase.seq_len] if gate.position_rise is not None else []
+    rows = [_main(found, length) for length in lengths]
+    return any(row is None or not row["targets"] for row in rows) or any(
+        getattr(gate, field) is not None and not _cells(field, found) for field in ("passkey", "multi_key")
+    )
 
 
 # What was looked at, in words, and whether it holds.
@@ -193,7 +268,8 @@ def _short_loss(gate: Gate, most: float, length: int | None, found: dict[str, An
     named = {"now": now, "before the phase": then} if gate.short_loss_before is None else {"now": now}
     for when, row in named.items():
         if row is None or not row["targets"]:
-            return False, f"held-out loss at {length} tokens was not measured {when}"
+            way_out = f": slm eval of that checkpoint with --seq-len {length} does; give short_loss_before"
+            return False, f"held-out loss at {length} tokens was not measured {when}{way_out if when != 'now' else ''}"
         if row["loss"] is None:
             return False, f"held-out loss at {length} tokens is not a number {when}"
     assert now is not None
@@ -206,21 +282,26 @@ def _short_loss(gate: Gate, most: float, length: int | None, found: dict[str, An
     rise = now["loss"] - was
     return rise <= most, (
         f"held-out loss at {length} tokens {now['loss']:.4f}, before the phase {was:.4f}: {rise:+.4f} nats, at most {most:+g} is "
-        "allowed"
+        f"allowed{_too_much(rise, most)}"
     )
 
 
 def _recall(field: str, least: float, found: dict[str, Any]) -> Verdict:
-    cells = [row for row in found.get("recall", []) if (row["keys"] == 1) == (field == "passkey")]
+    cells = _cells(field, found)
     name = "pass key" if field == "passkey" else "several keys"
     if not cells:
         return False, f"{name}: nothing was measured when the phase ended (slm eval RUN --recall measures it)"
     failing = [row for row in cells if row["accuracy"] < least]
     worst = min(cells, key=lambda row: row["accuracy"])
+    missing = f": {100 * (least - worst['accuracy']):.1f} points are missing" if failing else ""
     return not failing, (
         f"{name}: worst {worst['accuracy']:.1%} ({worst['length']:,} tokens, depth {worst['depth_percent']} %; {len(failing)} of "
-        f"{len(cells)} cells below), at least {least:.1%} is asked for at every length and depth"
+        f"{len(cells)} cells below), at least {least:.1%} is asked for at every length and depth{missing}"
     )
+
+
+def _cells(field: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in found.get("recall", []) if (row["keys"] == 1) == (field == "passkey")]
 
 
 def _positions(most: float, seq_len: int, early: int, found: dict[str, Any]) -> Verdict:
@@ -234,8 +315,12 @@ def _positions(most: float, seq_len: int, early: int, found: dict[str, Any]) -> 
     rise = last["loss"] - first["loss"]
     return rise <= most, (
         f"loss at positions up to {last['up_to']:,} is {last['loss']:.4f}, up to {first['up_to']:,} {first['loss']:.4f}: "
-        f"{rise:+.4f} nats, at most {most:+g} is allowed"
+        f"{rise:+.4f} nats, at most {most:+g} is allowed{_too_much(rise, most)}"
     )
+
+
+def _too_much(rise: float, most: float) -> str:
+    return f": {rise - most:.4f} too much" if rise > most else ""
 
 
 def _main(found: dict[str, Any], seq_len: int | None) -> dict[str, Any] | None:

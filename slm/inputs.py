@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from pydantic import ValidationError
 
 from slm import checkpoint
+from slm.contradictions import is_made_for_another_context
 from slm.data.batches import EvaluationBatches, PhaseData
-from slm.data.selection import Selection, by_length, by_share, without
+from slm.data.selection import selected_documents
 from slm.data.tokens import TokenDataset
 from slm.distill.student import check_online, open_caches
 from slm.engine import Engine
@@ -33,7 +36,7 @@ from slm.model.llama import initial_value
 from slm.parallel import Share
 from slm.recall.samples import Filler, Form, Grid
 from slm.recall.score import RecallBatches
-from slm.recipe import DocFilter, Phase, Recipe
+from slm.recipe import Phase, Recipe, recipe_from_tree
 from slm.runtime import Ranks
 
 log = logging.getLogger("slm")
@@ -87,32 +90,6 @@ def open_phase_data(recipe: Recipe, phase: Phase) -> PhaseData:
     return data
 
 
-def selected_documents(recipe: Recipe, phase: Phase, source: str, dataset: TokenDataset) -> Selection:
-    """Which documents of a source the phase trains on: what its filters leave, less the documents of the earlier phases
-    that exclude_seen names. Those are the documents of the plan, whatever was run of it, under any name of the folder."""
-    folder = Path(recipe.data.sources[source]).resolve()
-    phases = {p.name: p for p in recipe.phases}
-
-    @cache  # a phase may be named by several later ones
-    def chosen(phase_name: str, name: str) -> Selection:
-        rule = phases[phase_name].filters.get(name, DocFilter())
-        allowed = [
-            by_length(shard.doc_offsets, rule.min_doc_tokens, rule.max_doc_tokens)
-            & by_share(i, shard.num_docs, rule.share)
-            for i, shard in enumerate(dataset.shards)
-        ]
-        seen = [
-            chosen(earlier.name, other)
-            for earlier in recipe.phases
-            if earlier.name in rule.exclude_seen
-            for other in earlier.mixture or recipe.data.sources
-            if earlier.mixture.get(other, 1.0) > 0 and Path(recipe.data.sources[other]).resolve() == folder
-        ]
-        return without(allowed, seen)
-
-    return chosen(phase.name, source)
-
-
 def check_vocabulary(recipe: Recipe, data: list[PhaseData], validation: dict[str, TokenDataset]) -> None:
     datasets = {name: dataset for phase_data in data for name, dataset in phase_data.sources.items()}
     datasets |= {f"validation.{name}": dataset for name, dataset in validation.items()}
@@ -151,18 +128,12 @@ def check_lengths(recipe: Recipe, data: dict[str, PhaseData], validation: dict[s
                     fix=f"give it longer documents (mixture, filters.SOURCE.min_doc_tokens), or seq_len up to {longest}",
                 )
             log.warning("%s", problem)
-        scaling = phase.rope_scaling
-        if (
-            scaling
-            and scaling.factor > 1
-            and 0 < longest_before != scaling.original_max_position_embeddings
-            and (phase.seq_len > longest_before)
-            and not _stretched(recipe, phase)
-        ):
+        if is_made_for_another_context(recipe, phase, longest_before):
+            assert phase.rope_scaling is not None
             log.warning(
                 "phases.%s.rope_scaling.original_max_position_embeddings is %d, and the context before it was %d: angles are "
                 "stretched as for another model",
-                phase.name, scaling.original_max_position_embeddings, longest_before,
+                phase.name, phase.rope_scaling.original_max_position_embeddings, longest_before,
             )  # fmt: skip
         longest_before = max(longest_before, phase.seq_len)
         if phase.gate is not None and phase.gate.position_rise is not None:
@@ -173,17 +144,6 @@ def check_lengths(recipe: Recipe, data: dict[str, PhaseData], validation: dict[s
                     f"and the longest of data.validation has {held_out}",
                     fix="hold out longer documents, or leave position_rise out",
                 )
-
-
-def _stretched(recipe: Recipe, phase: Phase) -> bool:
-    """Whether an earlier phase stretched the same original context already."""
-    assert phase.rope_scaling is not None
-    original = phase.rope_scaling.original_max_position_embeddings
-    earlier = recipe.phases[: recipe.phases.index(phase)]
-    return any(
-        p.rope_scaling and p.rope_scaling.factor > 1 and p.rope_scaling.original_max_position_embeddings == original
-        for p in earlier
-    )
 
 
 def _length_of_origin(recipe: Recipe) -> int:
@@ -225,7 +185,7 @@ def open_recall(recipe: Recipe, phases: list[Phase], validation: dict[str, Token
 
     form = Form(settings, load_tokenizer(recipe.tokenizer).encode)
     filler = Filler([dataset for name, dataset in validation.items() if settings.filler in ("", name)])
-    grids = {phase.name: Grid(form, filler, phase.seq_len) for phase in phases}
+    grids = {phase.name: Grid(form, filler, phase.seq_len, "eval.recall.lengths") for phase in phases}
     return {name: grid for name, grid in grids.items() if grid.cells}
 
 
@@ -263,8 +223,34 @@ def identity(recipe: Recipe, phase: Phase, data: PhaseData) -> dict[str, Any]:
     }
 
 
-def position_of(reader: checkpoint.Reader, recipe: Recipe, identities: dict[str, dict[str, Any]]) -> Position:
+@dataclass(frozen=True)
+class Resume:
+    """What a user says about going on. must: not from step 0. allow_change: though fields that steer the steps have changed.
+    fresh_optimizer: from the weights alone."""
+
+    must: bool = False
+    allow_change: bool = False
+    fresh_optimizer: bool = False
+
+
+def open_checkpoint(run_dir: Path, resume: Resume) -> checkpoint.Reader | None:
+    """What the run goes on from, the same on all ranks; None if it is to begin. Raises UserError if it must not begin."""
+    folder = checkpoint.choose_together(run_dir)
+    if folder is None:
+        if resume.must:
+            raise UserError(
+                f"--must-resume, and {run_dir}/checkpoints holds no checkpoint: the run would begin at step 0",
+                fix="check the recipe's name and output, or leave --must-resume out to begin",
+            )
+        return None
+    return checkpoint.Reader(folder, weights_only=resume.fresh_optimizer)
+
+
+def position_of(
+    reader: checkpoint.Reader, recipe: Recipe, identities: dict[str, dict[str, Any]], allow_change: bool = False
+) -> Position:
     """Where a checkpoint of this very run stands. Raises UserError if the recipe no longer fits it."""
+    reader.check_optimizer()
     position = Position.of(reader.state)
     phase = next((p for p in recipe.phases if p.name == position.phase), None)
     # Beyond the end stands what a gate's repetition trained, which the recipe may no longer ask for.
@@ -283,26 +269,60 @@ def position_of(reader: checkpoint.Reader, recipe: Recipe, identities: dict[str,
             fix="put it back, or start a new run (another `name`)",
         )
     if phase is not None and phase.name in identities and 0 < position.step < parts(phase)[-1].stop:
-        was = {**reader.state["identity"], **_of_phase(reader.state["recipe"], phase.name)}
-        now = {**identities[phase.name], **_of_phase(recipe.model_dump(mode="json"), phase.name)}
-        changed = [f"{key} was {was.get(key)}, is {now[key]}" for key in now if was.get(key) != now[key]]
-        if changed:
+        at = f"phases.{phase.name} is at step {position.step} of {phase.num_steps}"
+        fields = _changed_fields(reader, recipe)
+        other_run = _of_another_run(reader.state["identity"], identities[phase.name], fields, phase.name)
+        if other_run:
             raise UserError(
-                f"phases.{phase.name} is at step {position.step} of {phase.num_steps}, but what it trains on has changed: "
-                + "; ".join(changed),
+                f"{at}, but what it trains on has changed: " + "; ".join(other_run),
                 fix="put it back, or start a new run (another `name`) with init_from",
             )
+        steering = [change for field, change in fields.items() if _steers(field, phase.name)]
+        was_over = reader.state[
+            "permanent"
+        ]  # and is made longer on purpose: what it is from here on is said, as for a new phase
+        if steering and not allow_change and not was_over:
+            raise UserError(
+                f"{at}, and its other steps would be taken otherwise than those before: " + "; ".join(steering),
+                fix="put it back, or say --allow-change to go on so",
+            )
     return position
+
+
+def _of_another_run(was: dict[str, Any], now: dict[str, Any], fields: dict[str, str], phase: str) -> list[str]:
+    """What cannot be gone on with: the place in the order of the data would mean other documents. By the recipe's names."""
+    found = [
+        fields[name] for name in ("seed", f"phases.{phase}.seq_len", f"phases.{phase}.batch_tokens") if name in fields
+    ]
+    if was["data"] != now["data"]:
+        words = ("mixture", "repeats", "filters")
+        named = [
+            change
+            for field, change in fields.items()
+            if field.startswith(("data.sources.", *(f"phases.{phase}.{word}" for word in words)))
+        ]
+        # Its order is drawn by the seed, and cut by seq_len: where those have changed, it need not have changed itself.
+        if named or not found:
+            found += named or ["data.sources: the recipe names the same folders, but their documents are others now"]
+    if was.get("tokenizer") != now.get("tokenizer"):
+        found.append("data.sources: the token shards were made with another tokenizer")
+    if was.get("teachers") != now.get("teachers"):
+        named = [change for field, change in fields.items() if field.startswith(("teacher.", f"phases.{phase}.loss."))]
+        found += named or ["teacher: the recipe names the same, but its weights or its cache are others now"]
+    return found
+
+
+def _steers(field: str, phase: str) -> bool:
+    """Whether a field of the recipe changes what a step of the phase computes, beyond the order of additions. (Its tokens do
+    too, by the schedule: but a phase is made longer on purpose, and that is said in the log.)"""
+    steering = ("lr", "schedule", "loss", "mixture", "repeats", "filters", "rope_scaling")
+    own = field.startswith(tuple(f"phases.{phase}.{name}" for name in steering))
+    return own or field.startswith("optim.") or field == "precision"
 
 
 def _gate_then(reader: checkpoint.Reader, name: str) -> bool:
     """Whether the recipe that the checkpoint was made by had a gate at this phase."""
     return any(phase["name"] == name and phase.get("gate") for phase in reader.state["recipe"]["phases"])
-
-
-def _of_phase(recipe: dict[str, Any], name: str) -> dict[str, Any]:
-    phase = next(p for p in recipe["phases"] if p["name"] == name)
-    return {key: phase[key] for key in ("seq_len", "batch_tokens")}
 
 
 def check_init_from(recipe: Recipe) -> None:
@@ -329,11 +349,12 @@ def load_initial_state(engine: Engine, recipe: Recipe) -> None:
         return
     value, reader = checkpoint.weight_source(recipe.init_from.path)
     _check_same_function(engine, recipe.init_from.path, reader)
-    if recipe.init_from.optimizer:
-        assert reader is not None  # check_init_from
+    if reader is None:
+        engine.write_weights(value)
+    elif recipe.init_from.optimizer:
         restore_state(engine, reader)
     else:
-        engine.write_weights(value)
+        engine.write_state(_weights_of(reader))
 
 
 def _check_same_function(engine: Engine, path: str, reader: checkpoint.Reader | None) -> None:
@@ -372,19 +393,42 @@ def restore_state(engine: Engine, reader: checkpoint.Reader) -> None:
     """Fills a fresh engine with a checkpoint's weights, moments and counters, whatever layout wrote it."""
     for name, shape in engine.shapes.items():
         reader.check_shape(name, shape)
-    engine.write_state(reader.read)
-    engine.optimizer_steps = reader.state["optimizer_steps"]
+    reader.check_optimizer()
+    engine.write_state(_weights_of(reader) if reader.weights_only else reader.read)
+    if reader.weights_only:
+        log.warning("--fresh-optimizer: the moments begin at zero, and Adam counts its updates from 0")
+    else:
+        engine.optimizer_steps = reader.state["optimizer_steps"]
     engine.loss_scale = reader.state["loss_scale"]
+    log.info("read %s of the %s bytes of %s", f"{reader.bytes_read:,}", f"{reader.num_bytes:,}", reader.folder)
+
+
+def _weights_of(reader: checkpoint.Reader) -> Callable[[str, str, int, int], torch.Tensor | None]:
+    """For Engine.write_state: the part of the weights that this rank holds, and no moments."""
+    return lambda kind, *place: reader.read(kind, *place) if kind == "master" else None
 
 
 def recipe_changes(reader: checkpoint.Reader, recipe: Recipe) -> list[str]:
     """What the recipe says otherwise than when the checkpoint was made, one change an entry, also written to the log."""
-    was, now = (_flat(tree) for tree in (reader.state["recipe"], recipe.model_dump(mode="json")))
-    changes = [f"{key} was {was.get(key)}, is {now.get(key)}" for key in {**was, **now} if was.get(key) != now.get(key)]
+    changes = [*_changed_fields(reader, recipe).values()]
     for change in changes:
         log.info("from here on %s", change)
-    _warn_of_longer_phases(reader, recipe)
     return changes
+
+
+def _changed_fields(reader: checkpoint.Reader, recipe: Recipe) -> dict[str, str]:
+    """{field by its name in the recipe: what it was and is}."""
+    then = reader.state["recipe"]
+    try:
+        then = Recipe.model_validate(then).model_dump(mode="json")  # fields that are newer than it have their defaults
+    except ValidationError:
+        pass  # of a version whose recipes this one refuses; compared as it is
+    was, now = _flat(then), _flat(recipe.model_dump(mode="json"))
+    return {
+        field: f"{field} was {was.get(field)}, is {now.get(field)}"
+        for field in {**was, **now}
+        if was.get(field) != now.get(field)
+    }
 
 
 def _flat(tree: Any, at: str = "") -> dict[str, Any]:
@@ -397,20 +441,27 @@ def _flat(tree: Any, at: str = "") -> dict[str, Any]:
     return {at: tree}
 
 
-def _warn_of_longer_phases(reader: checkpoint.Reader, recipe: Recipe) -> None:
-    """A phase that is over stays as it was, whatever the recipe says now: says so where it says something else."""
-    position = reader.state["position"]
-    names = [phase.name for phase in recipe.phases]
-    over = recipe.phases[: names.index(position["phase"])] if position["phase"] in names else []
-    was = {p["name"]: -(-p["tokens"] // p["batch_tokens"]) for p in reader.state["recipe"]["phases"]}
-    for phase in over:
-        if was.get(phase.name, phase.num_steps) != phase.num_steps:
+def as_far_as_run(reader: checkpoint.Reader, recipe: Recipe) -> Recipe:
+    """The recipe with the phases that are over as they were: they stay so whatever it says of them now. So that is told, and
+    what is written down of the run (recipe.yaml, checkpoints) does not say otherwise."""
+    names, at = [phase.name for phase in recipe.phases], reader.state["position"]["phase"]
+    over = names[: names.index(at)] if at in names else []
+    was = {phase["name"]: phase for phase in reader.state["recipe"]["phases"] if phase["name"] in over}
+    tree = recipe.model_dump(mode="json")
+    tree["phases"] = [was.get(phase["name"], phase) for phase in tree["phases"]]
+    try:
+        restored = recipe_from_tree(tree, "the recipe with its first phases as they were run")
+    except UserError:  # they name a source, or have a field, that is no more
+        return recipe
+    for then, now in zip(restored.phases, recipe.phases, strict=True):
+        fields, changed = (_flat(phase.model_dump(mode="json")) for phase in (then, now))
+        if told := [f"{k} was {fields.get(k)}, is {v}" for k, v in changed.items() if fields.get(k) != v]:
             log.warning(
-                "phases.%s was over after %d steps and a later phase has begun; that it now says %d has no effect",
-                phase.name,
-                was[phase.name],
-                phase.num_steps,
+                "phases.%s is over and a later phase has begun, so what the recipe now says of it has no effect: %s",
+                now.name,
+                "; ".join(told),
             )
+    return restored
 
 
 def phases_to_run(recipe: Recipe, reader: checkpoint.Reader | None, until: str = "") -> list[Phase]:

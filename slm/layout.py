@@ -6,6 +6,7 @@ gradient_accumulation(phase, world_size=16)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slm.errors import UserError
@@ -35,28 +36,74 @@ def sequence_problems(model: ModelConfig, seq_len: int, degree: int, at: str) ->
 def data_parallel(phase: Phase, world_size: int) -> int:
     """Ranks, or groups of sequence_parallel ranks, that share a batch. Raises UserError if they are not whole."""
     if world_size % phase.sequence_parallel:
-        raise UserError(
-            f"phases.{phase.name}.sequence_parallel is {phase.sequence_parallel}, which does not divide the {world_size} "
-            "ranks: some would have no part of a sequence",
-            fix=f"start a multiple of {phase.sequence_parallel} ranks, or set sequence_parallel to a divisor of {world_size}",
-        )
+        check_ranks([phase], world_size)
     return world_size // phase.sequence_parallel
 
 
 def gradient_accumulation(phase: Phase, world_size: int) -> int:
     """Micro-batches per rank and step. Raises UserError if the world does not divide the batch."""
-    data_world, degree = data_parallel(phase, world_size), phase.sequence_parallel
-    per_forward = phase.micro_batch * data_world
-    if phase.global_batch % per_forward:
-        fitting = [
-            w * degree for w in range(1, phase.global_batch + 1) if phase.global_batch % (w * phase.micro_batch) == 0
-        ]
+    check_ranks([phase], world_size)
+    return phase.global_batch // (phase.micro_batch * data_parallel(phase, world_size))
+
+
+def fitting_ranks(phases: Sequence[Phase]) -> list[int]:
+    """Numbers of ranks that share the work of each of these phases equally, ascending; may be none."""
+    found = [
+        {
+            groups * phase.sequence_parallel
+            for groups in range(1, phase.global_batch // phase.micro_batch + 1)
+            if phase.global_batch % (groups * phase.micro_batch) == 0
+        }
+        for phase in phases
+    ]
+    return sorted(set.intersection(*found)) if found else []
+
+
+def check_ranks(phases: Sequence[Phase], world_size: int) -> None:
+    """Raises UserError if world_size ranks cannot share the work of all these phases, and names the numbers that can."""
+    misfits = {phase.name: problem for phase in phases if (problem := _misfit(phase, world_size))}
+    if not misfits:
+        return
+    fitting = fitting_ranks(phases)
+    if len(phases) == 1:
+        fix = f"use {_listed(fitting, world_size)}, {_or_change(phases[0], world_size)}"
+    elif fitting:
+        names = ", ".join(phase.name for phase in phases)
+        fix = (
+            f"use {_listed(fitting, world_size)}, which fit all phases that are to run ({names}); or --until PHASE, so that each "
+            f"has a job of its own; or another micro_batch or batch_tokens in {', '.join(misfits)}"
+        )
+    else:
+        jobs = "; ".join(f"--until {phase.name} with {_listed(fitting_ranks([phase]), world_size)}" for phase in phases)
+        fix = f"no number of ranks fits all phases that are to run, so give each a job of its own: {jobs}"
+    raise UserError("; ".join(misfits.values()), fix=fix)
+
+
+def _misfit(phase: Phase, world_size: int) -> str:
+    degree = phase.sequence_parallel
+    if world_size % degree:
+        return (
+            f"phases.{phase.name}.sequence_parallel is {degree}, which does not divide the {world_size} ranks: some would have "
+            "no part of a sequence"
+        )
+    if phase.global_batch % (phase.micro_batch * (world_size // degree)):
         shared = f" / sequence_parallel {degree}" if degree > 1 else ""
-        raise UserError(
+        return (
             f"phases.{phase.name}: a step has {phase.global_batch} sequences (batch_tokens {phase.batch_tokens} / "
             f"seq_len {phase.seq_len}), which {world_size} ranks{shared} x micro_batch {phase.micro_batch} do not divide, so "
-            "ranks would do unequal work",
-            fix=f"use {', '.join(map(str, fitting[:8]))} ranks, another micro_batch, or batch_tokens = a multiple of "
-            f"{per_forward * phase.seq_len}",
+            "ranks would do unequal work"
         )
-    return phase.global_batch // per_forward
+    return ""
+
+
+def _or_change(phase: Phase, world_size: int) -> str:
+    if world_size % phase.sequence_parallel:
+        return f"or set sequence_parallel to a divisor of {world_size}"
+    per_step = phase.micro_batch * (world_size // phase.sequence_parallel) * phase.seq_len
+    return f"another micro_batch, or batch_tokens = a multiple of {per_step}"
+
+
+def _listed(fitting: list[int], world_size: int) -> str:
+    """The eight that are nearest to what was given."""
+    nearest = sorted(sorted(fitting, key=lambda ranks: abs(ranks - world_size))[:8])
+    return f"{', '.join(map(str, nearest))} rank{'s' * (nearest != [1])}"

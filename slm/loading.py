@@ -193,7 +193,7 @@ def _recall_grid(
             f"made with ({made_with[:12]}): the question would be other tokens than the text's",
             fix="give the right one with --tokenizer",
         )
-    return Grid(Form(settings, loaded.encode), filler, max([seq_len, *settings.lengths]))
+    return Grid(Form(settings, loaded.encode), filler, max([seq_len, *settings.lengths]), "--lengths")
 
 
 def bytes_per_token(dataset: TokenDataset) -> float:

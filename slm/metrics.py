@@ -61,6 +61,9 @@ class MetricsLogger:
             return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._again = dict(
+            run_dir=run_dir, tensorboard=tensorboard, wandb=wandb, run_name=run_name, config=config, rank=rank
+        )
         self._start_step = start_step
         self._failed: set[str] = set()
         kept = _lines_until(run_dir / "metrics.jsonl", start_step)
@@ -103,6 +106,12 @@ class MetricsLogger:
         if self._active:
             line = {"time": time.time(), "kind": kind, **fields}
             self._try("events.jsonl", lambda: _append(self._events, line))
+
+    def go_back(self, step: int) -> None:
+        """Training goes on from this earlier step: what was recorded after it is treated as at a restart."""
+        if self._active:
+            self.close()
+            self.__init__(**self._again, start_step=step)  # type: ignore[misc]
 
     def close(self) -> None:
         """Flush and close every sink. W&B uploads what it still has."""

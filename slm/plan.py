@@ -1,6 +1,7 @@
 """Arithmetic of a run, before it costs anything: parameters, steps, batch, FLOPs, activation memory. No torch.
 
-Owns the FLOP conventions used everywhere; the memory's formula is in activations.py. Does not know time yet.
+Owns the FLOP conventions used everywhere, and what can be held against a recipe without starting it; the memory's formula is
+in activations.py. Does not know time yet.
 
     print(describe(recipe, world_size=8))
 
@@ -13,13 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from slm.activations import POLICIES, ActivationMemory, activation_memory
+from slm.data.selection import selected_documents
+from slm.data.tokens import MANIFEST, TokenDataset
 from slm.distill.settings import describe_loss
-from slm.gate import ASKED
-from slm.layout import gradient_accumulation
-from slm.model.config import ModelConfig
+from slm.gate import ASKED, repetition
+from slm.layout import check_ranks, gradient_accumulation
+from slm.model.config import ModelConfig, effective_theta
+from slm.recall.samples import Form, fitting_lengths
 from slm.recipe import Phase, Recipe
+from slm.tokenizer import load_tokenizer
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool) -> float:
@@ -78,19 +84,41 @@ def plan_phase(recipe: Recipe, phase: Phase, world_size: int) -> PhasePlan:
     )
 
 
-def describe(recipe: Recipe, world_size: int, phases: Sequence[Phase] | None = None) -> str:
-    """The plan of a run, or of some of its phases, in words, one fact a line."""
+def check_what_is_here(recipe: Recipe) -> None:
+    """Holds the recipe against its tokenizer and token shards, as far as they are here; the rest is `slm train`'s to check.
+
+    Raises UserError for lengths of recall that the needles do not fit in, and for filters that leave no document.
+    """
+    if recipe.eval.recall is not None and Path(recipe.tokenizer).exists():
+        form = Form(recipe.eval.recall, load_tokenizer(recipe.tokenizer).encode)
+        for phase in recipe.phases:
+            fitting_lengths(form, phase.seq_len, "eval.recall.lengths")
+    for phase in recipe.phases:
+        for source in phase.filters:
+            if (Path(recipe.data.sources[source]) / MANIFEST).exists():
+                selected_documents(recipe, phase, source, TokenDataset(recipe.data.sources[source]))
+
+
+def describe(recipe: Recipe, world_size: int | None, phases: Sequence[Phase] | None = None) -> str:
+    """The plan of a run, or of some of its phases, in words, one fact a line. world_size: None for each phase's fewest ranks.
+
+    Raises UserError as check_ranks does.
+    """
     config = recipe.model
+    phases = recipe.phases if phases is None else phases
+    if world_size is not None:
+        check_ranks(phases, world_size)
     lines = [
         f"run {recipe.name} -> {recipe.run_dir}",
         f"model: {config.num_parameters():,} parameters ({config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"{config.num_attention_heads} heads over {config.num_key_value_heads} kv heads, vocabulary {config.vocab_size:,})",
     ]
-    for phase in recipe.phases if phases is None else phases:
-        plan = plan_phase(recipe, phase, world_size)
+    for phase in phases:
+        num_ranks = world_size or phase.sequence_parallel
+        plan = plan_phase(recipe, phase, num_ranks)
         lines += [
             f"phase {phase.name}: {plan.steps:,} steps x {phase.batch_tokens:,} tokens = {plan.tokens:,} tokens",
-            f"  a step: {plan.global_batch:,} sequences of {phase.seq_len:,} = {world_size} ranks"
+            f"  a step: {plan.global_batch:,} sequences of {phase.seq_len:,} = {num_ranks} ranks"
             + (f" / {phase.sequence_parallel} that share a sequence" if phase.sequence_parallel > 1 else "")
             + f" x micro-batch {phase.micro_batch} x {plan.gradient_accumulation} accumulated",
             f"  training FLOPs: {plan.flops_causal:.3e} causal, {plan.flops_full:.3e} full convention "
@@ -101,25 +129,25 @@ def describe(recipe: Recipe, world_size: int, phases: Sequence[Phase] | None = N
             f"  learning rate: {phase.schedule.type}, peak {phase.lr or recipe.optim.lr:g}, "
             f"{phase.schedule.warmup_steps:,} warm-up steps; loss {phase.loss.type}; DeepSpeed {phase.deepspeed}",
         ]
-        if phase.rope_scaling is not None:
-            scaling = phase.rope_scaling
-            by = (
-                f", factor {scaling.factor:g} over {scaling.original_max_position_embeddings:,}"
-                if scaling.factor > 1
-                else ""
-            )
-            lines.append(f"  rotary embedding from here on: {scaling.rope_type}{by}")
+        lines.append(f"  rotary embedding: {_rotary(recipe, phase)}")
         if phase.gate is not None:
             asked = ", ".join(f"{name} {value:g}" for name in ASKED if (value := getattr(phase.gate, name)) is not None)
-            then = (
-                f"{phase.gate.repeats} x {phase.gate.repeat_tokens:,} tokens more"
-                if phase.gate.repeat_tokens
-                else "the run stops"
-            )
-            lines.append(f"  gate at its end: {asked}; else {then}")
+            lines.append(f"  gate at its end: {asked}; else {repetition(phase) or 'the run stops'}")
         if phase.loss.type == "distill":
             lines += [f"  {line}" for line in describe_loss(phase.loss, recipe.teacher)]
     return "\n".join(lines)
+
+
+def _rotary(recipe: Recipe, phase: Phase) -> str:
+    """Base and scaling as they are in a phase, and where they come from."""
+    config, (given_by, _) = recipe.model_of(phase), recipe.scaling_of(phase)
+    scaling, base = config.rope_scaling, f"base {effective_theta(config):,.10g}"
+    since = {"": "the model's own", phase.name: "from here on"}.get(given_by, f"since phase {given_by}")
+    if scaling is None or scaling.rope_type == "default":
+        return f"{base}, no scaling ({since})"
+    by = f", factor {scaling.factor:g} over {scaling.original_max_position_embeddings:,}"
+    reach = f", reaches {scaling.reach_tokens:,} tokens" if scaling.reach_tokens else ""
+    return f"{base}, {scaling.rope_type}{'' if scaling.rope_type == 'theta' else by}{reach} ({since})"
 
 
 def _recomputation(phase: Phase, memory: ActivationMemory) -> str:

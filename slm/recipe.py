@@ -1,7 +1,8 @@
-"""The recipe: one YAML file is one run. Its schema, its reading, its overrides and its checks.
+"""The recipe: one YAML file is one run. Its schema, its reading and its overrides.
 
 Owns every option of a run with its default and description; imports no torch and opens only the recipe and the
-DeepSpeed JSON files. What needs the data or the number of ranks is checked in inputs.py.
+DeepSpeed JSON files. What contradicts something else is found by contradictions.py; what needs the data or the number of
+ranks is checked in inputs.py.
 
     recipe = load_recipe("recipes/quickstart.yaml", ["optim.lr=1e-3", "phases.main.tokens=2M"])
 
@@ -16,16 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from slm import strict_yaml
-from slm.distill.settings import Loss, Teacher, loss_problems
+from slm.contradictions import contradictions, sections_in_doubt
+from slm.distill.settings import Loss, Teacher
 from slm.errors import UserError
 from slm.fields import Count, Real, Section
-from slm.gate import Gate, gate_problems
-from slm.layout import sequence_problems
+from slm.gate import Gate
 from slm.model.config import PRESETS, ModelConfig, RopeScaling
-from slm.recall.settings import Recall, recall_problems
+from slm.recall.settings import Recall
 from slm.safety import Safety
 from slm.strategy import deepspeed_problems, resolve_deepspeed
 
@@ -72,9 +73,18 @@ class DocFilter(Section):
     """Which documents of a source a phase trains on. For a mixture by length, name the same folder as several sources."""
 
     min_doc_tokens: Count = Field(0, ge=0, description="shorter documents are left out of this phase")
-    max_doc_tokens: Count | None = Field(None, description="longer documents are left out of this phase")
+    max_doc_tokens: Count | None = Field(None, ge=1, description="longer documents are left out of this phase")
     share: Real = Field(1.0, gt=0, le=1, description="only this share of the documents, the same ones in every phase")
     exclude_seen: list[str] = Field([], description="earlier phases, whose documents are left out of this one")
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> DocFilter:
+        if self.max_doc_tokens is not None and self.min_doc_tokens > self.max_doc_tokens:
+            raise ValueError(
+                f"min_doc_tokens is {self.min_doc_tokens}, above max_doc_tokens {self.max_doc_tokens}: no document is as "
+                "long and as short as that, so none would be left; lower the one or raise the other"
+            )
+        return self
 
 
 class Phase(Section):
@@ -118,6 +128,17 @@ class Phase(Section):
 class Checkpoint(Section):
     every_steps: Count = Field(500, gt=0, description="steps between saves; the end of a phase is always saved")
     keep_last: Count = Field(2, gt=0, description="newest checkpoints kept; phase ends and the best are kept besides")
+    keep_every_steps: Count = Field(
+        0, ge=0, description="a save at a multiple of it is never removed; 0: only phase ends and the best stay"
+    )
+    when_busy: Literal["wait", "skip"] = Field(
+        "wait",
+        description="a save that comes while the one before is still being written; phase ends and stops always wait",
+    )
+    on_failure: Literal["stop", "continue"] = Field(
+        "stop",
+        description="continue: go on after a failed save until three in a row, or that of a phase's end, have failed",
+    )
 
 
 class Eval(Section):
@@ -216,125 +237,22 @@ class Recipe(Section):
         return data
 
     @model_validator(mode="after")
-    def _cross_checks(self) -> Recipe:
-        problems = [p for phase in self.phases for p in self._phase_problems(phase)]
-        scaling, context = self.model.rope_scaling, self.model.max_position_embeddings
-        if scaling is not None and (scaling.reach_tokens or context) < context:
-            problems.append(
-                f"model.max_position_embeddings is {context}, but model.rope_scaling says {scaling.told(context)}"
-            )
-        names = [phase.name for phase in self.phases]
-        for name in sorted({n for n in names if names.count(n) > 1}):
-            problems.append(f"phases: the name {name!r} is used twice; checkpoints are named by phase, so rename one")
-        problems += self._eval_problems()
-        if problems:
+    def _cross_checks(self, info: ValidationInfo) -> Recipe:
+        if problems := contradictions(self, **(info.context or {})):
             raise ValueError("\n".join(problems))
         return self
 
-    def _eval_problems(self) -> list[str]:
-        seq_lens, validation = [phase.seq_len for phase in self.phases], list(self.data.validation)
-        problems = []
-        if too_long := [n for n in self.eval.seq_lens if n >= max(seq_lens)]:
-            problems.append(
-                f"eval.seq_lens has {', '.join(map(str, too_long))}, no shorter than the longest seq_len of a phase "
-                f"({max(seq_lens)}): no phase would measure it; leave it out (each phase measures its own seq_len)"
-            )
-        for phase in self.phases:
-            if cut := [n for n in self.eval.seq_lens if n < phase.seq_len and n % phase.sequence_parallel]:
-                problems.append(
-                    f"eval.seq_lens has {', '.join(map(str, cut))}, which phases.{phase.name}.sequence_parallel "
-                    f"{phase.sequence_parallel} does not divide: each rank has an equal part; use multiples of it"
-                )
-        if self.eval.recall is not None:
-            problems += recall_problems(self.eval.recall, self.eval.every_steps, seq_lens, validation, self.tokenizer)
-        return problems
-
-    def _phase_problems(self, phase: Phase) -> list[str]:
-        at = f"phases.{phase.name}"
-        problems = []
-        if phase.batch_tokens % phase.seq_len:
-            problems.append(
-                f"{at}.batch_tokens is {phase.batch_tokens}, not a multiple of seq_len {phase.seq_len}: a step could "
-                f"not be made of whole sequences; try {max(1, phase.global_batch) * phase.seq_len}"
-            )
-        elif phase.global_batch % phase.micro_batch:
-            problems.append(
-                f"{at}.micro_batch is {phase.micro_batch}, which does not divide the {phase.global_batch} sequences "
-                f"of a step (batch_tokens / seq_len)"
-            )
-        problems += sequence_problems(self.model, phase.seq_len, phase.sequence_parallel, at)
-        if phase.offload_activations and phase.activation_checkpointing == "none":
-            problems.append(
-                f"{at}.offload_activations is true, but activation_checkpointing is none: there are no checkpoints to "
-                f"move, everything is kept; set activation_checkpointing to full or selective"
-            )
-        context = self.model.max_position_embeddings
-        if phase.seq_len > context:
-            problems.append(
-                f"{at}.seq_len is {phase.seq_len}, longer than model.max_position_embeddings {context}: raise that too"
-            )
-        problems += self._rope_problems(phase)
-        if phase.schedule.warmup_steps > phase.num_steps:
-            problems.append(
-                f"{at}.schedule.warmup_steps is {phase.schedule.warmup_steps}, but the phase has only "
-                f"{phase.num_steps} steps (tokens / batch_tokens): the learning rate would never reach its peak"
-            )
-        for field, names in (("mixture", phase.mixture), ("repeats", phase.repeats), ("filters", phase.filters)):
-            for name in names:
-                if name not in self.data.sources:
-                    known = ", ".join(self.data.sources)
-                    problems.append(f"{at}.{field} names {name!r}, which is not among data.sources ({known})")
-        if phase.mixture and phase.repeats:
-            problems.append(
-                f"{at} has a mixture and repeats, which both say how often a source is drawn: give one of them"
-            )
-        if any(not 1e-3 <= r <= 1e3 for r in phase.repeats.values()):
-            problems.append(
-                f"{at}.repeats is {phase.repeats}: a source would hardly be drawn, or alone; give 0.001 to 1000"
-            )
-        earlier = [p.name for p in self.phases[: self.phases.index(phase)]]
-        for name, filtered in phase.filters.items():
-            for other in filtered.exclude_seen:
-                if other not in earlier:
-                    problems.append(
-                        f"{at}.filters.{name}.exclude_seen names {other!r}, which is no earlier phase "
-                        f"({', '.join(earlier) or 'there is none'})"
-                    )
-        if any(w < 0 for w in phase.mixture.values()) or (phase.mixture and not sum(phase.mixture.values()) > 0):
-            problems.append(f"{at}.mixture has weights {phase.mixture}: none may be negative and their sum must be > 0")
-        elif any(0 < w < 1e-6 * sum(phase.mixture.values()) for w in phase.mixture.values()):
-            problems.append(
-                f"{at}.mixture has weights {phase.mixture}: one below a millionth would hardly ever be drawn; use 0 instead"
-            )
-        before = self.phases[: self.phases.index(phase)]
-        problems += gate_problems(phase, before, self.eval, list(self.data.validation))
-        return problems + loss_problems(phase.loss, self.teacher, f"{at}.loss")
-
-    def _scaled(self, phase: Phase) -> tuple[str, RopeScaling | None]:
+    def scaling_of(self, phase: Phase) -> tuple[str, RopeScaling | None]:
         """The last phase so far that gives a scaling: its name, and that scaling; None if the model's own is in force."""
         for earlier in reversed(self.phases[: self.phases.index(phase) + 1]):
             if earlier.rope_scaling is not None:
                 return earlier.name, earlier.rope_scaling
         return "", None
 
-    def _rope_problems(self, phase: Phase) -> list[str]:
-        """What contradicts the length in the scaling that the phase gives, or keeps from an earlier one."""
-        name, scaling = self._scaled(phase)
-        if scaling is None:
-            return []  # the model's own is held against its max_position_embeddings
-        at, problems = f"phases.{name}.rope_scaling", []
-        if name == phase.name:
-            problems = [f"{at}.{p}" for p in scaling.misfits(self.model.head_dim, self.model.max_position_embeddings)]
-        if phase.seq_len > (scaling.reach_tokens or phase.seq_len):
-            problems.append(
-                f"phases.{phase.name}.seq_len is {phase.seq_len}, but {at} says {scaling.told(phase.seq_len)}"
-            )
-        return problems
-
     def model_of(self, phase: Phase) -> ModelConfig:
         """The model as it is in a phase: rope_scaling is that of the last phase so far which gives one, and the context is
         no longer than that reaches."""
-        _, scaling = self._scaled(phase)
+        _, scaling = self.scaling_of(phase)
         if scaling is None:
             return self.model
         context = min(self.model.max_position_embeddings, scaling.reach_tokens or self.model.max_position_embeddings)
@@ -389,8 +307,9 @@ def _validated(tree: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
     except ValidationError as error:
         problems = _readable(error, tree)
         rest = _without(tree, [item["loc"] for item in error.errors()])
+        in_doubt = sections_in_doubt(error.errors(), tree)
     try:
-        Recipe.model_validate(rest)
+        Recipe.model_validate(rest, context=in_doubt)
     except ValidationError as error:
         known = {problem.split(" ", 1)[0] for problem in problems}
         contradictions = [item for item in error.errors() if not item["loc"]]

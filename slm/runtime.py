@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -241,7 +242,8 @@ class RunLock:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        run_dir = Path(run_dir)
+        run_dir = self._folder = Path(run_dir)
+        self.made_folder = not run_dir.exists()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] | None = open(run_dir / "lock", "a+")
@@ -269,6 +271,13 @@ class RunLock:
         self._file.write(json.dumps(holder) + "\n")
         self._file.flush()
         (run_dir / "exit.json").unlink(missing_ok=True)
+
+    def remove_folder(self) -> bool:
+        """Removes the run directory if it holds no more than every attempt leaves; whether it did. While it is locked."""
+        if {path.name for path in self._folder.iterdir()} - {"lock", "logs"}:
+            return False
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return True
 
     def close(self) -> None:
         if self._file is not None:

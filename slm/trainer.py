@@ -34,7 +34,7 @@ from slm.distill.loss import DistillationLoss
 from slm.engine import Engine
 from slm.errors import UserError
 from slm.evaluate import HeldOut
-from slm.inputs import Position, position_of, remaining_phases
+from slm.inputs import Position, position_of, recipe_changes, remaining_phases
 from slm.ledger import Ledger
 from slm.losses import IGNORE
 from slm.model.config import ModelConfig
@@ -281,7 +281,9 @@ class SLMTrainer:
                 self.teacher_model.to(device)
             folder = parallel.first_rank_decides(self._checkpoint_to_resume, resume_from_checkpoint)
             reader = checkpoint.Reader(folder) if folder else None
-            position = position_of(reader, recipe, identities) if reader else Position()
+            position = position_of(reader, recipe, identities, allow_change=True) if reader else Position()
+            if reader is not None:
+                recipe_changes(reader, recipe)  # said, and gone on with: a notebook's settings change
             run = open_run(recipe, ranks, device, self.output_dir, stop, position, ledger)
             try:
                 position = run_phases(

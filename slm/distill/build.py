@@ -93,7 +93,8 @@ def _run_teacher(
         progress.close()
     folders = sorted({str(w.path.parent) for w in wanted})
     size = decimal(sum(w.path.stat().st_size for w in wanted))
-    log.info("teacher %s: %d caches of %s in %s; next: slm train RECIPE", name, len(wanted), size, ", ".join(folders))
+    where, then = ", ".join(folders), f"slm train {SLMError.recipe}"
+    log.info("teacher %s: %d caches of %s in %s; next: %s", name, len(wanted), size, where, then)
 
 
 def _look(settings: Teacher, name: str, wanted: list[Wanted]) -> list[Wanted]:

@@ -68,7 +68,10 @@ class RopeScaling(BaseModel):
             if name not in ("rope_type", *reads) and getattr(self, name) != field.default
         ]
         if "factor" in reads and kind != "dynamic" and "factor" not in self.model_fields_set:
-            problems.append(f"factor is missing, so rope_type {kind} would change nothing: give new / original context")
+            so = f"rope_type {kind} would change nothing"
+            if kind == "longrope":
+                so = "nothing says how far the lists of rope_type longrope reach"
+            problems.append(f"factor is missing, so {so}: give new / original context")
         if kind == "theta" and self.rope_theta is None:
             problems.append(
                 "rope_theta is missing: rope_type theta is a new base; the 2θ rule is twice model.rope_theta"
@@ -111,6 +114,17 @@ class RopeScaling(BaseModel):
         if self == LLAMA31:
             return 131072  # as Meta trained and published it, twice factor * original
         return round(self.factor * self.original_max_position_embeddings)
+
+    def is_plain(self, rope_theta: float) -> bool:
+        """Whether angles and attention are those of no scaling at all, in a model of this base."""
+        plain_attention = self.factor == 1.0 if self.attention_factor is None else self.attention_factor == 1.0
+        if self.rope_type == "theta":
+            return self.rope_theta == rope_theta
+        if self.rope_type == "yarn":
+            return self.factor == 1.0 and plain_attention
+        if self.rope_type == "longrope":
+            return plain_attention and {*(self.short_factor or ()), *(self.long_factor or ())} == {1.0}
+        return self.rope_type == "default" or (self.rope_type != "dynamic" and self.factor == 1.0)
 
     def told(self, wanted_tokens: int) -> str:
         """Why a sequence of wanted_tokens is beyond reach_tokens, and what to do, for a message."""
@@ -229,6 +243,17 @@ class ModelConfig(BaseModel):
     def matmul_parameters(self) -> int:
         """Weights that take part in a matrix product per token: the head counts (tied or not), the look-up not."""
         return self.num_hidden_layers * self.linear_parameters_per_layer() + self.vocab_size * self.hidden_size
+
+
+def effective_theta(config: ModelConfig) -> float:
+    """The base of the frequencies, with what `theta` and `ntk` change about it: theta' = theta * s^(D/(D-2))."""
+    scaling, D = config.rope_scaling, config.head_dim
+    if scaling is not None and scaling.rope_type == "theta":
+        assert scaling.rope_theta is not None
+        return scaling.rope_theta
+    if scaling is not None and scaling.rope_type == "ntk":
+        return config.rope_theta * scaling.factor ** (D / (D - 2))
+    return config.rope_theta
 
 
 def _divisors(n: int) -> list[int]:

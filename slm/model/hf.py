@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slm.errors import CorruptArtefact, UserError
-from slm.model.config import ROPE_FIELDS, ModelConfig, RopeScaling
-from slm.model.rope import attention_factor, effective_theta
+from slm.model.config import ROPE_FIELDS, ModelConfig, RopeScaling, effective_theta
+from slm.model.rope import attention_factor
 from slm.runtime import atomic_write
 
 if TYPE_CHECKING:

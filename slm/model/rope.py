@@ -19,23 +19,12 @@ import math
 
 import torch
 
-from slm.model.config import ModelConfig, RopeScaling
+from slm.model.config import ModelConfig, RopeScaling, effective_theta
 
 
 def follows_length(config: ModelConfig) -> bool:
     """Whether all angles of a sequence change as it grows."""
     return config.rope_scaling is not None and config.rope_scaling.rope_type in ("dynamic", "longrope")
-
-
-def effective_theta(config: ModelConfig) -> float:
-    """The base of the frequencies, with what `theta` and `ntk` change about it: theta' = theta * s^(D/(D-2))."""
-    scaling, D = config.rope_scaling, config.head_dim
-    if scaling is not None and scaling.rope_type == "theta":
-        assert scaling.rope_theta is not None
-        return scaling.rope_theta
-    if scaling is not None and scaling.rope_type == "ntk":
-        return config.rope_theta * scaling.factor ** (D / (D - 2))
-    return config.rope_theta
 
 
 def inverse_frequencies(config: ModelConfig, length: torch.Tensor | None = None) -> torch.Tensor:

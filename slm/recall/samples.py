@@ -184,14 +184,15 @@ class Cell:
 
 class Grid:
     """All samples of a recipe's recall that have at most seq_len tokens, each a function of its cell and number alone.
+    asked_by: where a user says the lengths, for messages.
 
     Raises UserError where the samples could not be made, or would say nothing.
     """
 
-    def __init__(self, form: Form, filler: Filler, seq_len: int) -> None:
+    def __init__(self, form: Form, filler: Filler, seq_len: int, asked_by: str = "lengths") -> None:
         s = self.settings = form.settings
         self.form, self.filler = form, filler
-        self.lengths = checked_lengths(form, filler, seq_len)
+        self.lengths = checked_lengths(form, filler, seq_len, asked_by)
         self.cells = [
             Cell(keys, length, depth, s.depths)
             for length in self.lengths
@@ -211,32 +212,45 @@ class Grid:
         return build_sample(self.form, self.filler, length=cell.length, keys=cell.keys, depth=depth, rng=rng)
 
 
-def checked_lengths(form: Form, filler: Filler, seq_len: int) -> list[int]:
+def least_length(form: Form) -> int:
+    """Tokens of the shortest sample of which the needles leave a quarter for the text around them."""
+    s = form.settings
+    needles = form.needles(max(s.keys), np.random.default_rng(s.seed))
+    used = 1 + sum(len(n.needle) for n in needles) + len(needles[0].query) + len(needles[0].answer)
+    return -(-used * 4 // 3)  # other samples may take a few tokens more
+
+
+def fitting_lengths(form: Form, seq_len: int, asked_by: str) -> list[int]:
     """The lengths that are measured; of those that nobody asked for, only what the needles fit in. Raises UserError."""
+    s, least = form.settings, least_length(form)
+    lengths = s.lengths_of(seq_len)
+    if not s.lengths:
+        lengths = [length for length in lengths if length >= least or length == seq_len]
+    if lengths and lengths[0] < least:
+        most = max(s.keys)
+        what = f"has {lengths[0]}" if s.lengths else f"is not given, so it is seq_len {lengths[0]}"
+        raise UserError(
+            f"{asked_by} {what}, too short for {most} needle{'s' * (most > 1)} and the question, which take about "
+            f"{least * 3 // 4} tokens: less than a quarter would be left for the text around them",
+            fix=f"give {asked_by} of {least} or more, fewer keys, or shorter templates",
+        )
+    return lengths
+
+
+def checked_lengths(form: Form, filler: Filler, seq_len: int, asked_by: str) -> list[int]:
+    """fitting_lengths, for which there also is the held-out text. Raises UserError."""
     s = form.settings
     for field, alphabet in (("names", s.names), ("values", s.values)):
         if not isinstance(alphabet, str) and alphabet[1] >= filler.vocab_size:
             raise UserError(
-                f"recall.{field} is {list(alphabet)}, and the tokenizer of the held-out text has {filler.vocab_size} tokens",
+                f"eval.recall.{field} is {list(alphabet)}, and the tokenizer of the held-out text has {filler.vocab_size} tokens",
                 fix=f"give ids up to {filler.vocab_size - 1}",
             )
-    most = max(s.keys)
-    needles = form.needles(most, np.random.default_rng(s.seed))
-    used = 1 + sum(len(n.needle) for n in needles) + len(needles[0].query) + len(needles[0].answer)
-    needed = -(-used * 4 // 3)  # other samples may take a few tokens more
-    lengths = s.lengths_of(seq_len)
-    if not s.lengths:
-        lengths = [length for length in lengths if length >= needed or length == seq_len]
-    if lengths and lengths[0] < needed:
-        raise UserError(
-            f"recall.lengths has {lengths[0]}, of which {most} needle{'s' * (most > 1)} and the question take about {used} "
-            "tokens: that leaves less than a quarter for the text around them",
-            fix=f"give lengths of {needed} or more (--lengths), fewer keys, or shorter templates",
-        )
+    lengths = fitting_lengths(form, seq_len, asked_by)
     if lengths and lengths[-1] > filler.num_tokens:
         raise UserError(
-            f"recall.lengths has {lengths[-1]}, and the held-out documents have {max(0, filler.num_tokens):,} tokens "
-            "together: the needles would stand in the same text twice",
-            fix="give more held-out text, or shorter lengths (--lengths)",
+            f"{asked_by} {'has' if s.lengths else 'is not given, so it is up to'} {lengths[-1]}, and the held-out documents have "
+            f"{max(0, filler.num_tokens):,} tokens together: the needles would stand in the same text twice",
+            fix=f"give more held-out text, or shorter {asked_by}",
         )
     return lengths

@@ -43,6 +43,7 @@ def run_ranks(script, arguments, world_size, timeout_seconds=240, check=True, **
 
 
 def train_many(jobs, world_size, **options):
-    """Trains each (recipe path, overrides, and the phase to leave after, if not the last) in turn in one set of ranks."""
-    listed = json.dumps([[str(recipe), *rest] for recipe, *rest in jobs])
+    """Trains each (recipe path, overrides, the phase to leave after if not the last, the exit code if not 0) in turn in one
+    set of ranks."""
+    listed = json.dumps([[str(recipe), *rest, *["", 0][len(rest) - 1 :]] for recipe, *rest in jobs])
     return run_ranks(Path(__file__).with_name("train_many.py"), [listed], world_size, **options)

@@ -10,8 +10,8 @@ from slm.train import train
 
 if __name__ == "__main__":
     parallel.start(parallel.local_device(discover_ranks().local_rank))
-    for recipe, overrides, *until in json.loads(sys.argv[1]):
-        code = train(load_recipe(recipe, overrides), until=until[0] if until else "")
-        if code:
-            sys.exit(code)
+    for recipe, overrides, until, expected in json.loads(sys.argv[1]):
+        code = train(load_recipe(recipe, overrides), until=until)
+        if code != expected:
+            sys.exit(code or 1)
     parallel.stop()

@@ -735,7 +735,7 @@ def test_damage_is_named_by_every_command_and_only_the_damaged_blocks_are_made_a
     done = slm("teacher", "verify", path, "--repair")
     assert done.returncode == 2  # nothing damaged is left
     assert f"block {last} (tokens" in done.stdout
-    assert "Fix: slm teacher RECIPE, which makes the missing and the damaged blocks" in done.stderr
+    assert f"Fix: slm teacher {path}, which makes the missing and the damaged blocks" in done.stderr
     missing = open_cache(w, allow_partial=True).missing
     assert np.flatnonzero(missing).tolist() == [last]
     assert build(load_recipe(path)) == 0

@@ -10,6 +10,7 @@ from slm.errors import UserError
 from slm.gate import parts
 from slm.gate import verdicts as judge
 from slm.loading import evaluate_model
+from slm.plan import describe
 from slm.recipe import load_recipe
 from slm.train import train
 from tests.shards import make_dataset
@@ -87,6 +88,8 @@ def test_a_gate_that_fails_stops_the_run_until_less_is_asked_or_more_is_trained(
     run = tmp_path / "run"
     assert train(load_recipe(recipe({"passkey": 1.0}))) == 78
     assert "pass key: worst 0.0% (64 tokens, depth 0 %" in caplog.text
+    assert ": 100.0 points are missing" in caplog.text
+    assert "does not pass its gate at step 6, after no repetition\n" in caplog.text
     assert "the same command" in caplog.text
     assert json.loads((run / "exit.json").read_text())["code"] == 78
     assert len(steps_of(run)) == 12
@@ -99,13 +102,15 @@ def test_a_gate_that_fails_stops_the_run_until_less_is_asked_or_more_is_trained(
     assert [name for name, _ in steps_of(run)][-6:] == ["after"] * 6
 
 
-def test_a_phase_is_repeated_as_the_recipe_says(recipe, tmp_path, monkeypatch):
+def test_a_phase_is_repeated_as_the_recipe_says(recipe, tmp_path, caplog):
     """For repeat_tokens, twice, each time with the schedule from its beginning and other data; then the run stops. Stopped
     in the middle of a repetition, it goes on there."""
     gate = {"passkey": 1.0, "repeat_tokens": 700, "repeats": 2}
     loaded = load_recipe(recipe(gate))
     assert [list(part) for part in parts(loaded.phases[1])] == [[0, 1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert "else up to 2 repetitions of 3 steps = 768 tokens (repeat_tokens 700, rounded up)" in describe(loaded, 1)
     assert train(loaded) == 78
+    assert "at step 12, after 2 of 2 repetitions" in caplog.text
     found = [lr for name, lr in steps_of(tmp_path / "run") if name == "long"]
     assert len(found) == 12
     assert found[6:9] == found[9:12] != found[:3]
@@ -136,6 +141,46 @@ def test_after_a_repetition_the_gate_may_be_dropped_or_loosened(recipe, tmp_path
     assert [name for name, _ in steps_of(tmp_path / "run")][14:] == ["after"] * 6
 
 
+def test_a_gate_that_came_after_its_phase_is_measured_then(recipe, tmp_path, caplog):
+    """At the phase's last checkpoint, to the numbers of a run that measured them in the loop; without a step, and for the
+    gate of the phase after it too. What only the phase before could tell is said with the way out."""
+    gate = {"short_loss_rise": 5.0, "passkey": 1.0}
+    for name, settings in (("whole", {}), ("run", {"eval": {}})):
+        path = recipe(gate if name == "whole" else None, **settings)
+        assert train(load_recipe(path, [f"output={tmp_path / name}"]), until="long") == (78 if name == "whole" else 0)
+    assert not (tmp_path / "run" / "eval" / "long-00000006.json").read_text().count('recall": [{')
+    assert train(load_recipe(recipe({"passkey": 1.0}))) == 78
+    assert "not all that it asks for was measured at step 6, so it is evaluated again" in caplog.text
+    found = [json.loads((tmp_path / r / "eval" / "long-00000006.json").read_text()) for r in ("whole", "run")]
+    assert found[0]["recall"] == found[1]["recall"]
+    assert found[0]["loss"] == found[1]["loss"]
+    short = load_recipe(recipe({"short_loss_rise": 5.0, "short_seq_len": 32}, eval={"seq_lens": [32]}))
+    assert train(short) == 78
+    assert "slm eval of that checkpoint with --seq-len 32 does; give short_loss_before" in caplog.text
+    assert len(steps_of(tmp_path / "run")) == 12
+    loose = load_recipe(recipe({"passkey": 0.0}), ['phases.after.gate={"short_loss_rise": 5.0, "short_seq_len": 64}'])
+    assert train(loose) == 0
+    assert [v["passed"] for v in verdicts(tmp_path / "run")] == [False, False, True, True]
+
+
+def test_what_is_over_stays_as_it_was(recipe, tmp_path, caplog):
+    """A phase that is over keeps its tokens in RUN/recipe.yaml and in checkpoints whatever the recipe says now, at every
+    attempt; a phase to come does not."""
+    assert train(load_recipe(recipe(None)), until="long") == 0
+    changed = load_recipe(recipe(None), ["phases.short.tokens=2560", "phases.after.tokens=2048"])
+    for until in ("long", ""):
+        caplog.clear()
+        assert train(changed, until=until) == 0
+        told = "phases.short is over and a later phase has begun, so what the recipe now says of it has no effect"
+        assert f"{told}: tokens was 1536, is 2560" in caplog.text
+    written = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert [phase.tokens for phase in written.phases] == [1536, 1536, 2048]
+    # Where what was cannot stand in the recipe any more, the recipe's own stays.
+    gone = [f"data.sources={{b: {tmp_path}/tokens}}", "phases.after.tokens=2560"]
+    assert train(load_recipe(recipe(None), gone)) == 0
+    assert [phase.tokens for phase in load_recipe(tmp_path / "run" / "recipe.yaml").phases] == [1536, 1536, 2560]
+
+
 def test_the_short_loss_is_of_the_same_text_at_both_ends(recipe, tmp_path):
     """With a limit on sequences too."""
     loaded = load_recipe(recipe({"short_loss_rise": 5.0}), ["eval.max_sequences=3"])
@@ -155,9 +200,16 @@ def test_the_short_loss_is_of_the_same_text_at_both_ends(recipe, tmp_path):
         ({"position_rise": 0.0}, {"data": None}, "data.validation is empty"),
         ({"position_rise": 0.0, "position_early": 65}, {}, "give a smaller position_early"),
         ({"passkey": 2}, {}, "less than or equal to 1"),
-        ({"short_loss_rise": 0.1, "short_seq_len": 100}, {"eval": {"seq_lens": [100]}}, "and of the one before: add 100"),
+        ({"short_loss_rise": 0.1, "short_seq_len": 100}, {"eval": {"seq_lens": [100]}}, "give at most 64"),
         ({"passkey": 0.9, "repeat_tokens": 256}, {}, "would never reach its peak in a repetition"),
         ({"passkey": 0.9}, {"recall_lengths": [32]}, "none in the upper half of seq_len 128"),
+        ({"short_loss_rise": 0.1, "short_seq_len": 256}, {}, "longer than the phase's own seq_len 128"),
+        ({"short_loss_rise": 0.1, "short_seq_len": 32}, {}, "not measured at the end of this phase and phase short"),
+        ({"passkey": 0.9, "repeats": 3}, {}, "repeats is 3, which has no effect without repeat_tokens: remove it"),
+        ({"passkey": 0.9, "short_seq_len": 64}, {}, "short_seq_len is 64, which has no effect without short_loss_rise"),
+        ({"passkey": 0.9, "short_loss_before": 2}, {}, "short_loss_before is 2, which has no effect without short_loss"),
+        ({"passkey": 0.9, "position_early": 16}, {}, "position_early is 16, which has no effect without position_rise"),
+        ({"position_rise": 0, "position_early": 16, "short_seq_len": 64}, {}, "no effect beside position_early"),
     ],
 )  # fmt: skip
 def test_a_gate_without_its_evaluation_is_refused(recipe, tmp_path, gate, changes, message):
@@ -176,7 +228,13 @@ def test_a_gate_of_the_first_phase_needs_a_number_to_compare_with(recipe):
     tree = yaml.safe_load(path.read_text())
     tree["phases"] = tree["phases"][1:2]
     path.write_text(yaml.safe_dump(tree))
-    with pytest.raises(UserError, match="no phase comes before this one: give short_seq_len and short_loss_before"):
+    with pytest.raises(UserError, match="would say short_seq_len and short_loss_before: give both, the loss from"):
+        load_recipe(path)
+    tree["phases"][0]["gate"] |= {"short_seq_len": 64}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(
+        UserError, match="would say short_loss_before: give it, the loss from slm eval MODEL --seq-len 64"
+    ):
         load_recipe(path)
     tree["phases"][0]["gate"] |= {"short_seq_len": 64, "short_loss_before": 5.5}
     path.write_text(yaml.safe_dump(tree))
@@ -184,7 +242,7 @@ def test_a_gate_of_the_first_phase_needs_a_number_to_compare_with(recipe):
     found = {"loss": {"64": {"a": {"loss": 5.55, "targets": 9}}, "128": {"a": {"loss": 5.0, "targets": 9}}}}
     assert [holds for holds, _ in judge(phase, [], found, None)] == [True]
     found["loss"]["64"]["a"]["loss"] = 5.7
-    told = "held-out loss at 64 tokens 5.7000, before the phase 5.5000: +0.2000 nats, at most +0.1 is allowed"
+    told = "held-out loss at 64 tokens 5.7000, before the phase 5.5000: +0.2000 nats, at most +0.1 is allowed: 0.1000 too much"
     assert judge(phase, [], found, None) == [(False, told)]
     found["loss"]["64"]["a"]["loss"] = None  # as JSON has what is not finite
     assert judge(phase, [], found, None) == [(False, "held-out loss at 64 tokens is not a number now")]

@@ -16,6 +16,7 @@ import yaml
 
 from slm import checkpoint
 from slm.errors import UserError
+from slm.inputs import Resume
 from slm.recipe import load_recipe
 from slm.train import train
 from tests.shards import make_dataset
@@ -259,7 +260,7 @@ def test_a_compiled_run_is_the_eager_run_and_compiles_once_per_phase(recipe, tmp
     """Two phases of different length with evaluations: one graph to train and one to evaluate each, none later."""
     from torch._dynamo.utils import counters
 
-    import slm.train
+    import slm.loop
 
     phases = [
         {"name": n, "tokens": 6 * 256, "seq_len": s, "batch_tokens": 256, "micro_batch": 4}
@@ -267,13 +268,13 @@ def test_a_compiled_run_is_the_eager_run_and_compiles_once_per_phase(recipe, tmp
     ]
     path = recipe(phases=phases, eval={"every_steps": 2, "seq_lens": [32, 16]})  # at other lengths it is eager
     assert train(load_recipe(path, [f"output={tmp_path}/eager"])) == 0
-    graphs, step_itself = [], slm.train.train_step
+    graphs, step_itself = [], slm.loop.train_step
 
     def counted(*args, **kwargs):
         graphs.append(counters["stats"]["unique_graphs"] - before)
         return step_itself(*args, **kwargs)
 
-    monkeypatch.setattr(slm.train, "train_step", counted)
+    monkeypatch.setattr(slm.loop, "train_step", counted)
     before = counters["stats"]["unique_graphs"]
     assert train(load_recipe(path, ["compile=true"])) == 0
     assert graphs == [0, 1, 2, 2, 2, 2, 2, 3, 4, 4, 4, 4]  # before each step
@@ -451,6 +452,20 @@ def test_mistakes_in_data_and_world(recipe, data, tmp_path, caplog):
     assert "no manifest.json" in refused(recipe(), caplog, f"data.sources.a={tmp_path}/empty")
 
 
+def test_a_refused_run_leaves_no_folder(recipe, tmp_path, caplog):
+    """Where this attempt made it and nothing else is in it; what was there, and a run's own exit.json, stays."""
+    refused(recipe(), caplog, "data.sources.a=/nowhere")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    refused(recipe(), caplog, "data.sources.a=/nowhere")
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
+    shutil.rmtree(tmp_path / "run")
+    assert train(load_recipe(recipe(), [f"phases.main.tokens={2 * 256}"])) == 0
+    refused(recipe(), caplog, "model.num_attention_heads=2")
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
+    assert (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_checkpoint_without_its_state_disturbs_nobody(recipe, tmp_path, caplog):
     """Passed over, not counted, not removed; training goes on and saves."""
     assert train(load_recipe(recipe())) == 0
@@ -463,38 +478,25 @@ def test_a_checkpoint_without_its_state_disturbs_nobody(recipe, tmp_path, caplog
     checkpoint.verify(run / "checkpoints" / "main-00000012")
 
 
-def test_a_disk_that_refuses_ends_the_run_with_the_reason(recipe, tmp_path, caplog, monkeypatch):
-    """A failed save is noticed at the next step, says why, and what was committed before is whole."""
-    write, calls = checkpoint.save_file, []
-
-    def full(*arguments):
-        calls.append(1)
-        if len(calls) > 1:
-            raise OSError(28, "No space left on device")
-        return write(*arguments)
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    path = recipe(checkpoint={"every_steps": 2})
-    assert train(load_recipe(path)) == 3
-    assert "No space left" in caplog.records[-1].getMessage()
-    checkpoint.verify(tmp_path / "run" / "checkpoints" / "main-00000002")
-    monkeypatch.setattr(checkpoint, "save_file", write)
-    assert train(load_recipe(path)) == 0
-    assert sorted(rows(tmp_path / "run")) == list(range(1, 13))
-
-
 def test_changed_data_under_a_half_done_phase_is_refused(recipe, data, caplog, tmp_path):
     """Another seed, batch or dataset would make the steps before and after two different runs."""
     assert train(load_recipe(recipe(), [f"phases.main.tokens={10 * 256}"])) == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "main-00000010")
     message = refused(recipe(), caplog, "seed=5", "phases.main.batch_tokens=512", f"data.sources.a={data}/b")
     assert "seed was 1234, is 5" in message
-    assert "batch_tokens was 256, is 512" in message
-    assert "data was" in message
+    assert "phases.main.batch_tokens was 256, is 512" in message
+    assert f"data.sources.a was {data}/a, is {data}/b" in message
     assert "init_from" in message
+    assert train(load_recipe(recipe(), ["seed=5"]), resume=Resume(allow_change=True)) == 2  # that is another run
+    message = refused(recipe(), caplog, "optim.lr=1e-2", "phases.main.schedule.min_ratio=0", "precision=bfloat16")
+    for words in ("step 5 of 12", "optim.lr was 0.003, is 0.01", "phases.main.schedule.min_ratio was 0.1, is 0.0",
+                  "precision was auto, is bfloat16", "--allow-change"):  # fmt: skip
+        assert words in message
     message = refused(recipe(), caplog, "model.num_attention_heads=2")  # the shapes are the same
     assert "model.num_attention_heads was 4, is 2" in message
     assert "steps cannot be taken back" in refused(recipe(), caplog, f"phases.main.tokens={4 * 256}")
+    assert train(load_recipe(recipe(), ["optim.lr=1e-2"]), resume=Resume(allow_change=True)) == 0
+    assert "from here on optim.lr was 0.003, is 0.01" in caplog.text
 
 
 def test_a_damaged_shard_is_named(recipe, tmp_path, caplog):
@@ -518,6 +520,40 @@ def test_a_changed_recipe_is_said(recipe, tmp_path, caplog):
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert "optim.lr was 0.003, is 0.01" in [e for e in events if "changes" in e][-1]["changes"]
     assert load_recipe(tmp_path / "run" / "recipe.yaml").optim.lr == 1e-2
+
+
+def test_a_run_that_must_go_on_does_not_begin(recipe, tmp_path, caplog):
+    """--must-resume: no checkpoint, as where a path is mistyped, is an error; with one it goes on."""
+    assert train(load_recipe(recipe()), resume=Resume(must=True)) == 2
+    message = caplog.records[-1].getMessage()
+    assert f"{tmp_path}/run/checkpoints holds no checkpoint" in message
+    assert "--must-resume" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert train(load_recipe(recipe())) == 0
+    assert train(load_recipe(recipe(), [f"phases.main.tokens={13 * 256}"]), resume=Resume(must=True)) == 0
+
+
+def test_a_checkpoint_without_moments_is_gone_on_from_on_request(recipe, tmp_path, caplog):
+    """Row 29: refused by name; --fresh-optimizer begins with moments of zero, says so, and counts updates anew."""
+    from safetensors.torch import load_file, save_file
+
+    assert train(load_recipe(recipe(), [f"phases.main.tokens={10 * 256}"])) == 0
+    folder = tmp_path / "run" / "latest"
+    weights = {k: v for k, v in load_file(folder / "rank-00000.safetensors").items() if k.startswith("master/")}
+    save_file(weights, folder / "rank-00000.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        entry |= checkpoint.file_digest(folder / entry["file"])
+    (folder / "manifest.json").write_text(checkpoint.manifest_text(manifest))
+    message = refused(recipe(), caplog)
+    assert "main-00000010 (slm-checkpoint/2) lacks" in message
+    assert "slm train --fresh-optimizer" in message
+    assert train(load_recipe(recipe()), resume=Resume(fresh_optimizer=True)) == 0
+    assert "the moments begin at zero" in caplog.text
+    assert sorted(rows(tmp_path / "run")) == list(range(1, 13))
+    assert checkpoint.Reader(folder).state["optimizer_steps"] == 2
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["kind"] == "fresh optimizer"] == [10]
 
 
 def test_run_directory_in_use(recipe, tmp_path, caplog):
@@ -548,8 +584,8 @@ def test_another_tokenizer_is_refused_when_evaluating(recipe, tmp_path):
     entries = json.loads(manifest.read_text())
     for entry in entries["files"]:
         if entry["file"] == "state.json":
-            entry |= checkpoint._fsync_and_hash(state)
-    manifest.write_text(json.dumps(entries))
+            entry |= checkpoint.file_digest(state)
+    manifest.write_text(checkpoint.manifest_text(entries))
     with pytest.raises(UserError, match="is of another tokenizer"):
         load_for_text(str(tmp_path / "run"))
     with pytest.raises(UserError, match="is of another tokenizer"):
@@ -563,7 +599,7 @@ def test_command_line_mistakes_have_no_traceback(tmp_path, recipe):
         (["train", "absent.yaml"], "does not exist"),
         (["train", str(recipe()), "optim.rl=3"], "optim.rl is not a field"),
         (["train", str(recipe()), "--profile", "x"], "no range of steps"),
-        (["plan", str(recipe()), "--ranks", "3"], "use 1 ranks"),
+        (["plan", str(recipe()), "--ranks", "3"], "use 1 rank, another micro_batch"),
         (["plan", str(recipe()), "--ranks", "0"], "--ranks"),
         (["plan", str(recipe()), "optim.lr=[1"], "not valid YAML"),
         (["plan", str(recipe()), "optim.lr=.inf"], "finite"),

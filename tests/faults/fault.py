@@ -71,9 +71,9 @@ def place_of(place: str) -> tuple[object, str]:
 
         return Engine, "token_losses"
     if place == "write":  # of a checkpoint, in the saver's thread
-        from slm import checkpoint
+        from slm import saving
 
-        return checkpoint, "save_file"
+        return saving, "write_tensors"
     if place == "start":
         import slm.train
 

@@ -40,8 +40,8 @@ def test_a_hang_of_one_rank_ends_the_run_with_both_stacks(recipe, what):
     assert set(event["where"]) == {"0", "1"}
     stacks = [(run_dir / "logs" / f"rank-{rank}.stacks").read_text() for rank in (0, 1)]
     assert HANGS[what] in stacks[1]
-    assert "slm/train.py" in stacks[0]
-    assert "slm/train.py" in stacks[1]
+    assert "slm/loop.py" in stacks[0]
+    assert "slm/loop.py" in stacks[1]
     assert "Where they are:" in printed
 
 

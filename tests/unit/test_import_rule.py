@@ -32,6 +32,7 @@ def test_slm_never_imports_data_prep_and_deepspeed_has_two_homes(path):
     "name",
     [
         "slm/recipe.py",
+        "slm/contradictions.py",
         "slm/plan.py",
         "slm/strategy.py",
         "slm/fields.py",

@@ -277,10 +277,10 @@ def test_settings_that_could_not_be_meant(change, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (Recall(**TOY, lengths=[47]), "leaves less than a quarter for the text around them"),
-        (Recall(**TOY, lengths=[128], keys=[1, 8]), "8 needles and the question take about 162 tokens"),
+        (Recall(**TOY, lengths=[47]), "less than a quarter would be left for the text around them"),
+        (Recall(**TOY, lengths=[128], keys=[1, 8]), "8 needles and the question, which take about 162 tokens"),
         (Recall(**TOY, lengths=[10**5]), "and the held-out documents have"),
-        (Recall(**{**TOY, "values": [192, 300]}), "recall.values is [192, 300]"),
+        (Recall(**{**TOY, "values": [192, 300]}), "eval.recall.values is [192, 300]"),
     ],
 )
 def test_samples_that_could_not_be_made(filler, settings, words):
@@ -288,6 +288,9 @@ def test_samples_that_could_not_be_made(filler, settings, words):
         Grid(Form(settings, as_bytes), filler, 10**6)
     assert words in str(caught.value)
     assert "Fix:" in str(caught.value)
+    if settings.lengths:  # as the command says them that asks
+        with pytest.raises(UserError, match=f"^--lengths has {settings.lengths[0]}|^eval.recall.values"):
+            Grid(Form(settings, as_bytes), filler, 10**6, "--lengths")
 
 
 def test_lengths_of_nobodys_choice_are_those_that_fit(filler):
@@ -295,6 +298,8 @@ def test_lengths_of_nobodys_choice_are_those_that_fit(filler):
     form = Form(Recall(**TOY), as_bytes)
     assert Grid(form, filler, 512).lengths == [128, 256, 512]
     assert Grid(form, filler, 160).lengths == [80, 160]
-    with pytest.raises(UserError, match="has 40, of which 1 needle"):
-        Grid(form, filler, 40)
+    with pytest.raises(
+        UserError, match="eval.recall.lengths is not given, so it is seq_len 40, too short for 1 needle"
+    ):
+        Grid(form, filler, 40, "eval.recall.lengths")
     assert Grid(Form(Recall(**TOY, lengths=[512]), as_bytes), filler, 128).cells == []  # measured in a longer phase

@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 
+from slm import SLMTokenizer
 from slm.activations import activation_memory, kept_bytes_per_token
+from slm.data.selection import selected_documents
+from slm.data.tokens import TokenDataset
 from slm.errors import UserError
 from slm.fields import parse_count
-from slm.layout import gradient_accumulation
+from slm.layout import check_ranks, fitting_ranks, gradient_accumulation
 from slm.model.config import ModelConfig
 from slm.optim import learning_rate, parameter_groups
-from slm.plan import describe, flops_per_token, plan_phase
+from slm.plan import check_what_is_here, describe, flops_per_token, plan_phase
 from slm.recipe import Optim, Schedule, dump_recipe, json_schema, load_recipe
 from slm.strategy import deepspeed_problems
+from tests.shards import make_dataset
 
 ROOT = Path(__file__).parents[2]
 GOOD = {
@@ -88,6 +92,59 @@ def test_fields_contradictions_duplicates_and_deepspeed_in_one_message(tmp_path)
         assert part in str(caught.value), str(caught.value)
 
 
+LONG = {**GOOD["phases"][0], "name": "long", "seq_len": 128, "filters": {"a": {"exclude_seen": ["main"]}}}
+RECALL = {"lengths": [64, 128], "keys": [1, 4]}
+TWO_PHASES = {
+    **GOOD,
+    "tokenizer": "bytes",
+    "data": {"sources": {"a": "x"}, "validation": {"v": "y"}},
+    "phases": [GOOD["phases"][0], {**LONG, "gate": {"short_loss_rise": 0.1, "passkey": 0.9, "multi_key": 0.5}}],
+    "eval": {"seq_lens": [64], "recall": RECALL},
+}
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        ("phases.1.lr=-1", "phases.long.lr"),  # eval.seq_lens and lengths are of its seq_len
+        ("phases.0.lr=-1", "phases.main.lr"),  # the second excludes what it saw, and compares its loss
+        ("phases.1.gate.repeats=0", "phases.long.gate.repeats"),
+        ("phases.1.seq_len=long", "phases.long.seq_len"),
+        ("phases.0.name=.main", "phases.0.name"),
+        ("eval.recall.keys=[4, 4]", "eval.recall"),  # the gate asks for both
+        ("eval.seq_lens=[short]", "eval.seq_lens.0"),
+        ("data.validation={all: y}", "data.validation"),
+        ("model.max_position_embeddings=0", "model.max_position_embeddings"),
+        ("tokenizer=[3]", "tokenizer"),
+        ("evall={seq_lens: [64]}", "evall"),
+        ("phases.1.rope_scalin={rope_type: yarn}", "phases.long.rope_scalin"),
+    ],
+)
+def test_a_bad_value_is_the_only_problem(tmp_path, bad, field):
+    """What was left out with it brings no false problem: nothing that reads it is judged."""
+    path = write(tmp_path, TWO_PHASES)
+    load_recipe(path)
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, [bad])
+    lines = str(caught.value).splitlines()
+    assert "1 problem" in lines[0], caught.value
+    assert lines[1].startswith(f"  - {field}"), caught.value
+    # An unknown section may be a known one whose name is misspelt.
+    if bad.startswith("evall"):
+        without = {key: value for key, value in TWO_PHASES.items() if key != "eval"}
+        with pytest.raises(UserError, match="1 problem\n  - evall is not a field"):
+            load_recipe(write(tmp_path, without), [bad])
+
+
+def test_what_a_bad_value_does_not_touch_is_still_checked(tmp_path):
+    """In the same phase's neighbours, before and after it, and in sections of its own."""
+    path = write(tmp_path, TWO_PHASES)
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, ["phases.main.lr=-1", "phases.long.batch_tokens=500", "phases.long.mixture={b: 1}"])
+    for part in ("3 problems", "phases.main.lr is -1", "batch_tokens is 500, not a multiple", "mixture names 'b'"):
+        assert part in str(caught.value)
+
+
 def test_rope_scaling_carries_on_to_later_phases(tmp_path, monkeypatch):
     """null keeps what was: the scaling of the last phase that gave one."""
     monkeypatch.chdir(ROOT)
@@ -147,6 +204,51 @@ def test_factor_and_length_that_contradict_each_other(tmp_path, model, scalings,
         load_recipe(write(tmp_path, {**GOOD, "model": {"preset": "cpu-tiny", **model}, "phases": phases}))
 
 
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "theta", "rope_theta": 1e4}, "rope_theta is 10000, which is model.rope_theta.*2θ rule: 20000"),
+        ({"rope_type": "linear", "factor": 1}, "factor is 1, with which rope_type linear changes nothing"),
+        ({"rope_type": "ntk", "factor": 1}, "factor is 1"),
+        ({"rope_type": "yarn", "factor": 1}, "factor is 1"),
+        ({"rope_type": "llama3", "factor": 1}, "factor is 1"),
+        ({"rope_type": "longrope", "factor": 1, "short_factor": [1] * 8, "long_factor": [1] * 8}, "factor is 1"),
+        ({"rope_type": "theta", "rope_theta": 2e4}, None),
+        ({"rope_type": "yarn", "factor": 1, "attention_factor": 1.2}, None),
+        ({"rope_type": "longrope", "factor": 1, "short_factor": [1] * 8, "long_factor": [2] * 8}, None),
+        ({"rope_type": "dynamic"}, None),
+        ({"rope_type": "default"}, None),
+    ],
+)
+def test_a_scaling_that_changes_nothing_is_refused(tmp_path, scaling, message):
+    """In a phase and in the model; alone, without a word of how far it does not reach. What does change something is taken."""
+    if "factor" in scaling or scaling["rope_type"] == "dynamic":
+        scaling = {**scaling, "original_max_position_embeddings": 256}
+    phases = [{**GOOD["phases"][0], "rope_scaling": scaling}]
+    for tree in ({**GOOD, "phases": phases}, {**GOOD, "model": {"preset": "cpu-tiny", "rope_scaling": scaling}}):
+        path = write(tmp_path, tree)
+        if message is None:
+            load_recipe(path)
+            continue
+        with pytest.raises(UserError, match=f"1 problem\n.*rope_scaling.{message}"):
+            load_recipe(path)
+
+
+def test_the_plan_says_base_and_scaling_of_each_phase(tmp_path):
+    """As they are in the phase, and since when."""
+    yarn = {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 64}
+    scalings = [None, yarn, None, {"rope_type": "theta", "rope_theta": 2e4}, {**yarn, "rope_type": "ntk"}]
+    phases = [{**GOOD["phases"][0], "name": name, "rope_scaling": s} for name, s in zip("abcde", scalings, strict=True)]
+    told = describe(load_recipe(write(tmp_path, {**GOOD, "phases": phases})), 1)
+    assert [line.strip() for line in told.splitlines() if "rotary" in line] == [
+        "rotary embedding: base 10,000, no scaling (the model's own)",
+        "rotary embedding: base 10,000, yarn, factor 2 over 64, reaches 128 tokens (from here on)",
+        "rotary embedding: base 10,000, yarn, factor 2 over 64, reaches 128 tokens (since phase b)",
+        "rotary embedding: base 20,000, theta (from here on)",
+        f"rotary embedding: base {10_000 * 2 ** (16 / 14):,.10g}, ntk, factor 2 over 64, reaches 128 tokens (from here on)",
+    ]
+
+
 def test_a_phase_reaches_as_far_as_its_scaling(tmp_path, monkeypatch):
     """The model of a phase has the context of its own scaling, so that what is exported of it says no more; without a
     factor it is the whole one."""
@@ -157,6 +259,49 @@ def test_a_phase_reaches_as_far_as_its_scaling(tmp_path, monkeypatch):
     recipe = load_recipe(write(tmp_path, {**GOOD, "phases": phases}))
     assert [recipe.model_of(phase).max_position_embeddings for phase in recipe.phases] == [256, 128, 256, 256]
     assert recipe.model_of(recipe.phases[3]).rope_scaling.rope_theta == 20000.0
+
+
+def test_filters_that_leave_nothing(tmp_path):
+    """Of a pair of lengths without data; of the documents themselves as soon as they are here, for `slm plan` too."""
+    make_dataset(tmp_path / "x", lengths=[40, 90, 300])
+    tree = {**GOOD, "data": {"sources": {"a": str(tmp_path / "x"), "b": str(tmp_path / "absent")}}}
+    path = write(tmp_path, tree)
+    with pytest.raises(
+        UserError, match="phases.main.filters.a: min_doc_tokens is 300, above max_doc_tokens 100: no document"
+    ):
+        load_recipe(path, ["phases.main.filters={a: {min_doc_tokens: 300, max_doc_tokens: 100}}"])
+    check_what_is_here(load_recipe(path, ["phases.main.filters={a: {min_doc_tokens: 300}, b: {min_doc_tokens: 9Ki}}"]))
+    longer = load_recipe(path, ["phases.main.filters={a: {min_doc_tokens: 301}}"])
+    with pytest.raises(UserError) as caught:
+        check_what_is_here(longer)
+    assert caught.value.problem == (
+        f"phases.main.filters.a (min_doc_tokens 301) leaves no document of {tmp_path}/x: its 3 documents have 40 to 300 tokens"
+    )
+    with pytest.raises(UserError, match="leaves no document"):
+        selected_documents(longer, longer.phases[0], "a", TokenDataset(tmp_path / "x"))  # as `slm train` does
+    check_what_is_here(  # a source that is not drawn needs none
+        load_recipe(path, ["phases.main.filters={a: {min_doc_tokens: 301}}", "phases.main.mixture={a: 0, b: 1}"])
+    )
+
+
+def test_lengths_of_recall_that_needles_do_not_fit_in(tmp_path):
+    """Named as the recipe names them, as soon as the tokenizer is here: the needles of the default templates are 74 bytes."""
+    SLMTokenizer().save_pretrained(tmp_path / "bytes")
+    path = write(tmp_path, {**TWO_PHASES, "tokenizer": str(tmp_path / "absent")})
+    check_what_is_here(load_recipe(path))
+    here = [f"tokenizer={tmp_path}/bytes"]
+    with pytest.raises(UserError) as caught:
+        check_what_is_here(load_recipe(path, here))
+    assert "eval.recall.lengths has 64, too short for 4 needles and the question, which take about 20" in str(
+        caught.value
+    )
+    assert "--lengths" not in str(caught.value)
+    one = [*here, "eval.recall.keys=1", "phases.long.gate={passkey: 0.9}"]
+    with pytest.raises(UserError, match="give eval.recall.lengths of 99 or more"):
+        check_what_is_here(load_recipe(path, one))
+    check_what_is_here(load_recipe(path, [*one, "eval.recall.lengths=[99]"]))
+    with pytest.raises(UserError, match="eval.recall.lengths is not given, so it is seq_len 64, too short"):
+        check_what_is_here(load_recipe(path, [*one, "eval.recall.lengths=[]"]))
 
 
 def test_contradictions_name_both_sides(tmp_path):
@@ -292,8 +437,36 @@ def test_world_that_does_not_divide_the_batch(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(write(tmp_path, GOOD))
     assert gradient_accumulation(recipe.phases[0], 2) == 2
-    with pytest.raises(UserError, match="use 1, 2, 4 ranks"):
+    with pytest.raises(UserError, match="use 1, 2, 4 ranks, another micro_batch, or batch_tokens = a multiple of 384"):
         gradient_accumulation(recipe.phases[0], 3)
+
+
+def test_ranks_that_fit_all_phases_that_are_to_run(tmp_path, monkeypatch):
+    """One number for all, if there is one; else each phase is a job of its own, and the plan is of its fewest ranks."""
+    monkeypatch.chdir(ROOT)
+    tree = {
+        **GOOD,
+        "phases": [GOOD["phases"][0], LONG, {**LONG, "name": "longer", "seq_len": 256, "batch_tokens": 1536}],
+    }
+    recipe = load_recipe(write(tmp_path, tree))  # 8 sequences, 4 and 6; of each 2 at a time
+    assert [fitting_ranks([phase]) for phase in recipe.phases] == [[1, 2, 4], [1, 2], [1, 3]]
+    check_ranks(recipe.phases[:2], 2)
+    with pytest.raises(UserError) as caught:
+        check_ranks(recipe.phases[:2], 4)
+    assert "phases.main" not in caught.value.problem  # it fits 4
+    assert "use 1, 2 ranks, which fit all phases that are to run (main, long); or --until PHASE" in caught.value.fix
+    shared = ["phases.main.sequence_parallel=2", "phases.longer.micro_batch=1", "phases.longer.tokens=64Ki"]
+    recipe = load_recipe(tmp_path / "r.yaml", [*shared, "phases.long.batch_tokens=384", "phases.long.micro_batch=3"])
+    assert [fitting_ranks([phase]) for phase in recipe.phases] == [[2, 4, 8], [1], [1, 2, 3, 6]]
+    with pytest.raises(UserError) as caught:
+        check_ranks(recipe.phases, 2)
+    jobs = "--until main with 2, 4, 8 ranks; --until long with 1 rank; --until longer with 1, 2, 3, 6 ranks"
+    assert (
+        caught.value.fix == f"no number of ranks fits all phases that are to run, so give each a job of its own: {jobs}"
+    )
+    told = describe(recipe, None)
+    assert "8 sequences of 64 = 2 ranks / 2 that share a sequence x micro-batch 2 x 4 accumulated" in told
+    assert "3 sequences of 128 = 1 ranks" in told
 
 
 def test_flops_of_the_1b_shape_by_hand():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from slm import ModelConfig
-from slm.model.config import RopeScaling
-from slm.model.rope import attention_factor, effective_theta, inverse_frequencies, piece_lengths
+from slm.model.config import RopeScaling, effective_theta
+from slm.model.rope import attention_factor, inverse_frequencies, piece_lengths
 
 ORIGINAL = 32  # of the tiny models here
 
@@ -128,6 +128,7 @@ def test_piece_lengths_are_those_of_each_piece():
         ),
         ({"rope_type": "default", "beta_fast": 16}, "beta_fast is 16.0, which has no effect"),
         ({"rope_type": "linear", "factor": 2, "attention_factor": 1.1}, "attention_factor is 1.1, which has no effect"),
+        ({"rope_type": "longrope"}, "factor is missing, so nothing says how far the lists of rope_type longrope reach"),
         ({"rope_type": "longrope", "factor": 4}, "short_factor is None.*long_factor is None"),
         ({"rope_type": "longrope", "factor": 4, "short_factor": [1], "long_factor": [0.0]}, "above 0"),
         ({"rope_type": "yarn", "factor": 4, "beta_fast": 1}, "must be above beta_slow"),

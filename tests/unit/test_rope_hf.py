@@ -7,9 +7,9 @@ import torch
 
 from slm import SLMForCausalLM
 from slm.errors import UserError
-from slm.model.config import ModelConfig, RopeScaling
+from slm.model.config import ModelConfig, RopeScaling, effective_theta
 from slm.model.hf import config_from_hf, config_to_hf
-from slm.model.rope import attention_factor, effective_theta, inverse_frequencies
+from slm.model.rope import attention_factor, inverse_frequencies
 from tests.unit.test_rope import KINDS, ORIGINAL, divisors, scaling
 from tests.unit.test_rope_cache import model_of, some_tokens
 

@@ -1,0 +1,192 @@
+"""Kills or stops a run of 2 ranks again and again, and compares what it became with an undisturbed one.
+
+Owns the forking: torch and DeepSpeed are imported once, and each attempt is `train` itself in two forked processes, which die
+with this one. Run by test_saves.py, in a session of its own.
+
+    python tests/faults/torment.py kill RECIPE 100       # SIGKILL at random moments of saves
+    python tests/faults/torment.py stop RECIPE 20        # SIGTERM as each attempt begins its first step: it takes two
+
+The recipe's run directory must not exist; the undisturbed run is beside it. Prints one line of JSON; exit code 1 says that
+something did not hold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (deepspeed.initialize would, in every attempt: it takes seconds)
+import torch
+
+import slm.loop
+import slm.train
+from slm import checkpoint
+from slm.recipe import Recipe, load_recipe
+from slm.runtime import free_port
+from tests.faults.digest import digest, state, steps
+
+WORLD = 2
+ATTEMPT_SECONDS, WHOLE_RUN_SECONDS = 120.0, 900.0
+
+
+def start(recipe: Recipe, log: Path, *, stop_in_step: int = 0) -> list[int]:
+    """Forks the ranks; their pids. stop_in_step: rank 0 sends itself SIGTERM as that step of its begins: the next is its last."""
+    port, pids = free_port(), []
+    for rank in range(WORLD):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+                ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+                os.environ.update({name: str(value) for name, value in ranks.items()})
+                os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+                output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                if stop_in_step and rank == 0:
+                    stop_myself_in(stop_in_step)
+                os._exit(slm.train.train(recipe))
+            finally:
+                os._exit(99)
+        pids.append(pid)
+    return pids
+
+
+def stop_myself_in(step: int) -> None:
+    step_itself, calls = slm.loop.train_step, []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_itself(*args, **kwargs)
+
+    slm.loop.train_step = counted
+
+
+def ended(pids: list[int]) -> list[int] | None:
+    """Exit codes (negative: signals), once all have ended, else None. Leaves them to be asked for again."""
+    found = [os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in pids]
+    if not all(found):
+        return None
+    return [r.si_status if r.si_code == os.CLD_EXITED else -r.si_status for r in found]
+
+
+def wait(pids: list[int], seconds: float = ATTEMPT_SECONDS) -> list[int]:
+    deadline = time.monotonic() + seconds
+    while (codes := ended(pids)) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os.waitpid(pid, 0)
+    assert codes is not None, f"the ranks were still there after {seconds} s"
+    return codes
+
+
+def newest_committed(run_dir: Path) -> int:
+    folders = checkpoint.newest_first(run_dir / "checkpoints")
+    return checkpoint.read_manifest(folders[0])["global_step"] if folders else 0
+
+
+def await_save(recipe: Recipe, pids: list[int], nth: int) -> set[str]:
+    """Returns as the nth save of this attempt begins; the names of its saves' staging folders."""
+    run_dir, seen = recipe.run_dir, set[str]()
+    deadline = time.monotonic() + ATTEMPT_SECONDS
+    old = {p.name for p in run_dir.glob("checkpoints/.staging-*")}  # of killed attempts; swept by this one
+    while len(seen) < nth:
+        seen |= {p.name for p in run_dir.glob("checkpoints/.staging-*")} - old
+        assert ended(pids) is None, f"ended by itself: {ended(pids)}"
+        assert time.monotonic() < deadline, "no save was begun"
+        time.sleep(0.001)
+    return seen
+
+
+def lose_one_in_a_save(recipe: Recipe, log: Path) -> float:
+    """One attempt, of which rank 1 is killed as a save begins: rank 0, alone, leaves by itself. In how many seconds."""
+    pids = start(recipe, log)
+    await_save(recipe, pids, 2)
+    os.kill(pids[1], signal.SIGKILL)
+    begun = time.monotonic()
+    codes = wait(pids)
+    assert codes == [5, -signal.SIGKILL], codes
+    return time.monotonic() - begun
+
+
+def kill_in_a_save(recipe: Recipe, log: Path, chance: random.Random, save_seconds: float) -> str:
+    """One attempt, killed within one of its first saves: how."""
+    run_dir = recipe.run_dir
+    pids = start(recipe, log)
+    seen = await_save(recipe, pids, chance.choice([1, 1, 1, 2]))
+    time.sleep(chance.uniform(0, 1.2 * save_seconds))
+    how = chance.choice(["together", "together", "one stopped first", "one killed first"])
+    first = chance.randrange(WORLD)
+    before = newest_committed(run_dir)
+    if how != "together":
+        os.kill(pids[first], signal.SIGSTOP if how == "one stopped first" else signal.SIGKILL)
+        time.sleep(chance.uniform(0, save_seconds))
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    torn = any(p.name in seen for p in run_dir.glob("checkpoints/.staging-*"))
+    wait(pids)
+    chosen = checkpoint.choose(run_dir)
+    step = checkpoint.read_manifest(chosen)["global_step"] if chosen else 0
+    assert step >= before, f"step {before} was committed before the kill, and {step} would be gone on from"
+    return f"{how}, {'torn' if torn else 'between'}"
+
+
+def starts(run_dir: Path) -> list[int]:
+    events = map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
+    return [event["step"] for event in events if event["kind"] == "start"]
+
+
+def main(mode: str, path: str, times: int) -> None:
+    torch.set_num_threads(1)
+    recipe = load_recipe(path)
+    every = 10 if mode == "kill" else 1000
+    straight = load_recipe(path, [f"output={recipe.run_dir}-straight", f"checkpoint.every_steps={every}"])
+    log = Path(f"{recipe.run_dir}.log")
+    assert not recipe.run_dir.exists()
+    assert wait(start(straight, log), WHOLE_RUN_SECONDS) == [0, 0], log.read_text()[-3000:]
+    chance, how, expected = random.Random(int(os.environ.get("SEED", 0))), Counter(), [0]
+    events = map(json.loads, (straight.run_dir / "events.jsonl").read_text().splitlines())
+    seconds = [event["seconds"] for event in events if event["kind"] == "saved"]
+    alone_seconds = lose_one_in_a_save(recipe, log) if mode == "kill" else 0.0
+    if mode == "kill":
+        expected.append(newest_committed(recipe.run_dir))
+    for _ in range(times):
+        if mode == "kill":
+            how[kill_in_a_save(recipe, log, chance, sum(seconds) / len(seconds))] += 1
+        else:
+            codes = wait(start(recipe, log, stop_in_step=1))
+            how[f"codes {codes}"] += 1
+            assert codes == [75, 75], log.read_text()[-3000:]
+        chosen = checkpoint.choose(recipe.run_dir)
+        expected.append(checkpoint.read_manifest(chosen)["global_step"] if chosen else 0)
+    assert wait(start(recipe, log), WHOLE_RUN_SECONDS) == [0, 0], log.read_text()[-3000:]
+    assert starts(recipe.run_dir) == expected, (starts(recipe.run_dir), expected)
+    assert not [*recipe.run_dir.glob("checkpoints/.staging-*")]
+    assert steps(recipe.run_dir) == steps(straight.run_dir)
+    assert state(recipe.run_dir) == state(straight.run_dir)
+    same = digest(recipe.run_dir) == digest(straight.run_dir)
+    resumed = sum(step > 0 for step in expected[-times:])
+    print(json.dumps({"attempts": times, "resumed_beyond_0": resumed, "how": how, "last_start": expected[-1],
+                      "save_seconds": round(sum(seconds) / len(seconds), 3), "alone_seconds": round(alone_seconds, 1),
+                      "equal": same}))  # fmt: skip
+    assert same
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
