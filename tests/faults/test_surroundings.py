@@ -89,7 +89,9 @@ def test_hangup_without_nohup_saves_and_stops(recipe, straight):
 def test_a_second_job_in_the_same_folder_is_refused(recipe, straight):
     """With the host and process of the first, by code 2, also under --restarts; the first loses nothing."""
     word = recipe.with_name("word")
-    first = subprocess.Popen(command(recipe, "wait-forward@0:6", 2, "watchdog.step_seconds=0"), env=environment(FAULT_GO=str(word)), cwd=ROOT)
+    first = subprocess.Popen(
+        command(recipe, "wait-forward@0:6", 2, "watchdog.step_seconds=0"), env=environment(FAULT_GO=str(word)), cwd=ROOT
+    )
     try:
         deadline = time.monotonic() + 150
         while not (recipe.with_name("counts") / "wait-forward@0:6").exists():
@@ -100,7 +102,7 @@ def test_a_second_job_in_the_same_folder_is_refused(recipe, straight):
             [*command(recipe, "", 1)[:3], *options],
             env=environment(),
             cwd=ROOT,
-            timeout=60,
+            timeout=200,
             capture_output=True,
             text=True,
         )
