@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ from typing import Annotated
 import typer
 
 from slm.errors import CorruptArtefact, SLMError, UserError
+from slm.redact import redact_record, redacted
 
 app = typer.Typer(
     help="From text to token shards. INPUT is JSON lines (.jsonl, .json; also .gz, .zst, .bz2), Parquet, Arrow, text files "
@@ -67,12 +69,17 @@ class Layout(Enum):
 def main() -> None:
     """Entry point: errors that a user can mend are one message and an exit code, never a traceback."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(redact_record)
     try:
         app()
     except SLMError as error:
         if not getattr(error, "told", False):  # under mpirun, what the first rank found is said by it alone
-            typer.echo(f"{error.title}: {error}", err=True)
+            typer.echo(redacted(f"{error.title}: {error}"), err=True)
         sys.exit(error.exit_code)
+    except Exception:  # a bug; what is printed may be kept as a log
+        typer.echo(redacted(traceback.format_exc()), err=True, nl=False)
+        sys.exit(1)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from slm.errors import UserError
+from slm.names import file_inside
 
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
 # Files that are no text whatever their first bytes look like; others are found out by a NUL byte.
@@ -37,6 +38,7 @@ _UNSUPPORTED_SUFFIXES = {".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
 HUB = "hf://"
+_HUB_KINDS = {"arrow", "csv", "json", "parquet", "text", "xml"}
 _LOOK_BYTES = 4 << 20  # of text, to see how well a file is compressed
 _PARTS_OF_A_SAMPLE = 64  # more of them would be spread better, and less of each file's bytes be used
 _BOM = b"\xef\xbb\xbf"
@@ -143,12 +145,14 @@ def _walk(folder: str, exclude: str | None, skipped: Counter[str]) -> Iterator[I
 
 
 def _saved_files(folder: Path) -> list[str]:
+    state = folder / "state.json"
     try:
-        return [entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
+        names = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{folder}/state.json does not name the files of a saved dataset ({error!r})", fix="save it again"
+            f"{state} does not name the files of a saved dataset ({error!r})", fix="save it again"
         ) from None
+    return [file_inside(folder, name, state).name for name in names]
 
 
 def kind_of(name: str) -> tuple[str, str]:
@@ -213,7 +217,31 @@ def _hub_builder(spec: str) -> tuple[Any, str, dict[str, str]]:
         )
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # broken data are counted, and told once
     builder = datasets.load_dataset_builder(name, options.get("config"), revision=options.get("revision"))
+    _check_builder(builder, name, spec)
     return builder, name, options
+
+
+def _check_builder(builder: Any, name: str, spec: str) -> None:
+    """Raises UserError unless the dataset is of plain tables or text, in files of its own. (Code of a dataset's own runs in no
+    version of `datasets` since 4.0, which setup.cfg asks for; its README still says which files are read, and how.)"""
+    kinds = {c.__module__.split(".")[2] for c in type(builder).__mro__ if c.__module__.startswith("datasets.packaged")}
+    if not kinds & _HUB_KINDS:
+        raise UserError(
+            f"the input {spec} is a dataset of the kind {', '.join(sorted(kinds)) or type(builder).__name__}, whose files can "
+            "hold more than text",
+            fix=f"use one of {', '.join(sorted(_HUB_KINDS))} files, or make JSON lines of its text",
+        )
+    home = os.path.realpath(name) + os.sep if os.path.isdir(name) else f"{HUB}datasets/"
+    for files in (builder.config.data_files or {}).values():
+        for path in map(str, files):
+            plain = path.rpartition("::")[2]  # of gzip://inner::outer
+            real = os.path.realpath(plain) if os.path.isdir(name) else plain
+            if not real.startswith(home) or ".." in plain.split("/"):
+                raise UserError(
+                    f"the input {spec} names the file {plain}, which is none of its own: a README must not choose files of this "
+                    "machine",
+                    fix="remove data_files from its README, or give the file itself as an input",
+                )
 
 
 def open_hub(spec: str) -> tuple[Any, InputFile]:

@@ -23,6 +23,7 @@ import orjson
 from data_prep.corpus import BINARY_FILE, EMPTY_FILE, Piece, arrow_reader, open_hub, parquet_file
 from slm.errors import UserError
 
+_BATCH_ROWS, _BATCH_BYTES = 256, 1 << 28  # of Parquet, read at once
 _HUB_ROWS = 64  # read at once; what is buffered when the data break is lost
 _LONG_TEXT = 1 << 14  # bytes of the documents that a named text file is cut into
 _BOM = b"\xef\xbb\xbf"
@@ -309,7 +310,8 @@ def _parquet_records(piece: Piece, reading: Reading) -> Iterator[Record]:
     for index in range(piece.start, piece.end):
         first, done = sum(groups[:index]), 0
         try:
-            for batch in table.iter_batches(256, row_groups=[index], columns=[reading.text_key], use_threads=False):
+            rows = _rows_at_once(table.metadata.row_group(index), table.schema_arrow.names.index(reading.text_key))
+            for batch in table.iter_batches(rows, row_groups=[index], columns=[reading.text_key], use_threads=False):
                 for record in _row_records(batch.column(0), reading, line, first + done):
                     line, done = record.line, done + 1
                     yield record
@@ -317,6 +319,21 @@ def _parquet_records(piece: Piece, reading: Reading) -> Iterator[Record]:
             for row in range(done, groups[index]):
                 line += 1
                 yield Record(None, CORRUPT_ROW, line, first + row)
+
+
+def _rows_at_once(group: Any, index: int) -> int:
+    """Rows of a batch, so that it stays within _BATCH_BYTES whatever the file says: by a dictionary, a few bytes can be a long
+    text in every row. How large one is when unpacked is not told; a text is no larger than its column, or, where that is
+    packed as texts are, than some 50 times the packed dictionary."""
+    if group.num_columns <= index:  # nested columns before it: the index is not the column's
+        return 1
+    column = group.column(index)
+    if not column.has_dictionary_page:  # each row's text stands there
+        return _BATCH_ROWS
+    longest = column.total_uncompressed_size
+    if longest < 50 * column.total_compressed_size:
+        longest = min(longest, 50 * max(1, column.data_page_offset - column.dictionary_page_offset))
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, longest)))
 
 
 def _arrow_records(piece: Piece, reading: Reading) -> Iterator[Record]:
@@ -339,20 +356,24 @@ def _row_records(column: Any, reading: Reading, line: int, row: int) -> Iterator
     import pyarrow
 
     types = pyarrow.types
-    if types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+    indices = None
+    if types.is_dictionary(column.type):  # decoded row by row: one long text may be that of every row
+        indices, column = column.indices, column.dictionary
     is_text = types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type)
     values = column.cast(pyarrow.large_binary()) if is_text else column  # as bytes: they need not be UTF-8
     is_json = str(column.type) == "extension<arrow.json>"  # what datasets makes of a column of several types
-    for i in range(len(values)):
-        value, problem = values[i].as_py(), ""
+    for i in range(len(values if indices is None else indices)):
+        at = i if indices is None else indices[i].as_py()
+        found, problem = None if at is None else values[at], ""
+        if is_text and found is not None and found.is_valid:
+            if found.as_buffer().size > reading.max_doc_bytes:  # not copied first: it may be of any size
+                yield Record(None, TOO_LONG, line + i + 1, row + i)
+                continue
+        value = None if found is None else found.as_py()
         if is_json and value is not None:
             with suppress(ValueError):  # it leaves the first value of a file as it is
                 value = json.loads(value)
         if is_text and value is not None:
-            if len(value) > reading.max_doc_bytes:
-                yield Record(None, TOO_LONG, line + i + 1, row + i)
-                continue
             try:
                 value = value.decode()
             except UnicodeDecodeError:

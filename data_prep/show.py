@@ -29,7 +29,7 @@ def show(folder: Path, doc: int, tokenizer: str = "") -> str:
             f"--doc is {doc}, but {folder} has {dataset.num_docs:,} documents", fix=f"give 0 to {dataset.num_docs - 1}"
         )
     spec = tokenizer or dataset.manifest["tokenizer"].get("spec", "")
-    loaded = load_tokenizer(spec)
+    loaded = load_tokenizer(spec, said_by=None if tokenizer else folder)
     if loaded.fingerprint != dataset.tokenizer_fingerprint:
         raise UserError(
             f"{spec} is another tokenizer than the one that {folder} was made with: its text would be nonsense",

@@ -22,7 +22,8 @@ corpus="${CORPUS:-$(python -c 'import sysconfig; print(sysconfig.get_paths()["st
 # Each corpus has its own folders, so that one quickstart does not stand in the way of the next.
 name=quickstart
 if [ -n "$CORPUS" ]; then
-  name+=-$(basename "$CORPUS" | tr -c 'A-Za-z0-9_\n' '_')-$(cksum <<<"$CORPUS" | cut -d' ' -f1)
+  base=${CORPUS%/} base=${base##*/} # a newline in it must not get into the name either
+  name+=-$(printf %.50s "$base" | LC_ALL=C tr -c 'A-Za-z0-9_' '_')-$(cksum <<<"$CORPUS" | cut -d' ' -f1)
 fi
 work=artifacts/$name
 run=runs/$name

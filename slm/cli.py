@@ -12,12 +12,14 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slm.errors import SLMError, UserError
+from slm.redact import redacted
 
 if TYPE_CHECKING:
     from slm.recipe import Recipe
@@ -44,13 +46,16 @@ def main() -> None:
     try:
         app()
     except SLMError as error:
-        typer.echo(f"{error.title}: {error}", err=True)
+        typer.echo(redacted(f"{error.title}: {error}"), err=True)
         _note_exit(error.exit_code, str(error))
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == UserError.exit_code:  # typer has shown what is wrong with the command line
             _note_exit(UserError.exit_code, "the command line is not understood; see the message above")
         raise
+    except Exception:  # a bug; what is printed may be kept as a log
+        typer.echo(redacted(traceback.format_exc()), err=True, nl=False)
+        sys.exit(1)
 
 
 def _open_standard_streams() -> None:
@@ -154,8 +159,7 @@ def train(
         if (ranks := launched_ranks()) and ranks.world_size > 1:
             raise UserError(
                 f"--restarts in each of {ranks.world_size} ranks: each would start again without the others",
-                fix="bash launchers/local.sh RECIPE RANKS --restarts N, or slm train RECIPE --restarts N --launcher "
-                "'mpirun -n RANKS slm'",
+                fix="give --restarts N to launchers/local.sh, or slm train RECIPE --restarts N --launcher 'mpirun -n RANKS slm'",
             )
         if fresh_optimizer:
             raise UserError(
@@ -338,11 +342,15 @@ def generate(
 
 
 @app.command()
-def export(model: ModelPath, output: Annotated[Path, typer.Argument(help="folder to write")]) -> None:
+def export(
+    model: ModelPath,
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    tokenizer: Annotated[str, typer.Option(help="tokenizer, if it is a Python class: module:Class")] = "",
+) -> None:
     """Write a run's best (or the named) checkpoint as a Hugging Face folder in float32, with its tokenizer."""
     from slm.loading import export_model
 
-    export_model(model, output)
+    export_model(model, output, tokenizer)
     typer.echo(f"wrote {output}: load it with transformers' AutoModelForCausalLM or SLMForCausalLM.from_pretrained")
 
 

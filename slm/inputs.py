@@ -31,7 +31,7 @@ from slm.errors import UserError
 from slm.evaluate import HeldOut
 from slm.gate import is_at_an_end, parts, verdicts
 from slm.model.config import ModelConfig
-from slm.model.hf import config_to_hf, read_config
+from slm.model.hf import config_to_hf, read_config, refuse_pickles
 from slm.model.llama import initial_value
 from slm.parallel import Share
 from slm.recall.samples import Filler, Form, Grid
@@ -278,9 +278,8 @@ def position_of(
                 fix="put it back, or start a new run (another `name`) with init_from",
             )
         steering = [change for field, change in fields.items() if _steers(field, phase.name)]
-        was_over = reader.state[
-            "permanent"
-        ]  # and is made longer on purpose: what it is from here on is said, as for a new phase
+        # One that was over is made longer on purpose: what it is from here on is said, as of a new phase.
+        was_over = reader.state["permanent"]
         if steering and not allow_change and not was_over:
             raise UserError(
                 f"{at}, and its other steps would be taken otherwise than those before: " + "; ".join(steering),
@@ -340,6 +339,7 @@ def check_init_from(recipe: Recipe) -> None:
         raise UserError(
             f"init_from.path {start.path} does not exist", fix="give a run, a checkpoint or a Hugging Face folder"
         )
+    refuse_pickles(start.path)
 
 
 def load_initial_state(engine: Engine, recipe: Recipe) -> None:
@@ -446,22 +446,16 @@ def as_far_as_run(reader: checkpoint.Reader, recipe: Recipe) -> Recipe:
     what is written down of the run (recipe.yaml, checkpoints) does not say otherwise."""
     names, at = [phase.name for phase in recipe.phases], reader.state["position"]["phase"]
     over = names[: names.index(at)] if at in names else []
+    theirs = tuple(f"phases.{name}." for name in over)
+    if told := [change for field, change in _changed_fields(reader, recipe).items() if field.startswith(theirs)]:
+        log.warning("phases that are over stay as they were, so this has no effect: %s", "; ".join(told))
     was = {phase["name"]: phase for phase in reader.state["recipe"]["phases"] if phase["name"] in over}
     tree = recipe.model_dump(mode="json")
     tree["phases"] = [was.get(phase["name"], phase) for phase in tree["phases"]]
     try:
-        restored = recipe_from_tree(tree, "the recipe with its first phases as they were run")
+        return recipe_from_tree(tree, "the recipe with its first phases as they were run")
     except UserError:  # they name a source, or have a field, that is no more
         return recipe
-    for then, now in zip(restored.phases, recipe.phases, strict=True):
-        fields, changed = (_flat(phase.model_dump(mode="json")) for phase in (then, now))
-        if told := [f"{k} was {fields.get(k)}, is {v}" for k, v in changed.items() if fields.get(k) != v]:
-            log.warning(
-                "phases.%s is over and a later phase has begun, so what the recipe now says of it has no effect: %s",
-                now.name,
-                "; ".join(told),
-            )
-    return restored
 
 
 def phases_to_run(recipe: Recipe, reader: checkpoint.Reader | None, until: str = "") -> list[Phase]:

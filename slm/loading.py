@@ -24,6 +24,7 @@ from slm.data.tokens import TokenDataset
 from slm.errors import EnvironmentProblem, UserError
 from slm.evaluate import Findings, HeldOut, examine
 from slm.model.config import ModelConfig
+from slm.model.hf import refuse_pickles
 from slm.model.llama import SLMForCausalLM, Visit
 from slm.recall.samples import Filler, Form, Grid
 from slm.recall.score import RecallBatches
@@ -46,6 +47,7 @@ def load_model(path: str | Path, *, exact: bool = False) -> tuple[SLMForCausalLM
         raise UserError(
             f"the model {path} does not exist", fix="give a run directory, a checkpoint or a Hugging Face folder"
         )
+    refuse_pickles(path)
     if (path / "best" / "manifest.json").is_file():
         path = path / "best"
     reader = checkpoint.Reader(checkpoint.locate(path))
@@ -62,7 +64,7 @@ def load_for_text(path: str, tokenizer: str = "") -> tuple[SLMForCausalLM, Any]:
     spec = tokenizer or (state["recipe"]["tokenizer"] if state else path)
     if not spec:
         raise UserError(f"{path}: its recipe names no tokenizer, so text cannot be encoded", fix="give --tokenizer")
-    loaded = load_tokenizer(spec)
+    loaded = load_tokenizer(spec, said_by=None if tokenizer else path)
     if len(loaded) > model.config.vocab_size:
         raise UserError(
             f"the tokenizer {spec} has {len(loaded)} tokens, more than the model's vocabulary of "
@@ -143,7 +145,8 @@ def evaluate_model(
         # The recipe's later phases may look further than this checkpoint does.
         known["lengths"] = [length for length in known.get("lengths", []) if length <= context]
         spec = tokenizer or recipe.get("tokenizer") or ("" if recipe else path)
-        grid = _recall_grid({**known, **recall}, datasets, seq_len, context, spec)
+        said_by = None if tokenizer else path
+        grid = _recall_grid({**known, **recall}, datasets, seq_len, context, spec, said_by)
         rows = max(1, micro_batch * seq_len // max(grid.lengths))
         samples = RecallBatches(grid, rows)
     total = sum(map(len, batches.values())) + (len(samples) if samples else 0)
@@ -161,7 +164,12 @@ def _phase_of(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recall_grid(
-    fields: dict[str, Any], datasets: dict[str, TokenDataset], seq_len: int, context: int, tokenizer: str
+    fields: dict[str, Any],
+    datasets: dict[str, TokenDataset],
+    seq_len: int,
+    context: int,
+    tokenizer: str,
+    said_by: str | None,
 ) -> Grid:
     """The samples of recall; lengths up to the model's context. Raises UserError."""
     from slm.tokenizer import load_tokenizer
@@ -184,7 +192,7 @@ def _recall_grid(
         raise UserError(
             "recall writes needle and query as text, and the model's recipe names no tokenizer", fix="give --tokenizer"
         )
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer, said_by)
     filler = Filler([dataset for name, dataset in datasets.items() if settings.filler in ("", name)])
     made_with = filler.datasets[0].tokenizer_fingerprint
     if loaded.fingerprint != made_with:
@@ -202,18 +210,18 @@ def bytes_per_token(dataset: TokenDataset) -> float:
     return num_bytes / max(1, dataset.num_tokens - dataset.num_docs)
 
 
-def export_model(path: str, output: Path) -> None:
+def export_model(path: str, output: Path, tokenizer: str = "") -> None:
     """Writes config.json, model.safetensors and the tokenizer's files. Raises UserError if `output` holds something."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; nothing was written, so that nothing is lost", fix="give a new folder")
     model, state = load_model(path, exact=True)
-    spec = state["recipe"]["tokenizer"] if state else ""
-    tokenizer = None
+    spec = tokenizer or (state["recipe"]["tokenizer"] if state else "")
+    loaded = None
     if spec:
         from slm.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(spec)
-        _check_tokenizer(path, state, spec, tokenizer.fingerprint)
+        loaded = load_tokenizer(spec, said_by=None if tokenizer else path)
+        _check_tokenizer(path, state, spec, loaded.fingerprint)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -225,7 +233,7 @@ def export_model(path: str, output: Path) -> None:
     partial = output.with_name(f".{output.name}.partial")  # a killed export leaves nothing that looks like one
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial, tokenizer)
+        model.save_pretrained(partial, loaded)
         if output.exists():
             output.rmdir()
         partial.rename(output)

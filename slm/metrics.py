@@ -211,7 +211,8 @@ def _open_wandb(run_dir: Path, options: dict[str, Any], run_name: str, config: d
     run_id = json.loads(identity.read_text())["id"]
     offline = (options.get("mode") or os.environ.get("WANDB_MODE")) == "offline"
     arguments: dict[str, Any] = {"name": run_name, **options, "config": config, "dir": str(run_dir)}
-    arguments |= {"id": run_id, "resume": None if offline else "allow"}
+    # The address of the git remote would be recorded, and may hold a token.
+    arguments |= {"id": run_id, "resume": None if offline else "allow", "settings": {"disable_git": True}}
     try:
         run = wandb.init(**arguments)
     except (UsageError, AuthenticationError) as error:
@@ -221,6 +222,7 @@ def _open_wandb(run_dir: Path, options: dict[str, Any], run_name: str, config: d
         ) from None
     except CommError as error:
         _log.warning("W&B cannot be reached, so this run is kept offline for `wandb sync`: %s", error)
+        wandb.teardown()  # its service would say that the id is in use, by the attempt that has failed
         offline, run = True, wandb.init(**arguments | {"mode": "offline", "resume": None})
     if not offline:
         return run, run.starting_step - 1

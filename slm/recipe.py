@@ -26,19 +26,19 @@ from slm.errors import UserError
 from slm.fields import Count, Real, Section
 from slm.gate import Gate
 from slm.model.config import PRESETS, ModelConfig, RopeScaling
+from slm.names import NAME_PATTERN, Name, Output, PhaseName, Text, shortened
 from slm.recall.settings import Recall
 from slm.safety import Safety
 from slm.strategy import deepspeed_problems, resolve_deepspeed
 
-_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.]*$"
 Decay = Annotated[Real, Field(ge=0, lt=1)]
 
 
 class Data(Section):
     """Named token datasets, each a folder that `slm-data shards` wrote."""
 
-    sources: dict[str, str] = Field(min_length=1, description="name: folder of the training tokens")
-    validation: dict[str, str] = Field({}, description="name: folder of held-out tokens; evaluated per name")
+    sources: dict[Name, Text] = Field(min_length=1, description="name: folder of the training tokens")
+    validation: dict[Name, Text] = Field({}, description="name: folder of held-out tokens; evaluated per name")
 
     @field_validator("validation")
     @classmethod
@@ -90,7 +90,7 @@ class DocFilter(Section):
 class Phase(Section):
     """One stretch of training with its own length, data mixture, batch and schedule."""
 
-    name: str = Field(pattern=_NAME, description="letters, digits, _ and . inside; names its checkpoints")
+    name: PhaseName = Field(description="letters, digits, _ and . inside; names its checkpoints")
     tokens: Count = Field(gt=0, description="tokens of the phase, padding included; rounded up to whole steps")
     seq_len: Count = Field(gt=1, description="tokens of one packed sequence")
     batch_tokens: Count = Field(gt=0, description="tokens per optimiser step over all ranks; a multiple of seq_len")
@@ -112,7 +112,7 @@ class Phase(Section):
     mlp_tile_tokens: Count | None = Field(
         None, gt=0, description="norm and MLP in tiles of so many tokens, for extreme lengths; null for all at once"
     )
-    deepspeed: str = Field("ds_configs/zero1.json", description="ZeRO strategy: a DeepSpeed JSON file")
+    deepspeed: Text = Field("ds_configs/zero1.json", description="ZeRO strategy: a DeepSpeed JSON file")
     gate: Gate | None = Field(None, description="what the evaluation at its end must show before the run goes on")
 
     @property
@@ -163,9 +163,9 @@ class Eval(Section):
 
 
 class Wandb(Section):
-    project: str = Field(description="Weights & Biases project")
-    entity: str | None = Field(None, description="team or user; null for your default")
-    group: str | None = Field(None, description="group of runs")
+    project: Text = Field(description="Weights & Biases project")
+    entity: Text | None = Field(None, description="team or user; null for your default")
+    group: Text | None = Field(None, description="group of runs")
     mode: Literal["online", "offline"] = Field("online", description="offline writes files for `wandb sync`")
 
 
@@ -185,20 +185,20 @@ class Watchdog(Section):
 
 
 class InitFrom(Section):
-    path: str = Field(description="another run, one of its checkpoints, or a Hugging Face folder")
+    path: Text = Field(description="another run, one of its checkpoints, or a Hugging Face folder")
     optimizer: bool = Field(False, description="take the optimiser's moments too (not from a Hugging Face folder)")
 
 
 class Recipe(Section):
     """A run. Model: a preset's name with fields replaced, or all fields."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="of the run; also its name in W&B")
-    output: str = Field("", description="run directory; empty for runs/NAME")
+    name: Name = Field(description="of the run; also its name in W&B")
+    output: Output = Field("", description="run directory; empty for runs/NAME")
     seed: Count = Field(1234, ge=0, lt=2**63, description="of the initial weights and of the data order")
     model: ModelConfig = Field(description="preset: NAME and/or fields of the model's shape")
-    tokenizer: str = Field("", description="tokenizer folder or file, or module:Class; empty if nothing is decoded")
+    tokenizer: Text = Field("", description="tokenizer folder or file, or module:Class; empty if nothing is decoded")
     data: Data
-    teacher: dict[str, Teacher] = Field({}, description="name: teacher, for losses of type distill; or one alone")
+    teacher: dict[Name, Teacher] = Field({}, description="name: teacher, for losses of type distill; or one alone")
     optim: Optim = Optim()
     phases: list[Phase] = Field(min_length=1)
     init_from: InitFrom | None = Field(None, description="weights to start from; null for random ones")
@@ -270,13 +270,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a YAML recipe, applies `a.b.c=value` overrides, checks everything. Raises UserError listing all problems."""
     path = Path(path)
     try:
-        tree, duplicates = strict_yaml.load(path.read_text(encoding="utf-8"))
+        tree, duplicates = strict_yaml.read(path)
     except FileNotFoundError:
         raise UserError(f"the recipe {path} does not exist", fix="give the path of a YAML file, see recipes/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable recipe ({error})", fix="give a YAML file, see recipes/") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}", fix="mend it there; recipes/ has examples") from None
+        raise UserError(f"{path} is not valid YAML: {error}", fix="mend it; recipes/ has examples") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no mapping of fields, so it is no recipe", fix="see recipes/quickstart.yaml")
     given = [override.partition("=")[0] for override in overrides or []]
@@ -342,14 +342,15 @@ def _listing(where: str, problems: list[str]) -> str:
 def _readable(error: ValidationError, tree: dict[str, Any]) -> list[str]:
     lines = []
     for item in error.errors():
-        field = ".".join(part for part in _named(item["loc"], tree) if not part.startswith("function-")) or "recipe"
+        parts = [part for part in _named(item["loc"], tree) if not part.startswith("function-") and part != "[key]"]
+        field = ".".join(part if part.isprintable() else ascii(part) for part in parts) or "recipe"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             lines.append(f"{field} is not a field of a recipe, so it would have no effect: remove it or mend its name")
         elif item["type"] == "missing":
             lines.append(f"{field} is missing: it has no default")
         elif item["loc"] and item["type"] != "value_error":
-            lines.append(f"{field} is {item['input']!r}: {message}")
+            lines.append(f"{field} is {shortened(item['input'])}: {message}")
         elif item["loc"] and item["loc"] != ():
             lines.append(f"{field}: {message}")
         else:
@@ -364,7 +365,7 @@ def _named(location: tuple[Any, ...], tree: dict[str, Any]) -> list[str]:
         del parts[1]  # one alone
     if parts[:1] == ["phases"] and len(parts) > 1:
         phase = tree["phases"][location[1]]
-        if isinstance(phase, dict) and re.fullmatch(_NAME, str(phase.get("name"))) and parts[2:] != ["name"]:
+        if isinstance(phase, dict) and re.fullmatch(NAME_PATTERN, str(phase.get("name"))) and parts[2:] != ["name"]:
             parts[1] = str(phase["name"])
     return parts
 
@@ -375,11 +376,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise UserError(f"the override {override!r} has no value", fix="write field.of.the.recipe=value")
     try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+        value, duplicates = strict_yaml.load(text) if text else ("", [])
+    except yaml.YAMLError as error:
+        why = str(getattr(error, "problem", None) or error)
         raise UserError(
-            f"the override {override!r}: {text!r} is not valid YAML", fix="quote it, or close its brackets"
+            f"the override {shortened(override)} is not valid YAML: {why}", fix="quote it, or close its brackets"
         ) from None
+    if duplicates:
+        raise UserError(f"the override {shortened(override)}: {duplicates[0]}")
     node: Any = tree
     parts = dotted.split(".")
     for i, part in enumerate(parts):

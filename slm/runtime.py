@@ -32,6 +32,7 @@ from types import FrameType
 from typing import IO, Any
 
 from slm.errors import UserError
+from slm.redact import redact_record, redacted
 
 EXIT_CODES = {
     0: "done",
@@ -298,7 +299,7 @@ def write_exit(run_dir: str | Path | None, code: int, reason: str, **extra: Any)
     `run_dir` is None when the run failed before it had one.
     """
     assert code in EXIT_CODES, code
-    record = {"code": code, "meaning": EXIT_CODES[code], "reason": reason, **extra}
+    record = {"code": code, "meaning": EXIT_CODES[code], "reason": redacted(reason), **extra}
     record |= {"rank": int(os.environ.get("RANK", 0)), "host": socket.gethostname(), "pid": os.getpid()}
     record["time"] = time.time()
     targets = [Path(run_dir) / "exit.json"] if run_dir is not None else []
@@ -343,6 +344,8 @@ def setup_logging(rank: int, run_dir: str | Path | None) -> logging.Logger:
             return log
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         log.addHandler(to_file)
+    for handler in log.handlers:
+        handler.addFilter(redact_record)
     return log
 
 

@@ -156,7 +156,10 @@ class Checkpointer:
         while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
             self._thread.join(0.2)
             assert self._save is not None
-            now = sum(p.stat().st_size for p in self._save.staging.glob("*") if p.exists())
+            try:
+                now = sum(p.stat().st_size for p in self._save.staging.glob("*"))
+            except FileNotFoundError:  # just committed
+                continue
             if now != size:
                 size, since = now, time.monotonic()
             elif time.monotonic() - since > _PEERS_STILL_SECONDS:

@@ -52,7 +52,7 @@ def deepspeed_problems(path: str) -> list[str]:
         content = json.loads(Path(path).read_text(), object_pairs_hook=_unique)
     except OSError:
         return [f"deepspeed: {path} does not exist; the files that come with this project are in ds_configs/"]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return [f"deepspeed: {path} is not valid JSON ({error})"]
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization"), dict):
         return [f"deepspeed: {path} has no zero_optimization section, so there is no ZeRO stage to use"]

@@ -397,10 +397,19 @@ class SLMTokenizer:
         self._set(engine, special, added, roles)
 
 
-def load_tokenizer(spec: str | Path) -> SLMTokenizer:
-    """A path, or `module:Class` for a class with encode, decode and __len__ (found from the current folder too)."""
+def load_tokenizer(spec: str | Path, said_by: object = None) -> SLMTokenizer:
+    """A path, or `module:Class` for a class with encode, decode and __len__ (found from the current folder too).
+
+    said_by: the checkpoint or dataset that names it, if it was not the user: that may have come from anywhere, and a class
+    that it names is not run. Raises UserError, CorruptArtefact.
+    """
     text = str(spec)
     if not Path(text).exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
+        if said_by is not None:
+            raise UserError(
+                f"{said_by} names a Python class as its tokenizer, {text}: to load it is to run what whoever wrote that chose",
+                fix=f"if it is yours, say so: --tokenizer {text}",
+            )
         return as_tokenizer(_load_class(text), text)
     return SLMTokenizer.from_pretrained(text)
 
@@ -502,7 +511,7 @@ def _read_config(folder: Path) -> tuple[dict[str, str | None], list[tuple[int, s
                 roles[role] = roles.get(role) or token or None
             for id_, token in config.get("added_tokens_decoder", {}).items():
                 added.append((int(id_), str(token["content"]), bool(token.get("special"))))
-        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
             raise CorruptArtefact(
                 f"{path} is not readable ({type(error).__name__}: {error})", fix="copy it again, or remove it"
             ) from None

@@ -10,6 +10,7 @@ Owns assembling; the packing is packing.py's, the order order.py's, the bytes to
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
@@ -98,6 +99,7 @@ def tensors_on(record: Record, device: torch.device | str) -> Record:
 
 ALONE = Share()
 _CHUNK = 1024  # places of the order that are located at once
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 # A piece to place in a row: the tokens it reads and the token after its last (or None at the document's end).
 Piece = tuple[np.ndarray, int | None]
@@ -267,6 +269,7 @@ class PhaseData:
         self._arenas = lru_cache(maxsize=1)(
             lambda rows, micro_batch: [Arena.of(rows, micro_batch, seq_len, self.max_pieces) for _ in range(2)]
         )
+        self._looked_at = time.monotonic()  # at the files of the sources, whether they are as they were
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     @property
@@ -379,6 +382,10 @@ class PhaseData:
         return batches
 
     def _make(self, step: int, global_batch: int, micro_batch: int, share: Share) -> list[Batch]:
+        if (now := time.monotonic()) - self._looked_at > _SECONDS_BETWEEN_LOOKS:
+            self._looked_at = now
+            for dataset in self.sources.values():
+                dataset.check_unchanged()
         per_rank = global_batch // share.data_world
         places = self._places(step * global_batch + share.data_rank * per_rank, per_rank)
         arenas = self._arenas(per_rank, micro_batch)[step % 2]

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from slm.errors import CorruptArtefact, UserError
+from slm.names import file_inside
 from slm.runtime import atomic_write
 
 SCHEMA = "slm-tokens/1"
@@ -203,6 +204,7 @@ class TokenDataset:
         self.tokenizer_fingerprint: str = tokenizer["fingerprint"]
         self.num_tokens: int = self.manifest["num_tokens"]
         self.num_docs: int = self.manifest["num_docs"]
+        self._at_opening: dict[str, os.stat_result] = {}  # of each .bin, by name
         self.shards = [self._open(entry) for entry in self.manifest["shards"]]
 
     @property
@@ -223,8 +225,27 @@ class TokenDataset:
             raise CorruptArtefact(problem, fix=fix)
         # A plain array over the map: indexing a np.memmap costs 40 % more.
         file = self.path / (entry["name"] + ".bin")
+        self._at_opening[entry["name"]] = file.stat()
         mapped = np.memmap(file, dtype, "r") if entry["bin_bytes"] else np.empty(0, dtype)
         return TokenShard(entry["name"], np.asarray(mapped), doc_offsets)
+
+    def check_unchanged(self) -> None:
+        """Raises CorruptArtefact if the tokens of a shard are others than at opening: a map shows what is written meanwhile.
+        A look at each file; one that was only touched is read once. (What was removed or replaced stays mapped as it was.)"""
+        for entry in self.manifest["shards"]:
+            file, was = self.path / f"{entry['name']}.bin", self._at_opening[entry["name"]]
+            try:
+                now = file.stat()
+            except OSError:
+                continue
+            if now.st_ino != was.st_ino or (now.st_size, now.st_mtime_ns) == (was.st_size, was.st_mtime_ns):
+                continue
+            if now.st_size != was.st_size or _file_sha256(file) != entry["sha256_bin"]:
+                raise CorruptArtefact(
+                    f"{file} was changed while it is in use: what is trained on since is not the data of the manifest",
+                    fix="put the file back as it was (slm-data verify says whether it is); the same command goes on",
+                )
+            self._at_opening[entry["name"]] = now
 
     def _wrong_sizes(self, entry: dict[str, Any]) -> list[str]:
         wrong = []
@@ -245,12 +266,7 @@ class TokenDataset:
                 continue  # reading a map past the end of its file would kill the process
             for suffix in _suffixes(entry):
                 file = self.path / f"{entry['name']}.{suffix}"
-                with open(file, "rb") as handle:
-                    digest = hashlib.sha256()
-                    while chunk := handle.read(1 << 22):
-                        digest.update(chunk)
-                        advance(len(chunk))
-                found, wanted = digest.hexdigest(), entry[f"sha256_{suffix}"]
+                found, wanted = _file_sha256(file, advance), entry[f"sha256_{suffix}"]
                 if found != wanted:
                     problems.append(f"{file}: SHA-256 is {found[:16]}…, the manifest says {wanted[:16]}…")
             for token in (int(shard.tokens.min()), int(shard.tokens.max())) if shard.num_tokens else ():
@@ -261,6 +277,15 @@ class TokenDataset:
             if self.eos_id is not None and np.any(ends != self.eos_id):
                 problems.append(f"{shard.name}: {int((ends != self.eos_id).sum())} documents do not end in EOS")
         return problems
+
+
+def _file_sha256(file: Path, advance: Callable[[int], object] = lambda num_bytes: None) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while chunk := handle.read(1 << 22):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
 
 
 def _suffixes(entry: dict[str, Any]) -> list[str]:
@@ -281,7 +306,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptArtefact(f"{path} is not readable ({error})") from None
     if schema != SCHEMA:
         raise CorruptArtefact(f"{path} has schema {schema!r}; this version reads {SCHEMA!r}")
@@ -289,4 +314,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CorruptArtefact(f"{path} lacks {', '.join(missing)}: it is no whole manifest")
     if manifest.get("sha256", "") not in ("", _manifest_sha256(manifest)):
         raise CorruptArtefact(f"{path} was changed: its contents do not have the SHA-256 that it names")
+    for entry in manifest["shards"]:
+        for suffix in _suffixes(entry):
+            name = entry.get("name")
+            file_inside(folder, f"{name}.{suffix}" if isinstance(name, str) else name, path)
     return manifest

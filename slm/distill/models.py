@@ -11,7 +11,6 @@ Owns loading one and running it; what is made of the logits is targets.py's.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,8 +24,9 @@ from slm.data.batches import Batch
 from slm.errors import EnvironmentProblem, UserError
 from slm.losses import IGNORE, DenseTarget
 from slm.model.config import ModelConfig
-from slm.model.hf import read_config, weight_files, weight_reader
+from slm.model.hf import read_config, read_json, refuse_pickles, weight_files, weight_reader
 from slm.model.llama import SLMForCausalLM, Visit
+from slm.names import shortened
 
 log = logging.getLogger("slm")
 
@@ -74,18 +74,20 @@ def describe_teacher(path: str) -> TeacherInfo:
             fix="give the path of a Hugging Face folder, a run or a checkpoint on this machine (nothing is downloaded)",
         )
     if (folder / "config.json").is_file():
-        kind = _model_type(folder)
+        fields = read_json(folder / "config.json")
+        kind = str(fields.get("model_type"))
         identity = {"name": folder.resolve().name, "model_type": kind, "fingerprint": weights_fingerprint(folder)}
         if kind == "llama":
             config = read_config(folder)
             return TeacherInfo(identity, config.max_position_embeddings, config.vocab_size, config)
-        fields = json.loads((folder / "config.json").read_text())
+        _refuse_foreign_code(folder, fields)
         fields = fields.get("text_config") or fields  # of models that also see images
         context = next(
             (fields[k] for k in ("max_position_embeddings", "n_positions", "n_ctx") if fields.get(k)), 1 << 62
         )
         return TeacherInfo(identity, context, fields.get("vocab_size", 0), None)
     if not any((folder / name).exists() for name in ("checkpoints", "manifest.json")):
+        refuse_pickles(folder)
         raise UserError(
             f"the teacher {path} has neither a config.json nor checkpoints",
             fix="give a Hugging Face folder, a run or a checkpoint",
@@ -139,11 +141,19 @@ def load_teacher(path: str, device: torch.device, *, zero3: bool = False) -> Tea
     return _foreign(path, info, device, dtype)
 
 
-def _model_type(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "config.json").read_text()).get("model_type"))
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json is not valid JSON ({error})", fix="copy the folder again") from None
+def _refuse_foreign_code(folder: Path, fields: Any, at: str = "config.json") -> None:
+    """Raises UserError where a config tells transformers to fetch a kernel from the hub, or weights from elsewhere."""
+    if isinstance(fields, dict):
+        for key, value in fields.items():
+            named = list(value.values()) if isinstance(value, dict) else [value]
+            if key in ("attn_implementation", "_attn_implementation", "transformers_weights") and any(
+                isinstance(name, str) and "/" in name for name in named
+            ):
+                raise UserError(
+                    f"the teacher {folder}: its {at} has {key} {shortened(value)}, which would be fetched from elsewhere and run",
+                    fix=f"remove {key} there: the model is the same without",
+                )
+            _refuse_foreign_code(folder, value, f"{at} ({key})")
 
 
 def _llama(path: str, info: TeacherInfo, device: torch.device, dtype: torch.dtype, zero3: bool) -> TeacherModel:
@@ -182,8 +192,17 @@ def _foreign(path: str, info: TeacherInfo, device: torch.device, dtype: torch.dt
             fix='pip install -e ".[hf]"',
         ) from None
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+        # Nothing of the folder runs: neither code that comes with a model nor pickles.
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if "auto_map" in read_json(Path(path) / "config.json"):
+            raise UserError(
+                f"the teacher {path} is a {info.identity['model_type']!r} model with code of its own (auto_map in its "
+                "config.json), which your transformers does not know; code that comes with a model is never run",
+                fix="use a model that transformers knows, or a newer transformers",
+            ) from None
         raise UserError(
             f"the teacher {path} cannot be loaded by transformers: {str(error).strip().splitlines()[0]}",
             fix="use a causal language model that your transformers knows",

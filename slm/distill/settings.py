@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from slm.fields import Count, OverPhase, Real, Section, points, stepwise, straight
+from slm.names import Output, Text
 
 
 class TeacherCache(Section):
@@ -27,7 +28,7 @@ class TeacherCache(Section):
     temperatures: list[Annotated[Real, Field(gt=0)]] = Field(
         [1.0], min_length=1, description="those that a loss may ask for"
     )
-    folder: str = Field("", description="where to; empty for TOKENS/teacher/NAME beside each source")
+    folder: Output = Field("", description="where to; empty for TOKENS/teacher/NAME beside each source")
     block_tokens: Count = Field(65536, ge=1, description="tokens between two points that a killed job goes on from")
     seed: Count = Field(0, ge=0, lt=2**63, description="of the draws of kind sampled")
 
@@ -41,7 +42,7 @@ class TeacherCache(Section):
 
 
 class Teacher(Section):
-    model: str = Field(min_length=1, description="a Hugging Face folder, a run, or a checkpoint")
+    model: Text = Field(min_length=1, description="a Hugging Face folder, a run, or a checkpoint")
     cache: TeacherCache | None = Field(
         None, description="read from files that `slm teacher` writes; null to run it online"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from slm.errors import CorruptArtefact, UserError
 from slm.model.config import ROPE_FIELDS, ModelConfig, RopeScaling, effective_theta
 from slm.model.rope import attention_factor
+from slm.names import file_inside
 from slm.runtime import atomic_write
 
 if TYPE_CHECKING:
@@ -142,24 +144,74 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: there is no config.json, so this is no model folder", fix="give a folder with one")
+    return config_from_hf(read_json(path), path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder. Raises CorruptArtefact."""
     try:
         fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise CorruptArtefact(f"{path}: not valid JSON ({error})") from None
-    return config_from_hf(fields, path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptArtefact(f"{path}: not valid JSON ({error})", fix="copy the folder again") from None
+    if not isinstance(fields, dict):
+        raise CorruptArtefact(f"{path}: holds a {type(fields).__name__} and no object", fix="copy the folder again")
+    return fields
+
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_CONVERT = (
+    'python -c "import sys; from transformers import AutoModelForCausalLM as M; '
+    'M.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"'
+)
+
+
+def refuse_pickles(path: str | Path) -> None:
+    """Raises UserError if weights of `path`, a folder or a file, are Python pickles: to read one is to run a program."""
+    path = Path(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        raise UserError(f"{path} is weights alone", fix=f"give its folder, {path.parent}, which has a config.json")
+    if any((path / ours).exists() for ours in ("manifest.json", "checkpoints")) or any(path.glob("*.safetensors")):
+        return
+    folder = path if path.is_dir() else path.parent
+    found = sorted(p.name for p in (path.iterdir() if path.is_dir() else [path]) if p.suffix in _PICKLES)
+    found = [name for name in found if name.split(".")[0] not in ("training_args", "optimizer", "scheduler")]
+    deepspeed = [p for pattern in ("*", "*/*") for p in folder.glob(f"{pattern}_model_states.pt")]
+    if not (found or (deepspeed and path.is_dir())):
+        return
+    what = f"{path} has its weights in {(found or [deepspeed[0].name])[0]}" if path.is_dir() else f"{path} is"
+    target = shlex.quote(f"{str(folder).rstrip('/')}-safetensors")
+    if deepspeed:  # the script that lies in such a folder is as foreign as the pickles
+        how = f"python -m deepspeed.utils.zero_to_fp32 {shlex.quote(str(folder))} {target} --safe_serialization"
+    else:
+        how = f"{_CONVERT} {shlex.quote(str(folder))} {target}"
+    raise UserError(
+        f"{what}{',' * path.is_dir()} a pickle: to read it is to run what its author put in, so only safetensors are read",
+        fix=f"take a version of the model in safetensors; or, if you trust its author, convert it: {how}"
+        + ("" if deepspeed else ", and copy the tokenizer's files beside"),
+    )
 
 
 def weight_files(folder: str | Path) -> dict[str, Path]:
     """{tensor name: the safetensors file that holds it}. Raises UserError, CorruptArtefact."""
     folder = Path(folder)
+    refuse_pickles(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} has an adapter_config.json: its weights are what an adapter adds to those of another model",
+            fix="merge them first, with peft's merge_and_unload() and save_pretrained()",
+        )
     index = folder / "model.safetensors.index.json"
-    files = (
-        sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        if index.is_file()
-        else sorted(folder.glob("*.safetensors"))
-    )
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise CorruptArtefact(f"{index}: has no weight_map, which says where the weights are", fix="copy it again")
+        files = [file_inside(folder, name, index) for name in sorted(set(map(_text, names.values())))]
+    else:
+        files = [file_inside(folder, path.name, folder) for path in sorted(folder.glob("*.safetensors"))]
     if not files:
-        raise UserError(f"{folder}: there are no .safetensors files", fix="convert the weights to safetensors first")
+        raise UserError(
+            f"{folder}: there are no .safetensors files, so there are no weights", fix="copy the whole folder"
+        )
     where: dict[str, Path] = {}
     for file in files:
         try:
@@ -168,6 +220,10 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
         except (SafetensorError, OSError) as error:
             raise CorruptArtefact(f"{file}: not a whole safetensors file ({error})") from None
     return where
+
+
+def _text(name: Any) -> Any:
+    return name if isinstance(name, str) else repr(name)
 
 
 def weight_reader(folder: str | Path) -> Callable[[str, tuple[int, ...]], torch.Tensor]:

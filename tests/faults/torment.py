@@ -5,9 +5,10 @@ with this one. Run by test_saves.py, in a session of its own.
 
     python tests/faults/torment.py kill RECIPE 100       # SIGKILL at random moments of saves
     python tests/faults/torment.py stop RECIPE 20        # SIGTERM as each attempt begins its first step: it takes two
+    python tests/faults/torment.py limit RECIPE 1        # rank 1 may write no large file; first for a whole run
 
-The recipe's run directory must not exist; the undisturbed run is beside it. Prints one line of JSON; exit code 1 says that
-something did not hold.
+Several of these may be given at once. The recipe's run directory must not exist; the undisturbed run is beside it. Prints one
+line of JSON for each; exit code 1 says that something did not hold.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import ctypes
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (deepspeed.initialize would, in every attempt: it takes seconds)
@@ -36,8 +39,8 @@ WORLD = 2
 ATTEMPT_SECONDS, WHOLE_RUN_SECONDS = 120.0, 900.0
 
 
-def start(recipe: Recipe, log: Path, *, stop_in_step: int = 0) -> list[int]:
-    """Forks the ranks; their pids. stop_in_step: rank 0 sends itself SIGTERM as that step of its begins: the next is its last."""
+def start(recipe: Recipe, log: Path, prepare: Callable[[int], None] = lambda rank: None) -> list[int]:
+    """Forks the ranks; their pids. Each calls prepare(rank) first."""
     port, pids = free_port(), []
     for rank in range(WORLD):
         pid = os.fork()
@@ -50,8 +53,7 @@ def start(recipe: Recipe, log: Path, *, stop_in_step: int = 0) -> list[int]:
                 output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(output, 1)
                 os.dup2(output, 2)
-                if stop_in_step and rank == 0:
-                    stop_myself_in(stop_in_step)
+                prepare(rank)
                 os._exit(slm.train.train(recipe))
             finally:
                 os._exit(99)
@@ -59,16 +61,31 @@ def start(recipe: Recipe, log: Path, *, stop_in_step: int = 0) -> list[int]:
     return pids
 
 
-def stop_myself_in(step: int) -> None:
+def before_step(step: int, act: Callable[[], None]) -> None:
+    """In this rank: act() as the so-manieth step that it takes begins."""
     step_itself, calls = slm.loop.train_step, []
 
     def counted(*args, **kwargs):
         calls.append(1)
         if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            act()
         return step_itself(*args, **kwargs)
 
     slm.loop.train_step = counted
+
+
+def stop_soon(rank: int) -> None:
+    """SIGTERM to rank 0 as its first step begins: all stop after the second."""
+    if rank == 0:
+        before_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def limit_rank_1(rank: int) -> None:
+    """It may write no file above 200 kB until its fifth step begins (a run that stops does not come so far)."""
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        before_step(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, unlimited))
 
 
 def ended(pids: list[int]) -> list[int] | None:
@@ -152,8 +169,15 @@ def starts(run_dir: Path) -> list[int]:
     return [event["step"] for event in events if event["kind"] == "start"]
 
 
-def main(mode: str, path: str, times: int) -> None:
-    torch.set_num_threads(1)
+def limit(path: str) -> None:
+    recipe = load_recipe(path)
+    on = load_recipe(path, [f"output={recipe.run_dir}-continue", "checkpoint.on_failure=continue"])
+    log = Path(f"{recipe.run_dir}.log")
+    codes = [wait(start(each, log, limit_rank_1)) for each in (recipe, on)]
+    print(json.dumps({"codes": codes, "printed": log.read_text()}))
+
+
+def repeat(mode: str, path: str, times: int) -> None:
     recipe = load_recipe(path)
     every = 10 if mode == "kill" else 1000
     straight = load_recipe(path, [f"output={recipe.run_dir}-straight", f"checkpoint.every_steps={every}"])
@@ -170,7 +194,7 @@ def main(mode: str, path: str, times: int) -> None:
         if mode == "kill":
             how[kill_in_a_save(recipe, log, chance, sum(seconds) / len(seconds))] += 1
         else:
-            codes = wait(start(recipe, log, stop_in_step=1))
+            codes = wait(start(recipe, log, stop_soon))
             how[f"codes {codes}"] += 1
             assert codes == [75, 75], log.read_text()[-3000:]
         chosen = checkpoint.choose(recipe.run_dir)
@@ -189,4 +213,6 @@ def main(mode: str, path: str, times: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    torch.set_num_threads(1)
+    for mode, path, times in zip(*[iter(sys.argv[1:])] * 3, strict=True):
+        limit(path) if mode == "limit" else repeat(mode, path, int(times))

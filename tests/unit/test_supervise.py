@@ -144,7 +144,7 @@ def test_restarts_are_refused_in_each_rank_and_a_launcher_without_them():
     base = [sys.executable, "-m", "slm", "train", "recipes/demo.yaml"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     for more, variables, words in (
-        (["--restarts", "2"], {"RANK": "0", "WORLD_SIZE": "2"}, "bash launchers/local.sh RECIPE RANKS --restarts N"),
+        (["--restarts", "2"], {"RANK": "0", "WORLD_SIZE": "2"}, "give --restarts N to launchers/local.sh"),
         (["--launcher", "mpirun -n 2 slm"], {}, "no effect without --restarts"),
     ):
         done = subprocess.run([*base, *more], env={**env, **variables}, cwd=ROOT, capture_output=True, text=True)
