@@ -146,6 +146,11 @@ def rest() -> None:
     time.sleep(float(os.environ["FAULT_SECONDS"]))
 
 
+def wait_for_the_word() -> None:
+    while not Path(os.environ["FAULT_GO"]).exists():
+        time.sleep(0.05)
+
+
 def fill_the_disk_of_the_log() -> None:
     for handler in logging.getLogger("slm").handlers:
         if isinstance(handler, logging.FileHandler):
@@ -174,6 +179,7 @@ FAULTS = {
     "termlauncher": ask_the_launcher,
     "termlauncher2": ask_the_launcher_twice,
     "rest": rest,
+    "wait": wait_for_the_word,
     "logfull": fill_the_disk_of_the_log,
     "clock": set_the_clock_back,
     "hup": hang_up,

@@ -49,7 +49,7 @@ def test_sigterm_stops_all_ranks_at_one_step(recipe, straight, fault):
 
 def test_sigterm_during_a_save_of_the_loop(recipe, straight):
     """The save of step 4 is under way on rank 0, slowly, when the signal comes: both checkpoints are whole."""
-    code, printed = run(recipe, "term-write@0:1,rest-write@0:1", 2, FAULT_SECONDS="3")
+    code, printed = run(recipe, "term-write@0:1,rest-write@0:1", 2, "checkpoint.keep_last=9", FAULT_SECONDS="3")
     assert code == 75
     step = stopped_in_order(recipe, printed)
     checkpoint.verify(recipe.with_name("run") / "checkpoints" / "main-00000004")

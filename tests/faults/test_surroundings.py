@@ -88,10 +88,13 @@ def test_hangup_without_nohup_saves_and_stops(recipe, straight):
 
 def test_a_second_job_in_the_same_folder_is_refused(recipe, straight):
     """With the host and process of the first, by code 2, also under --restarts; the first loses nothing."""
-    first = subprocess.Popen(command(recipe, "rest-forward@0:6", 2), env=environment(FAULT_SECONDS="30"), cwd=ROOT)
+    word = recipe.with_name("word")
+    first = subprocess.Popen(
+        command(recipe, "wait-forward@0:6", 2, "watchdog.step_seconds=0"), env=environment(FAULT_GO=str(word)), cwd=ROOT
+    )
     try:
         deadline = time.monotonic() + 150
-        while not (recipe.with_name("counts") / "rest-forward@0:6").exists():
+        while not (recipe.with_name("counts") / "wait-forward@0:6").exists():
             assert time.monotonic() < deadline
             time.sleep(0.1)
         options = ["train", str(recipe), "--restarts", "3"]
@@ -99,13 +102,14 @@ def test_a_second_job_in_the_same_folder_is_refused(recipe, straight):
             [*command(recipe, "", 1)[:3], *options],
             env=environment(),
             cwd=ROOT,
-            timeout=60,
+            timeout=200,
             capture_output=True,
             text=True,
         )
         assert second.returncode == 2
         assert "run directory in use by another job" in second.stderr
         assert "Restart" not in second.stderr
+        word.touch()
         assert first.wait(120) == 0
     finally:
         for left in processes_of(recipe):
