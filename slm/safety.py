@@ -22,6 +22,7 @@ from slm.errors import SLMError
 from slm.fields import Count, Real, Section
 
 _FEWEST_LOSSES = 32  # before anything is called a spike
+_LEAST_DELAY_SECONDS = 0.02
 _LEAST_DEVIATION = 0.01  # of the mean: where losses hardly differ, a small step is no spike
 
 
@@ -82,8 +83,8 @@ def stragglers(own_seconds: Mapping[int, float], step_seconds: float) -> dict[in
     """Ranks that keep the others waiting: {rank: how much longer its own part of a step took than the median's}.
 
     own_seconds: of each rank, what it did in a step without waiting for another (data and forward). A rank is slow if it
-    took half as long again as the median and at least a twentieth of the step more.
+    took half as long again as the median, a tenth of the step more, and more than machines with other work differ by.
     """
     median = statistics.median_low(own_seconds.values())
     slow = {rank: own - median for rank, own in own_seconds.items() if own > 1.5 * median}
-    return {rank: more for rank, more in slow.items() if more > 0.05 * step_seconds}
+    return {rank: more for rank, more in slow.items() if more > max(0.1 * step_seconds, _LEAST_DELAY_SECONDS)}
