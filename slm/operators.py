@@ -18,7 +18,9 @@ import logging
 import os
 import platform
 import socket
+import subprocess
 import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -35,7 +37,7 @@ def folder() -> Path:
     """Where compiled operators of exactly this environment live, in TORCH_EXTENSIONS_DIR or the user's cache: for other
     versions or CPUs it is another folder. Tells torch."""
     flags = next((x for x in _cpuinfo() if x.startswith("flags")), platform.processor())
-    identity = [version("torch"), version("deepspeed"), platform.python_version(), flags]
+    identity = [version("torch"), version("deepspeed"), platform.python_version(), flags, _ninja()]
     key = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     given = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "slm" / "torch_extensions")
@@ -43,6 +45,15 @@ def folder() -> Path:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@cache
+def _ninja() -> str:
+    """The version of the ninja that torch will call: one builds anew what another has built."""
+    try:
+        return subprocess.run(["ninja", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _cpuinfo() -> list[str]:
