@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -148,7 +149,7 @@ def train(
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
     loaded = _load(recipe, overrides)
     steps = _steps(profile)
-    from slm.inputs import Resume
+    from slm.resume import Resume
 
     if launcher and not restarts:
         raise UserError("--launcher has no effect without --restarts", fix="add --restarts N")
@@ -167,6 +168,8 @@ def train(
                 fix="start once with --fresh-optimizer, stop it after its first save, and go on with --restarts",
             )
         command = shlex.split(launcher) or [sys.executable, "-m", "slm"]
+        if shutil.which(command[0]) is None:
+            raise UserError(f"--launcher: {command[0]} is no program on the PATH", fix="mend its name, or install it")
         command += ["train", str(recipe), *(overrides or [])]
         command += ["--profile", profile] * bool(profile) + ["--until", until] * bool(until)
         command += ["--must-resume"] * must_resume + ["--allow-change"] * allow_change

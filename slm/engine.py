@@ -330,6 +330,11 @@ class Engine:
             )
 
     @property
+    def is_scaling_down(self) -> bool:
+        """Whether an overflow may be float16's own, whose loss scale can still be lowered."""
+        return self.precision == "float16" and self._optimizer.loss_scaler.cur_scale > 1
+
+    @property
     def loss_scale(self) -> dict[str, float] | None:
         """The state of float16's dynamic loss scale, else None."""
         if self.precision != "float16":

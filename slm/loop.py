@@ -9,6 +9,7 @@ data/order.py, saving in saving.py, logs in metrics.py. What comes before a phas
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,13 +27,13 @@ from slm.engine import Engine
 from slm.errors import SLMError
 from slm.evaluate import HeldOut, examine
 from slm.findings import as_dict, report
-from slm.inputs import Position
 from slm.ledger import Ledger
 from slm.metrics import MetricsLogger, StepTimer, memory_stats, mfu, peak_flops
 from slm.model.llama import Objective
 from slm.optim import learning_rate
 from slm.progress import StepProgress
 from slm.recipe import Phase, Recipe
+from slm.resume import Position
 from slm.runtime import Ranks, StopRequest
 from slm.safety import RollBack, Spikes, stragglers
 from slm.saving import Checkpointer
@@ -40,6 +41,8 @@ from slm.step import SaveFailed, StepTotals, train_step
 from slm.strategy import zero_stage
 
 log = logging.getLogger("slm")
+
+_SECONDS_BETWEEN_WARNINGS = 60.0
 
 
 class Stopped(Exception):
@@ -66,6 +69,7 @@ class Run:
     ledger: Ledger
     profiler: Any = None
     step: int = 0  # that was last told of
+    slow_told: float = -math.inf  # when a slow rank was last warned of
 
     def tell_seconds(self, step: int) -> None:
         """Writes down where the time went, up to now. step: how far training is."""
@@ -169,7 +173,7 @@ def run_phase(
             recall = recipe.eval.recall_is_due(position.step, part.stop)
             found = examine(engine, look_at(phase), device, progress.evaluating, recall=recall)
         latest, measured_at = as_dict(found), position.step
-        lowest = found.lower_than(position.best_loss)
+        lowest = None if position.skipped_in_a_row else found.lower_than(position.best_loss)
         report(run.metrics, run.run_dir, phase.name, position.step, position.global_step, found, lowest is not None)
         parallel.barrier()  # rank 0 has drawn pictures
         return lowest
@@ -209,7 +213,7 @@ def run_phase(
                 step=position.step + 1,
                 global_step=position.global_step + 1,
                 tokens=position.tokens + int(done.num_tokens),
-                skipped_in_a_row=position.skipped_in_a_row + 1 if done.result.skipped else 0,
+                skipped_in_a_row=position.skipped_in_a_row + 1 if done.why_skipped else 0,
             )
             run.ledger.enter("step")
             steps_since_log += 1
@@ -268,15 +272,19 @@ def run_phase(
                 _tell_stragglers(run, step, parts, steps_since_log, seconds)
                 steps_since_log, totals = 0, StepTotals()
 
-            best = False
-            every = recipe.eval.every_steps
+            best, every = False, recipe.eval.every_steps
+            name = checkpoint.folder_name(phase.name, position.step)
+            # The end of the run is not put off for a signal: there is nothing left to stop.
+            stopping = done.stop_requested and not (last and phase == recipe.phases[-1])
             if last or (every and position.step % every == 0):
+                if stopping:  # whoever asked may not wait for an evaluation to end
+                    save(name, permanent=last, required=True)
+                    run.saver.wait()
                 if best := (lowest := measure()) is not None:
                     position = replace(position, best_loss=lowest)
-
-            stopping = done.stop_requested and not last
-            if best or last or stopping or position.step % recipe.checkpoint.every_steps == 0:
-                name = checkpoint.folder_name(phase.name, position.step)
+            # While steps are skipped weights stay as they are, and a rollback wants the checkpoint before them to be kept.
+            due = position.step % recipe.checkpoint.every_steps == 0 and not position.skipped_in_a_row
+            if best or last or stopping or due:
                 save(name, permanent=last, best=best, required=stopping)
             if stopping:
                 run.saver.wait()
@@ -304,8 +312,12 @@ def _tell_stragglers(run: Run, step: int, parts: dict[str, float], num_steps: in
     slow = stragglers({rank: float(of_rank) for rank, of_rank in enumerate(of_ranks)}, seconds / num_steps)
     for rank, more in slow.items():
         run.metrics.event("straggler", step=step, rank=rank, seconds_more=more)
-        if run.ranks.rank == 0:
-            log.warning("rank %d is slow: %.0f ms a step more than the others (up to step %d)", rank, 1000 * more, step)
+        if run.ranks.rank == 0 and time.monotonic() - run.slow_told > _SECONDS_BETWEEN_WARNINGS:
+            run.slow_told = time.monotonic()
+            log.warning(
+                "rank %d is slow: %.0f ms a step more than the others, %.0f%% of a step (up to step %d; events.jsonl has all)",
+                rank, 1000 * more, 100 * more * num_steps / seconds, step,
+            )  # fmt: skip
 
 
 def _targets(recipe: Recipe, phase: Phase, data: StepData, device: torch.device) -> Targets | None:

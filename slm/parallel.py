@@ -75,10 +75,14 @@ def start(device: torch.device, timeout_minutes: float = 30.0) -> bool:
         # DeepSpeed would compile a shared-memory operator here (a minute, and a lock that outlives a killed
         # build); only its inference all-reduce uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed and Ulysses make further groups, which would take torch's own limits: on NCCL 10 minutes, in which a
+    # rank that compiles longer than the others would end the run.
+    limit = timedelta(minutes=timeout_minutes)
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = limit
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=limit,
         verbose=False,
     )
     return True

@@ -183,6 +183,20 @@ class Watchdog(Section):
         3600, ge=0, description="the same of a start, a phase's first step, a save, one batch of an evaluation; 0: not"
     )
 
+    @model_validator(mode="after")
+    def _long_enough(self) -> Watchdog:
+        for name, seconds in self:
+            if 0 < seconds < 1:
+                raise ValueError(
+                    f"{name} is {seconds:g}, which no run could keep: give a second or more, or 0 for no limit"
+                )
+        if 0 < self.slow_seconds < self.step_seconds:
+            raise ValueError(
+                f"slow_seconds is {self.slow_seconds:g}, less than step_seconds {self.step_seconds:g}: a save or the first step "
+                "would have less time than any other step; make it the larger"
+            )
+        return self
+
 
 class InitFrom(Section):
     path: Text = Field(description="another run, one of its checkpoints, or a Hugging Face folder")

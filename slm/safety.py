@@ -23,7 +23,7 @@ from slm.fields import Count, Real, Section
 
 _FEWEST_LOSSES = 32  # before anything is called a spike
 _LEAST_DELAY_SECONDS = 0.02
-_LEAST_DEVIATION = 0.01  # of the mean: where losses hardly differ, a small step is no spike
+_LEAST_RISE = 0.2  # of the mean: where losses hardly differ, a batch of rarer text is no spike
 
 
 class Safety(Section):
@@ -32,7 +32,7 @@ class Safety(Section):
     spike_sigmas: Real = Field(
         6.0,
         ge=0,
-        description="a loss so many standard deviations above the mean of the last ones is not learned from; 0: off",
+        description="a loss so many standard deviations, and a fifth, above the mean of the last is not learned from; 0: off",
     )
     spike_window: Count = Field(128, ge=_FEWEST_LOSSES, description="the last losses that it is held against")
     skips_before_rollback: Count = Field(
@@ -72,8 +72,7 @@ class Spikes:
             return float("inf")
         mean = statistics.fmean(self.losses)
         variance = statistics.fmean((loss - mean) ** 2 for loss in self.losses)
-        deviation = max(math.sqrt(variance), _LEAST_DEVIATION * abs(mean))
-        return mean + self._sigmas * deviation
+        return mean + max(self._sigmas * math.sqrt(variance), _LEAST_RISE * abs(mean))
 
     def accept(self, loss: float) -> None:
         self.losses.append(loss)

@@ -6,6 +6,7 @@ totals = totals.plus(done)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,8 @@ class SaveFailed(EnvironmentProblem):
 
 @dataclass(frozen=True)
 class StepDone:
-    """One step's outcome, of all ranks. why_skipped: empty for a step that was taken."""
+    """One step's outcome, of all ranks. why_skipped: empty for a step that was taken, and for one that float16 lost because it
+    is still looking for its loss scale."""
 
     loss: float  # mean over num_targets
     num_targets: float
@@ -107,6 +109,6 @@ def train_step(
         result = engine.step(lr)
     loss = float(loss_of_all)  # the step has waited for the device already, to know the gradient's norm
     why_skipped = ""
-    if result.skipped:
+    if result.skipped and not (engine.is_scaling_down and math.isfinite(loss) and loss <= loss_limit):
         why_skipped = f"loss {loss:.4g} is above {loss_limit:.4g}" if loss > loss_limit else "gradient not finite"
     return StepDone(loss, num_targets, num_tokens, pairs_full, pairs_causal, stop > 0, result, why_skipped, parts)

@@ -8,7 +8,9 @@ are loop.py's; what a run starts from is found and checked in inputs.py.
 
 from __future__ import annotations
 
+import errno
 import logging
+import shutil
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,13 +25,10 @@ from slm.data.batches import PhaseData
 from slm.data.tokens import TokenDataset
 from slm.diagnostics import start_profiler
 from slm.engine import Engine, deepspeed_config, resolve_precision
-from slm.errors import SLMError, UserError
+from slm.errors import EnvironmentProblem, SLMError, UserError
 from slm.evaluate import HeldOut, examine
 from slm.findings import as_dict, report
 from slm.inputs import (
-    Position,
-    Resume,
-    as_far_as_run,
     check_init_from,
     check_lengths,
     check_tokenizer,
@@ -37,21 +36,18 @@ from slm.inputs import (
     held_out,
     identity,
     load_initial_state,
-    open_checkpoint,
     open_phase_data,
     open_recall,
     origin,
-    phases_to_run,
-    position_of,
-    recipe_changes,
     restore_state,
 )
 from slm.layout import check_ranks
 from slm.ledger import Ledger
-from slm.loop import Run, StepData, Stopped, run_phase
+from slm.loop import Diverged, Run, StepData, Stopped, run_phase
 from slm.metrics import MetricsLogger
 from slm.model.llama import Objective
 from slm.recipe import Phase, Recipe, dump_recipe
+from slm.resume import Position, Resume, as_far_as_run, open_checkpoint, phases_to_run, position_of, recipe_changes
 from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
 from slm.safety import RollBack
 from slm.saving import Checkpointer
@@ -111,7 +107,10 @@ def train(
         log.error(reason)
     except Exception as error:
         code, reason = EXIT_CRASHED, f"{type(error).__name__}: {error}"
-        if parallel.is_lost_peer(error):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            code, reason = EnvironmentProblem.exit_code, f"{error.strerror}: {error.filename or recipe.run_dir}"
+            log.error("%s. Fix: free space there, or give the run (output) another disk", reason)
+        elif parallel.is_lost_peer(error):
             reason = "another rank has gone (killed, out of memory, or crashed: see its log); the same command goes on"
             log.error("%s\n%s", reason, str(error).splitlines()[0])
         else:
@@ -227,7 +226,8 @@ def open_run(
     """The sinks and the saver of one attempt. The caller closes run.metrics."""
     precision, why = resolve_precision(recipe.precision, device)
     log.info("precision %s, because %s; device %s; ranks %d", precision, why, device.type, ranks.world_size)
-    metrics = MetricsLogger(
+    open_metrics = partial(
+        MetricsLogger,
         run_dir,
         tensorboard=recipe.log.tensorboard,
         wandb=recipe.log.wandb.model_dump() if recipe.log.wandb else None,
@@ -236,6 +236,7 @@ def open_run(
         start_step=position.global_step,
         rank=ranks.rank,
     )
+    metrics = parallel.together(open_metrics)  # where W&B refuses the first rank, all leave
     saver = Checkpointer(run_dir, recipe.checkpoint, metrics.event)
     age = sum(ledger.seconds().values())
     metrics.event("start", world_size=ranks.world_size, precision=precision, step=position.global_step, age=age)
@@ -287,7 +288,7 @@ def run_phases(
                     position,
                     part,
                     load=(lambda engine, reader=reader: restore_state(engine, reader)) if reader else start,  # type: ignore[misc]
-                    losses=reader.state.get("losses", []) if reader and position.step else [],
+                    losses=_losses_before(run.recipe, reader) if position.step else [],
                     identity=identities[phase.name],
                     before=before,
                     objective=objective,
@@ -308,14 +309,28 @@ def run_phases(
     return position
 
 
+def _losses_before(recipe: Recipe, reader: checkpoint.Reader | None) -> list[float]:
+    """What a spike is told by; none of a recipe that was another, whose losses may be of another kind."""
+    same = reader is not None and reader.state["recipe"] == recipe.model_dump(mode="json")
+    return reader.state.get("losses", []) if reader is not None and same else []
+
+
 def _roll_back(run: Run, phase: Phase, bad: Position) -> tuple[checkpoint.Reader | None, Position]:
     """The newest whole checkpoint from before the steps that were skipped in a row, and the position there: the data from
-    it up to where the run stands now is left out. Without a checkpoint the run begins anew, with other data."""
+    it up to where the run stands now is left out. Before the first save the run begins anew, with other data.
+
+    Nothing of this needs to be saved: killed before its next save, the run comes to the same bad steps and goes back again.
+    """
     watchdog.at("going back from step", bad.global_step)
     run.saver.wait()
     parallel.barrier()
     first_bad = bad.global_step - bad.skipped_in_a_row
     folder = checkpoint.choose_together(run.run_dir, up_to_step=first_bad)
+    if folder is None and parallel.first_rank_decides(checkpoint.newest_first, run.run_dir / "checkpoints"):
+        raise Diverged(
+            f"{bad.skipped_in_a_row} steps in a row were skipped, and none of the checkpoints is from before them",
+            fix=f"keep more of them (checkpoint.keep_last {run.recipe.checkpoint.keep_last}), or start anew with a lower lr",
+        )
     reader = checkpoint.Reader(folder) if folder else None
     to = Position.of(reader.state) if reader else Position()
     if to.phase != phase.name:
@@ -329,6 +344,11 @@ def _roll_back(run: Run, phase: Phase, bad: Position) -> tuple[checkpoint.Reader
             f"the checkpoint of step {to.global_step}" if reader else "the beginning",
             bad.step - to.step,
         )
+    if run.ranks.rank == 0:  # a stop within the bad steps has saved there: nobody shall go on from it
+        for later in checkpoint.newest_first(run.run_dir / "checkpoints"):
+            if (checkpoint.manifest_or_none(later) or {"global_step": 0})["global_step"] > to.global_step:
+                (later / "manifest.json").unlink()
+                shutil.rmtree(later, ignore_errors=True)
     run.tell_seconds(bad.global_step)
     run.metrics.event("rollback", from_step=bad.global_step, to_step=to.global_step, steps_left_out=to.steps_left_out)
     run.metrics.go_back(to.global_step)

@@ -34,13 +34,13 @@ from slm.distill.loss import DistillationLoss
 from slm.engine import Engine
 from slm.errors import UserError
 from slm.evaluate import HeldOut
-from slm.inputs import Position, position_of, recipe_changes, remaining_phases
 from slm.ledger import Ledger
 from slm.losses import IGNORE
 from slm.model.config import ModelConfig
 from slm.model.llama import Objective, SLMForCausalLM
 from slm.parallel import Share
 from slm.recipe import Phase, recipe_from_tree
+from slm.resume import Position, position_of, recipe_changes, remaining_phases
 from slm.runtime import RunLock, StopRequest, atomic_write, discover_ranks, setup_logging
 from slm.train import open_run, run_phases
 

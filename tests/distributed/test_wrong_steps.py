@@ -30,8 +30,13 @@ NAME = "model.layers.1.mlp.down_proj.weight"
 # name: (ZeRO stage, faults, changes to the recipe)
 RUNS = {
     **{f"bad-{stage}": (stage, {"nan": [1, [2]], "infinite": [0, [3]], "spike": [1, [40]]}, {}) for stage in range(4)},
-    "untouched": (2, {"spike": [0, [36]]}, {"checkpoint": {"every_steps": 1, "keep_last": 99}}),
+    "untouched": (2, {"spike": [0, [STEPS]]}, {"checkpoint": {"every_steps": 1, "keep_last": 99}}),
     "back": (1, {"nan": [1, [10, 11, 12]]}, {"safety": {"skips_before_rollback": 3, "rollbacks": 1}}),
+    "window": (
+        2,
+        {"nan": [0, [10, 11, 12, 13]]},
+        {"safety": {"skips_before_rollback": 4}, "checkpoint": {"every_steps": 1, "keep_last": 2}},
+    ),
     "again": (0, {"nan": [0, list(range(2, 99))]}, {"safety": {"skips_before_rollback": 2, "rollbacks": 2}}),
     # At stage 1 the next update would bring the owner's weights again.
     **{
@@ -120,12 +125,13 @@ def test_a_bad_step_on_one_rank_is_skipped_by_all(runs, stage):
 
 
 def test_weights_are_untouched_by_a_skipped_step(runs):
-    """Checkpoints of the step before a spike and after it hold the same weights and moments, bit by bit."""
+    """A spike at the last step, after which a phase is saved: the checkpoints of the step before and of this one hold the same
+    weights and moments, bit by bit; those of the two steps before do not."""
     run_dir = runs[0] / "untouched"
-    assert [event["step"] for event in of_kind(run_dir, "skip")] == [36]
-    folders = {step: run_dir / "checkpoints" / f"main-{step:08d}" for step in (35, 36, 37)}
-    assert same_state(folders[35], folders[36])
-    assert not same_state(folders[36], folders[37])
+    assert [event["step"] for event in of_kind(run_dir, "skip")] == [STEPS]
+    folders = {step: run_dir / "checkpoints" / f"main-{step:08d}" for step in range(STEPS - 2, STEPS + 1)}
+    assert same_state(folders[STEPS - 1], folders[STEPS])
+    assert not same_state(folders[STEPS - 2], folders[STEPS - 1])
 
 
 def test_many_in_a_row_go_back_and_leave_the_data_out(runs, tokens):
@@ -150,6 +156,14 @@ def test_many_in_a_row_go_back_and_leave_the_data_out(runs, tokens):
     seen = [row["tokens"] for row in rows if "loss" in row]
     trained = [b - a for a, b in zip([0, *seen], seen, strict=False)]
     assert trained == [tokens_of(step + (4 if step >= 8 else 0)) for step in range(STEPS)]
+
+
+def test_the_checkpoint_before_the_bad_steps_is_still_there(runs):
+    """With a save after each step and two of them kept: nothing is saved while steps are skipped, so it goes back to step 9."""
+    run_dir = runs[0] / "window"
+    assert ended(run_dir)[0] == 0
+    (back,) = of_kind(run_dir, "rollback")
+    assert (back["from_step"], back["to_step"], back["steps_left_out"]) == (13, 9, 4)
 
 
 def test_bad_steps_that_do_not_end_end_the_run(runs):

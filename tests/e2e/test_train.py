@@ -16,8 +16,8 @@ import yaml
 
 from slm import checkpoint
 from slm.errors import UserError
-from slm.inputs import Resume
 from slm.recipe import load_recipe
+from slm.resume import Resume
 from slm.train import train
 from tests.shards import make_dataset
 from tests.unit.test_rope import KINDS, scaling
@@ -616,3 +616,24 @@ def test_command_line_mistakes_have_no_traceback(tmp_path, recipe):
         assert result.returncode == 2, (arguments, result.stderr)
         assert message in result.stderr, (arguments, result.stderr)
         assert "Traceback" not in result.stderr
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(recipe, tmp_path, caplog):
+    """Without its manifest a folder is no checkpoint, and is named; where none is left, or the folder is empty though the run
+    had saved, the run ends with code 4 and touches nothing."""
+    path = recipe(checkpoint={"every_steps": 5, "keep_last": 9})
+    assert train(load_recipe(path)) == 0
+    folders = sorted((tmp_path / "run" / "checkpoints").glob("main-*"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    (folders[-1] / "manifest.json").unlink()
+    caplog.clear()
+    assert train(load_recipe(path)) == 0  # goes on from step 10
+    assert f"passing over {folders[-1]}" in caplog.text
+    for folder in folders:
+        (folder / "manifest.json").unlink(missing_ok=True)
+    for _ in range(2):
+        caplog.clear()
+        assert train(load_recipe(path)) == 4
+        assert "would begin at step 0" in caplog.records[-1].getMessage()
+        shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == len(before.splitlines())

@@ -146,6 +146,7 @@ def test_restarts_are_refused_in_each_rank_and_a_launcher_without_them():
     for more, variables, words in (
         (["--restarts", "2"], {"RANK": "0", "WORLD_SIZE": "2"}, "give --restarts N to launchers/local.sh"),
         (["--launcher", "mpirun -n 2 slm"], {}, "no effect without --restarts"),
+        (["--restarts", "2", "--launcher", "torchrunn -m slm"], {}, "torchrunn is no program on the PATH"),
     ):
         done = subprocess.run([*base, *more], env={**env, **variables}, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2
