@@ -43,6 +43,7 @@ SCALINGS = ("none", "linear", "dynamic", "ntk", "theta", "yarn", "llama3")
 THETA = 500000.0
 EARLY, LATE = (64, 128), (900, 1024)  # tokens seen, for the loss by position
 BIN = 64
+MEASURED = ("extend", "short", "zero")  # kinds whose losses `measure` finds
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def run_arm(name: str, work: Path, *, trial: bool) -> None:
                 "slm",
             ]
         call(*launcher, "train", path, log=log)
-    if a.kind in ("extend", "zero", "short") and not (run / "losses.json").is_file():
+    if a.kind in MEASURED and not (run / "losses.json").is_file():
         call(sys.executable, Path(__file__).resolve(), "--measure", run, log=log)
 
 
@@ -219,7 +220,7 @@ def measure(run: Path) -> None:
 def found_of(name: str, work: Path) -> dict[str, Any] | None:
     """What a finished arm found; None if it is not there."""
     a, run = arm(name), work / name
-    if not is_done(run):
+    if not is_done(run) or (a.kind in MEASURED and not (run / "losses.json").is_file()):
         return None
     if a.kind == "sequence":
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -228,7 +229,7 @@ def found_of(name: str, work: Path) -> dict[str, Any] | None:
     tree = json.loads(reports[0 if a.kind == "zero" else -1].read_text())
     accuracy = [row["accuracy"] for row in tree["recall"]]
     row = {"deciles": accuracy, "accuracy": statistics.mean(accuracy), "worst": min(accuracy)}
-    return row | (json.loads((run / "losses.json").read_text()) if a.kind != "base" else {})
+    return row | (json.loads((run / "losses.json").read_text()) if a.kind in MEASURED else {})
 
 
 # --- the table -----------------------------------------------------------------------------------------------
