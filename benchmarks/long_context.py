@@ -43,6 +43,7 @@ SCALINGS = ("none", "linear", "dynamic", "ntk", "theta", "yarn", "llama3")
 THETA = 500000.0
 EARLY, LATE = (64, 128), (900, 1024)  # tokens seen, for the loss by position
 BIN = 64
+MEASURED = ("extend", "short", "zero")  # kinds whose losses `measure` finds
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def recipe_of(a: Arm, work: Path, *, trial: bool = False) -> dict[str, Any]:
         names = ["long"]
         phases["long"] |= {"tokens": STEP_TOKENS, "rope_scaling": scaled(a.scaling, LONG / ORIGINAL), "lr": 1e-8}
         phases["long"]["schedule"] = {"type": "constant"}
-        tree["eval"] |= {"at_start": True, "seq_lens": [ORIGINAL]}
+        tree["eval"] |= {"at_start": True}
     else:
         names = ["middle", "long"]
         for name, steps in (("middle", a.steps), ("long", 100)):
@@ -130,9 +131,7 @@ def recipe_of(a: Arm, work: Path, *, trial: bool = False) -> dict[str, Any]:
                 "tokens": steps * STEP_TOKENS,
                 "rope_scaling": scaled(a.scaling, phases[name]["seq_len"] / ORIGINAL),
             }
-        tree["eval"]["seq_lens"] = [ORIGINAL]
     if a.kind == "short":  # the same steps and tokens, at the old length
-        tree["eval"] |= {"seq_lens": [], "max_sequences": 128 * (LONG // ORIGINAL)}
         for name in names:
             phases[name] |= {"seq_len": ORIGINAL, "filters": phases["base"]["filters"]}
     if a.kind == "sequence":
@@ -156,7 +155,7 @@ def is_done(run: Path) -> bool:
 
 
 def run_arm(name: str, work: Path, *, trial: bool) -> None:
-    """Trains it, if that is not done, and measures the loss by position."""
+    """Trains it, if that is not done, and measures the losses."""
     a, run, log = arm(name), work / name, work / f"{name}.log"
     if not is_done(run):
         path = work / f"{name}.yaml"
@@ -174,12 +173,13 @@ def run_arm(name: str, work: Path, *, trial: bool) -> None:
                 "slm",
             ]
         call(*launcher, "train", path, log=log)
-    if a.kind in ("extend", "zero") and not (run / "positions.json").is_file():
+    if a.kind in MEASURED and not (run / "losses.json").is_file():
         call(sys.executable, Path(__file__).resolve(), "--measure", run, log=log)
 
 
 def measure(run: Path) -> None:
-    """RUN/positions.json: nats per token in bins of 64 positions and in EARLY and LATE, in held-out text that fills 1,024."""
+    """RUN/losses.json, nats per token of held-out text: in text that fills 1,024, by bins of 64 positions and in EARLY and LATE;
+    and cut at 128, the same text for all arms (the loop's own evaluation takes equally many sequences of every length)."""
     import torch
 
     from slm import checkpoint
@@ -191,24 +191,36 @@ def measure(run: Path) -> None:
     torch.set_num_threads(1)
     model, state = load_model(checkpoint.locate(run), exact=True)
     [folder] = state["recipe"]["data"]["validation"].values()
-    sums_T, counts_T = (torch.zeros(LONG, dtype=torch.float64) for _ in range(2))
-    for batch in EvaluationBatches(TokenDataset(folder), LONG, 4, max_sequences=128):
-        loss_BT = ModelScorer(model).token_losses(batch).double()
-        used_BT = (batch.labels_BT != IGNORE) & batch.is_one_piece_B[:, None]
-        sums_T += (loss_BT * used_BT).sum(0)
-        counts_T += used_BT.sum(0)
 
-    def mean(first: int, end: int) -> float:
-        return float(sums_T[first:end].sum() / counts_T[first:end].sum())
+    def sums(length: int, *, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(nats, labels) by position, in 131,072 tokens; whole: of pieces that fill their sequence."""
+        sums_T, counts_T = (torch.zeros(length, dtype=torch.float64) for _ in range(2))
+        for batch in EvaluationBatches(TokenDataset(folder), length, 4096 // length, max_sequences=131072 // length):
+            loss_BT = ModelScorer(model).token_losses(batch).double()
+            used_BT = batch.labels_BT != IGNORE
+            if whole:
+                used_BT &= batch.is_one_piece_B[:, None]
+            sums_T += (loss_BT * used_BT).sum(0)
+            counts_T += used_BT.sum(0)
+        return sums_T, counts_T
 
-    bins = [mean(at, at + BIN) for at in range(0, LONG, BIN)]
-    (run / "positions.json").write_text(json.dumps({"early": mean(*EARLY), "late": mean(*LATE), "bins": bins}) + "\n")
+    sums_T, counts_T = sums(ORIGINAL, whole=False)
+    found: dict[str, Any] = {"short": float(sums_T.sum() / counts_T.sum())}
+    if arm(run.name).kind != "short":
+        sums_T, counts_T = sums(LONG, whole=True)
+
+        def mean(first: int, end: int) -> float:
+            return float(sums_T[first:end].sum() / counts_T[first:end].sum())
+
+        bins = [mean(at, at + BIN) for at in range(0, LONG, BIN)]
+        found |= {"early": mean(*EARLY), "late": mean(*LATE), "bins": bins}
+    (run / "losses.json").write_text(json.dumps(found) + "\n")
 
 
 def found_of(name: str, work: Path) -> dict[str, Any] | None:
     """What a finished arm found; None if it is not there."""
     a, run = arm(name), work / name
-    if not is_done(run):
+    if not is_done(run) or (a.kind in MEASURED and not (run / "losses.json").is_file()):
         return None
     if a.kind == "sequence":
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -216,11 +228,8 @@ def found_of(name: str, work: Path) -> dict[str, Any] | None:
     reports = sorted((run / "eval").glob(f"{'base' if a.kind == 'base' else 'long'}-*.json"))
     tree = json.loads(reports[0 if a.kind == "zero" else -1].read_text())
     accuracy = [row["accuracy"] for row in tree["recall"]]
-    losses = {} if a.kind == "base" else tree["loss"].get(str(ORIGINAL), {})  # a base's is of fewer sequences
-    [short] = [r["loss"] for r in losses.values()] or [None]
-    row = {"deciles": accuracy, "accuracy": statistics.mean(accuracy), "worst": min(accuracy), "short": short}
-    positions = run / "positions.json"
-    return row | (json.loads(positions.read_text()) if positions.is_file() else {})
+    row = {"deciles": accuracy, "accuracy": statistics.mean(accuracy), "worst": min(accuracy)}
+    return row | (json.loads((run / "losses.json").read_text()) if a.kind in MEASURED else {})
 
 
 # --- the table -----------------------------------------------------------------------------------------------
