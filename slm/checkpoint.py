@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import socket
 import stat
@@ -30,6 +31,7 @@ import torch
 from slm import parallel
 from slm.engine import STATE_KINDS
 from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
+from slm.runtime import fsync_folder
 
 log = logging.getLogger("slm")
 
@@ -163,6 +165,26 @@ def _global_step(folder: Path) -> int:
         return -1
 
 
+def recover(root: Path) -> None:
+    """Puts in place, newest first, what a killed save left whole where there is no checkpoint of its name: the new one that was
+    about to get it, or the old one that had it. By the run that owns the folder, while none of its saves is under way."""
+
+    def age(folder: Path) -> int:
+        return -(folder / "manifest.json").stat().st_mtime_ns
+
+    for leftover in sorted((path.parent for path in root.glob(".staging-*/manifest.json")), key=age):
+        match = re.fullmatch(r"\.staging-(?:replaced-)?(.+-\d+)-[0-9a-f]{8}", leftover.name)
+        if match is None or os.path.lexists(final := root / match[1]):
+            continue
+        try:
+            verify(leftover)
+        except (CorruptArtefact, UserError):
+            continue
+        leftover.rename(final)
+        fsync_folder(root)
+        log.warning("%s was left whole by a save that was killed as it was committed: it is put in place", final)
+
+
 def manifest_or_none(folder: Path) -> dict[str, Any] | None:
     """A checkpoint's manifest, or None if it is not readable or not ours."""
     try:
@@ -181,12 +203,17 @@ def choose(run_dir: Path) -> Path | None:
 
 
 def choose_together(run_dir: Path, up_to_step: int | None = None) -> Path | None:
-    """choose, by all ranks: rank 0 lists, and each rank reads through a part of the files. up_to_step: none of a later
-    global step."""
-    folders = parallel.first_rank_decides(newest_first, run_dir / "checkpoints")
+    """choose, by all ranks of the run itself: rank 0 lists, and each rank reads through a part of the files. up_to_step: none
+    of a later global step."""
+    folders = parallel.first_rank_decides(_recovered, run_dir / "checkpoints")
     if up_to_step is not None:
         folders = [folder for folder in folders if _global_step(folder) <= up_to_step]
     return _first_whole(run_dir, folders, _verify_together)
+
+
+def _recovered(root: Path) -> list[Path]:
+    recover(root)
+    return newest_first(root)
 
 
 def _first_whole(run_dir: Path, folders: list[Path], check: Callable[[Path], None]) -> Path | None:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from slm import parallel
-from slm.checkpoint import FORMAT, OPTIMIZER, file_digest, manifest_or_none, manifest_text, newest_first
+from slm.checkpoint import FORMAT, OPTIMIZER, file_digest, manifest_or_none, manifest_text, newest_first, recover
 from slm.engine import Fragment
 from slm.errors import EnvironmentProblem, SLMError
 from slm.recipe import Checkpoint
@@ -80,6 +80,7 @@ class Checkpointer:
         self._failures = 0
         if parallel.rank() == 0:
             self.root.mkdir(parents=True, exist_ok=True)
+            recover(self.root)
             for leftover in self.root.glob(".staging-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         parallel.barrier()
@@ -269,12 +270,7 @@ class Checkpointer:
         for done in staging.glob("*.done"):
             done.unlink()
         atomic_write(staging / "manifest.json", manifest_text(manifest))
-        if final.exists():  # a run that fell back to an older checkpoint comes by here again
-            discarded = final.with_name(f".staging-replaced-{final.name}-{uuid.uuid4().hex[:8]}")
-            final.rename(discarded)
-            shutil.rmtree(discarded, ignore_errors=True)
-        staging.rename(final)
-        fsync_folder(self.root)
+        _put_in_place(staging, final)
         _point(self.root.parent / "latest", final)
         if save.best:
             _point(self.root.parent / "best", final)
@@ -315,6 +311,24 @@ def _raise(error: Exception | None) -> None:
 
 def _part(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.safetensors"
+
+
+def _put_in_place(staging: Path, final: Path) -> None:
+    """The commit. A run that fell back to an older checkpoint comes by a name again: what has it goes only when the new one
+    is there for good. After a kill in between `checkpoint.recover` puts back whichever is newer."""
+    replaced = None
+    if os.path.lexists(final):
+        replaced = final.with_name(f".staging-replaced-{final.name}-{uuid.uuid4().hex[:8]}")
+        final.rename(replaced)
+    try:
+        staging.rename(final)
+    except OSError:
+        if replaced is not None:
+            replaced.rename(final)
+        raise
+    fsync_folder(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _point(link: Path, target: Path) -> None:

@@ -350,12 +350,52 @@ def test_a_reader_of_latest_stays_with_one_checkpoint(tmp_path):
 
 
 def test_leftovers_of_a_killed_save_are_swept(tmp_path):
-    """A staging folder is no checkpoint, and the next attempt removes it."""
+    """A staging folder is no checkpoint, and the next attempt removes it: without a manifest, with a file that is not whole, or
+    beside a checkpoint of its name."""
     Run(tmp_path).save(5)
-    torn = tmp_path / "checkpoints" / ".staging-p-00000006-dead"
-    shutil.copytree(tmp_path / "checkpoints" / "p-00000005", torn)
+    folder = tmp_path / "checkpoints" / "p-00000005"
+    for name, lacking in (("p-00000006", "manifest.json"), ("p-00000007", "state.json"), ("p-00000005", None)):
+        torn = tmp_path / "checkpoints" / f".staging-{name}-0123dead"
+        shutil.copytree(folder, torn)
+        if lacking:
+            (torn / lacking).unlink()
     assert checkpoint.choose(tmp_path).name == "p-00000005"
     assert Run(tmp_path).names() == ["p-00000005"]
+
+
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_name_saved_again_is_never_without_a_checkpoint(tmp_path, monkeypatch, caplog, killed_at):
+    """Killed at the first or the second of the two renames: the next start goes on from the old one or the new one."""
+    Run(tmp_path).save(5, value=1)
+    run, rename, calls = Run(tmp_path), Path.rename, []
+
+    def dies(path, target):
+        calls.append(path)
+        if len(calls) >= killed_at:
+            raise SystemExit  # not an Exception, and ends the thread: nothing is tidied up
+        return rename(path, target)
+
+    monkeypatch.setattr(saving.Path, "rename", dies)
+    run.save(5, value=2, wait=False)
+    run.saver._thread.join()
+    monkeypatch.undo()
+    assert len(calls) == killed_at
+    chosen = checkpoint.choose_together(tmp_path)
+    assert chosen.name == "p-00000005"
+    assert torch.equal(weights_of(chosen), torch.arange(280) + float(killed_at))
+    assert ("is put in place" in caplog.text) == (killed_at == 2)
+    assert Run(tmp_path).names() == ["p-00000005"]
+
+
+def test_what_was_replaced_comes_back_where_the_new_one_is_torn(tmp_path):
+    """The sweep of the saver does it too, for those who choose by themselves."""
+    Run(tmp_path).save(5, value=1)
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "p-00000005", root / ".staging-p-00000005-00000001")
+    (root / ".staging-p-00000005-00000001" / "state.json").write_text("torn")
+    (root / "p-00000005").rename(root / ".staging-replaced-p-00000005-00000002")
+    assert Run(tmp_path).names() == ["p-00000005"]
+    checkpoint.verify(root / "p-00000005")
 
 
 def test_a_run_that_fails_gives_its_save_the_time(tmp_path, monkeypatch):
