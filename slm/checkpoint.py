@@ -152,7 +152,11 @@ def _text(folder: Path) -> str:
 
 def newest_first(root: Path) -> list[Path]:
     """Folders with a manifest, by the step they were made at; unreadable ones last."""
-    folders = [p.parent for p in root.glob("*/manifest.json") if not p.parent.name.startswith(".")]
+    folders = [
+        p.parent
+        for p in root.glob("*/manifest.json")
+        if not p.parent.name.startswith(".") and not re.search(r"\.damaged(-\d+)?$", p.parent.name)
+    ]
     return sorted(folders, key=_global_step, reverse=True)
 
 
@@ -193,22 +197,47 @@ def manifest_or_none(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def choose(run_dir: Path) -> Path | None:
+def choose(run_dir: Path, *, own: bool = False) -> Path | None:
     """The newest checkpoint of a run that verifies; says which it passes over. None if there is none at all.
 
+    own: asked by the run itself, with none of its saves under way. What a killed save left whole is then put in place before,
+    and what is passed over is renamed NAME.damaged, which is no checkpoint.
     Raises CorruptArtefact if there are some but none verifies: never a silent start from step 0. UserError if one is of
     another version of slm, which may be newer than all the others.
     """
-    return _first_whole(run_dir, newest_first(run_dir / "checkpoints"), verify)
+    root = run_dir / "checkpoints"
+    folders = _recovered(root) if own else newest_first(root)
+    chosen = _first_whole(run_dir, folders, verify)
+    if own and chosen is not None:
+        _set_aside(folders[: folders.index(chosen)])
+    return chosen
 
 
 def choose_together(run_dir: Path, up_to_step: int | None = None) -> Path | None:
-    """choose, by all ranks of the run itself: rank 0 lists, and each rank reads through a part of the files. up_to_step: none
-    of a later global step."""
+    """choose with own, by all ranks: rank 0 lists, and each rank reads through a part of the files. up_to_step: none of a
+    later global step."""
     folders = parallel.first_rank_decides(_recovered, run_dir / "checkpoints")
     if up_to_step is not None:
         folders = [folder for folder in folders if _global_step(folder) <= up_to_step]
-    return _first_whole(run_dir, folders, _verify_together)
+    chosen = _first_whole(run_dir, folders, _verify_together)
+    if chosen is not None:
+        parallel.first_rank_decides(_set_aside, folders[: folders.index(chosen)])
+    return chosen
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    """Renames what was found not whole, so that retention does not keep it in place of an older one that is."""
+    for folder in damaged:
+        number, to = 1, folder.with_name(f"{folder.name}.damaged")
+        while os.path.lexists(to):
+            number += 1
+            to = folder.with_name(f"{folder.name}.damaged-{number}")
+        try:
+            folder.rename(to)
+        except OSError as error:
+            log.warning("%s cannot be renamed, and counts toward checkpoint.keep_last: %s", folder, error)
+        else:
+            log.warning("%s is kept as %s: look at it, or remove it", folder, to.name)
 
 
 def _recovered(root: Path) -> list[Path]:

@@ -339,6 +339,31 @@ def test_what_is_kept(tmp_path, monkeypatch):
     assert (tmp_path / "best").resolve().name == "p-00000003"
 
 
+def test_what_a_resume_passed_over_does_not_count(tmp_path, caplog):
+    """It is renamed, said and kept; others who look for a checkpoint only pass over it; where none is whole all stay."""
+    run = Run(tmp_path, keep_last=2)
+    for step in (5, 6, 7):
+        run.save(step)
+    root = tmp_path / "checkpoints"
+    state = root / "p-00000007" / "state.json"
+    whole = state.read_text()
+    state.write_text(whole + " ")
+    assert checkpoint.choose(tmp_path).name == "p-00000006"
+    assert run.names() == ["p-00000006", "p-00000007"]
+    assert checkpoint.choose_together(tmp_path).name == "p-00000006"
+    assert "p-00000007 is kept as p-00000007.damaged" in caplog.text
+    run = Run(tmp_path, keep_last=2)
+    run.save(7)
+    assert run.names() == ["p-00000006", "p-00000007", "p-00000007.damaged"]
+    state.write_text(whole + " ")
+    assert checkpoint.choose(tmp_path, own=True).name == "p-00000006"
+    assert run.names() == ["p-00000006", "p-00000007.damaged", "p-00000007.damaged-2"]
+    (root / "p-00000006" / "state.json").write_text("torn")
+    with pytest.raises(CorruptArtefact, match="none of the 1"):
+        checkpoint.choose_together(tmp_path)
+    assert "p-00000006" in run.names()
+
+
 def test_a_reader_of_latest_stays_with_one_checkpoint(tmp_path):
     """Though the run saves on and the folder goes while it reads: init_from may name a run that trains."""
     run = Run(tmp_path, keep_last=1)
@@ -363,6 +388,7 @@ def test_leftovers_of_a_killed_save_are_swept(tmp_path):
     assert Run(tmp_path).names() == ["p-00000005"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("killed_at", [1, 2])
 def test_a_name_saved_again_is_never_without_a_checkpoint(tmp_path, monkeypatch, caplog, killed_at):
     """Killed at the first or the second of the two renames: the next start goes on from the old one or the new one."""
