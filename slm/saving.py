@@ -82,7 +82,7 @@ class Checkpointer:
             self.root.mkdir(parents=True, exist_ok=True)
             recover(self.root)
             for leftover in self.root.glob(".staging-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                _remove(leftover)
         parallel.barrier()
 
     # --- what training calls -----------------------------------------------------------------------------------
@@ -275,9 +275,7 @@ class Checkpointer:
         if save.best:
             _point(self.root.parent / "best", final)
         for folder in self._outdated(keep_last=self.settings.keep_last):
-            # The manifest goes first: what is half removed is then no checkpoint.
-            (folder / "manifest.json").unlink()
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
     def _wait_for_peers(self, staging: Path, world: int) -> list[dict[str, Any] | None]:
         paths = [staging / f"rank-{rank:05d}.done" for rank in range(world)]
@@ -328,7 +326,21 @@ def _put_in_place(staging: Path, final: Path) -> None:
         raise
     fsync_folder(final.parent)
     if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint; of one that lies elsewhere, perhaps in another run, the link alone."""
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        # The manifest goes first: what is half removed is then no checkpoint.
+        (folder / "manifest.json").unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", folder, error)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _point(link: Path, target: Path) -> None:

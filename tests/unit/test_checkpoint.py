@@ -339,6 +339,21 @@ def test_what_is_kept(tmp_path, monkeypatch):
     assert (tmp_path / "best").resolve().name == "p-00000003"
 
 
+def test_of_a_linked_checkpoint_only_the_link_is_removed(tmp_path):
+    """By retention, and where its name is saved again."""
+    other = Run(tmp_path / "other", keep_last=9)
+    other.save(1)
+    other.save(2)
+    run = Run(tmp_path / "run", keep_last=1)
+    for name in ("p-00000001", "p-00000002"):
+        (tmp_path / "run" / "checkpoints" / name).symlink_to(tmp_path / "other" / "checkpoints" / name)
+    run.save(2)
+    assert run.names() == ["p-00000002"]
+    assert not (tmp_path / "run" / "checkpoints" / "p-00000002").is_symlink()
+    for name in ("p-00000001", "p-00000002"):
+        checkpoint.verify(tmp_path / "other" / "checkpoints" / name)
+
+
 def test_what_a_resume_passed_over_does_not_count(tmp_path, caplog):
     """It is renamed, said and kept; others who look for a checkpoint only pass over it; where none is whole all stay."""
     run = Run(tmp_path, keep_last=2)
