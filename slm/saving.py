@@ -266,7 +266,13 @@ class Checkpointer:
         entries = [e for e in self._wait_for_peers(staging, world) if e]
         atomic_write(staging / "state.json", save.state)
         entries.append({"file": "state.json", **file_digest(staging / "state.json")})
-        manifest = {"format": FORMAT, "global_step": save.global_step, "permanent": save.permanent, "files": entries}
+        manifest = {
+            "format": FORMAT,
+            "global_step": save.global_step,
+            "permanent": save.permanent,
+            "best": save.best,
+            "files": entries,
+        }
         for done in staging.glob("*.done"):
             done.unlink()
         atomic_write(staging / "manifest.json", manifest_text(manifest))
@@ -294,12 +300,14 @@ class Checkpointer:
         return [json.loads(p.read_text()) for p in paths]
 
     def _outdated(self, keep_last: int) -> list[Path]:
-        """All but the newest keep_last, the permanent ones and those that `best` and `latest` name."""
+        """All but the newest keep_last, the permanent ones, the newest best and those that `best` and `latest` name."""
         kept = {p.resolve() for p in (self.root.parent / "best", self.root.parent / "latest") if p.exists()}
         manifests = {folder: manifest_or_none(folder) for folder in newest_first(self.root)}
+        # The links alone are not enough: they may be gone, or a kill may fall between a commit and its link.
+        best = next((folder for folder, manifest in manifests.items() if manifest and manifest.get("best")), None)
         # A folder that cannot be read is neither counted nor removed: somebody may want to look at it.
         passing = [f for f, manifest in manifests.items() if manifest and not manifest.get("permanent", True)]
-        return [folder for folder in passing[keep_last:] if folder.resolve() not in kept]
+        return [folder for folder in passing[keep_last:] if folder.resolve() not in kept and folder != best]
 
 
 def _raise(error: Exception | None) -> None:

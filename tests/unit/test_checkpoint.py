@@ -339,6 +339,22 @@ def test_what_is_kept(tmp_path, monkeypatch):
     assert (tmp_path / "best").resolve().name == "p-00000003"
 
 
+def test_the_best_is_kept_without_its_link(tmp_path, monkeypatch):
+    """The link removed, or never made because of a kill: the newest best stays; an older one goes."""
+    run = Run(tmp_path, keep_last=1)
+    run.save(1, best=True)
+    (tmp_path / "best").unlink()
+    run.save(2)
+    run.save(3)
+    assert run.names() == ["p-00000001", "p-00000003"]
+    point = saving._point
+    monkeypatch.setattr(saving, "_point", lambda link, target: None if link.name == "best" else point(link, target))
+    run.save(4, best=True)
+    run.save(5)
+    run.save(6)
+    assert run.names() == ["p-00000004", "p-00000006"]
+
+
 def test_of_a_linked_checkpoint_only_the_link_is_removed(tmp_path):
     """By retention, and where its name is saved again."""
     other = Run(tmp_path / "other", keep_last=9)
