@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from slm import parallel
+from slm import parallel, watchdog
 from slm.checkpoint import FORMAT, OPTIMIZER, file_digest, manifest_or_none, manifest_text, newest_first, recover
 from slm.engine import Fragment
 from slm.errors import EnvironmentProblem, SLMError
@@ -38,7 +38,7 @@ from slm.runtime import atomic_write, fsync_folder
 log = logging.getLogger("slm")
 
 _PEERS_TIMEOUT_SECONDS = 1800.0
-_PEERS_STILL_SECONDS = 8.0  # without a new byte from the other ranks, after training has failed
+_PEERS_STILL_SECONDS = 60.0  # without a new byte from ranks of other machines, after training has failed
 _FAILURES_IN_A_ROW = 3  # with on_failure: continue
 _FIX = "free disk space; the checkpoints before are whole"
 _CHUNK_BYTES = 8 << 20
@@ -75,6 +75,8 @@ class Checkpointer:
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
         self._abandoned = threading.Event()  # another rank's part will not come
+        self._processes = parallel.gather_objects(watchdog.myself())
+        self._missing: list[int] = []  # the ranks for whose parts rank 0, done with its own, waits
         self._error: Exception | None = None
         self._seconds = 0.0
         self._failures = 0
@@ -131,6 +133,7 @@ class Checkpointer:
             return False
         copy()
         self._abandoned.clear()
+        self._missing = []
         self._thread = threading.Thread(
             target=self._run,
             args=(self._save, parallel.rank(), parallel.world_size()),
@@ -150,8 +153,8 @@ class Checkpointer:
         self._settle(required=True)
 
     def finish(self, timeout_seconds: float) -> None:
-        """On the way out of a run that has failed: gives a save under way the time to be committed, as long as the other
-        ranks are seen to write. (No agreement: they may be gone.)"""
+        """On the way out of a run that has failed: gives a save under way the time to be committed. (No agreement: the other
+        ranks may be gone. Of those on this machine the thread notices it; others are given up when they write no more.)"""
         deadline = time.monotonic() + timeout_seconds
         size, since = -1, time.monotonic()
         while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
@@ -161,7 +164,8 @@ class Checkpointer:
                 now = sum(p.stat().st_size for p in self._save.staging.glob("*"))
             except FileNotFoundError:  # just committed
                 continue
-            if now != size:
+            # This rank's own part always comes to an end; an fsync of many GB adds no bytes for long.
+            if not self._missing or now != size:
                 size, since = now, time.monotonic()
             elif time.monotonic() - since > _PEERS_STILL_SECONDS:
                 log.warning("%s is given up: another rank no longer writes its part", self._save.final.name)
@@ -285,19 +289,27 @@ class Checkpointer:
 
     def _wait_for_peers(self, staging: Path, world: int) -> list[dict[str, Any] | None]:
         paths = [staging / f"rank-{rank:05d}.done" for rank in range(world)]
-        deadline = time.monotonic() + _PEERS_TIMEOUT_SECONDS
-        while missing := [p.name for p in paths if not p.exists()]:
+        begun = asked = time.monotonic()
+        while True:
+            gone: set[int] = set()
+            if time.monotonic() - asked > 0.5:
+                # Before it is looked what is there: a rank may end after its part was done.
+                gone, asked = {r for r in self._missing if watchdog.is_gone(self._processes[r])}, time.monotonic()
+            self._missing = [rank for rank, path in enumerate(paths) if not path.exists()]
+            if not self._missing:
+                return [json.loads(p.read_text()) for p in paths]
             for failed in staging.glob("*.failed"):
                 raise EnvironmentProblem(failed.read_text(), fix=_FIX)
             if self._abandoned.is_set():
                 raise _Abandoned
-            if time.monotonic() > deadline:
+            if lost := gone.intersection(self._missing):
+                raise EnvironmentProblem(f"{staging}: rank {min(lost)} has gone before its part was written")
+            if time.monotonic() - begun > _PEERS_TIMEOUT_SECONDS:
                 raise EnvironmentProblem(
-                    f"{staging}: after {_PEERS_TIMEOUT_SECONDS:.0f} s there is still no {missing[0]}: is the folder on a "
-                    "file system that all ranks share?"
+                    f"{staging}: after {_PEERS_TIMEOUT_SECONDS:.0f} s there is still no {paths[self._missing[0]].name}: is "
+                    "the folder on a file system that all ranks share?"
                 )
             time.sleep(0.02)
-        return [json.loads(p.read_text()) for p in paths]
 
     def _outdated(self, keep_last: int) -> list[Path]:
         """All but the newest keep_last, the permanent ones, the newest best and those that `best` and `latest` name."""

@@ -5,7 +5,9 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from slm import checkpoint, saving
+from slm import checkpoint, saving, watchdog
 from slm.engine import STATE_KINDS, Fragment
 from slm.errors import CorruptArtefact, UserError
 from slm.recipe import Checkpoint
@@ -463,6 +465,73 @@ def test_a_run_that_fails_gives_its_save_the_time(tmp_path, monkeypatch):
     threading.Timer(0.2, go_on.set).start()
     run.saver.finish(30)
     assert run.names() == ["p-00000005"]
+
+
+def test_a_run_that_fails_waits_for_its_own_part_though_no_bytes_come(tmp_path, monkeypatch):
+    """An fsync of many GB adds none for longer than other ranks are waited for."""
+    monkeypatch.setattr(saving, "_PEERS_STILL_SECONDS", 0.1)
+    go_on = slowly(monkeypatch)
+    run = Run(tmp_path)
+    run.save(5, wait=False)
+    threading.Timer(1.0, go_on.set).start()
+    run.saver.finish(30)
+    assert run.names() == ["p-00000005"]
+
+
+def with_another_rank(monkeypatch, run, process):
+    """Begins a save of two ranks, of which the other, that process, writes nothing."""
+    monkeypatch.setattr(saving.parallel, "world_size", lambda: 2)
+    for name, alone in LOCAL.items():
+        monkeypatch.setattr(saving.parallel, name, alone)
+    run.saver._processes = [watchdog.myself(), process]
+    run.save(5, wait=False)
+
+
+LOCAL = {
+    "agree": bool,
+    "reduce_sum": list,
+    "first_rank_decides": lambda function, *arguments: function(*arguments),
+    "together": lambda function, *arguments: function(*arguments),
+    "broadcast": lambda value: value,
+}
+
+
+def test_a_rank_that_was_killed_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    """Also while nobody has asked how it ended; one that is only slow is waited for."""
+    child = subprocess.Popen(["sleep", "60"])
+    _, pid, began = watchdog.myself()
+    process = (watchdog.myself()[0], child.pid, watchdog._began(child.pid))
+    assert not watchdog.is_gone(process)
+    assert watchdog.is_gone((process[0], pid, began + "0"))  # an id that is used again
+    assert not watchdog.is_gone(("elsewhere", pid, began + "0"))
+    run = Run(tmp_path)
+    with_another_rank(monkeypatch, run, process)
+    run.saver._thread.join(1.5)
+    assert run.saver._thread.is_alive()
+    child.kill()
+    run.saver.finish(30)
+    assert not run.saver._thread.is_alive()
+    assert "rank 1 has gone before its part was written" in caplog.text
+    assert watchdog.is_gone(process)
+    child.wait()
+    assert watchdog.is_gone(process)
+    assert checkpoint.choose(tmp_path) is None
+
+
+def test_a_rank_elsewhere_is_given_up_when_it_writes_no_more(tmp_path, monkeypatch, caplog):
+    """Of its process nothing is known."""
+    monkeypatch.setattr(saving, "_PEERS_STILL_SECONDS", 1.0)
+    run = Run(tmp_path)
+    with_another_rank(monkeypatch, run, ("elsewhere", 1, "1"))
+    part = run.saver._save.staging / "rank-00001.safetensors"
+    for n in range(1, 4):
+        threading.Timer(0.5 * n, part.write_bytes, [bytes(n)]).start()
+    begun = time.monotonic()
+    run.saver.finish(30)
+    assert 2 < time.monotonic() - begun < 10
+    assert "is given up" in caplog.text
+    run.saver._abandoned.set()
+    run.saver._thread.join(10)
 
 
 def test_a_recipe_keeps_only_what_it_saves():
