@@ -14,6 +14,7 @@ size and SHA-256 of each file and of itself. A folder without a manifest is not 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -300,21 +301,33 @@ class Reader:
         for entry in self.manifest["files"]:
             if entry["file"].endswith(".safetensors"):
                 self._read_header(folder / entry["file"])
+        for key, pieces in self._where.items():
+            # Elements that are there twice would be counted for others that are not there at all.
+            pieces.sort(key=lambda piece: piece[:2])
+            for (at, size, *_), (after, *_) in itertools.pairwise(pieces):
+                if at + size > after:
+                    raise CorruptArtefact(f"{folder}: two pieces of {key} overlap at element {after}")
 
     def _read_header(self, path: Path) -> None:
         """https://github.com/huggingface/safetensors#format: u64 N, N bytes of JSON, then the values."""
         try:
             file = open(path, "rb", buffering=0)
+            rest = os.fstat(file.fileno()).st_size - 8
             num_bytes = int.from_bytes(file.read(8), "little")
+            if num_bytes > rest:
+                raise ValueError(f"it says that its header has {num_bytes} bytes, and {rest} are left")
+            rest -= num_bytes
             header = json.loads(file.read(num_bytes))
             header.pop("__metadata__", None)
             for key, tensor in header.items():
                 name, start = key.rsplit("@", 1)
                 first, end = tensor["data_offsets"]
-                if tensor["dtype"] != "F32" or tensor["shape"] != [(end - first) // 4]:
+                if tensor["dtype"] != "F32" or tensor["shape"] != [(end - first) // 4] or (end - first) % 4:
                     raise ValueError(f"{key} is not 1-D float32")
+                if not 0 <= first <= end <= rest or int(start) < 0:
+                    raise ValueError(f"{key} lies outside its file or its parameter")
                 self._where[name].append((int(start), (end - first) // 4, file, 8 + num_bytes + first))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptArtefact(f"{path} is not a whole safetensors file ({error})") from None
         self.bytes_read += 8 + num_bytes
 

@@ -203,6 +203,47 @@ def test_a_link_in_place_of_a_file_is_refused_and_what_is_not_named_is_not_read(
         checkpoint.verify(folder)
 
 
+def header_of(file):
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def write_with_header(file, header, values, num_bytes=None):
+    text = json.dumps(header).encode()
+    file.write_bytes((len(text) if num_bytes is None else num_bytes).to_bytes(8, "little") + text + values)
+
+
+def test_pieces_that_overlap_and_headers_that_lie_are_refused(tmp_path):
+    """Overlapping pieces add up to the right number of elements, and leave others as they were in memory before."""
+    Run(tmp_path).save(5)
+    folder = tmp_path / "checkpoints" / "p-00000005"
+    file = folder / "rank-00000.safetensors"
+    header, values = header_of(file)
+    write_with_header(file, header, values)
+    assert torch.equal(weights_of(folder), torch.arange(280) + 5.0)
+    moved = {key.replace("master/a.weight@100", "master/a.weight@50"): tensor for key, tensor in header.items()}
+    write_with_header(file, moved, values)
+    with pytest.raises(CorruptArtefact, match="two pieces of master/a.weight overlap at element 50"):
+        checkpoint.Reader(folder)
+    for num_bytes in (2**62, 2**64 - 1, file.stat().st_size):
+        write_with_header(file, header, values, num_bytes)
+        with pytest.raises(CorruptArtefact, match="it says that its header has"):
+            checkpoint.Reader(folder)
+    for change in (
+        {"shape": [2**60], "data_offsets": [0, 2**62]},
+        {"shape": [-1], "data_offsets": [8, 4]},
+        {"shape": [1], "data_offsets": [-4, 0]},
+        {"shape": [1], "data_offsets": [0, 5]},
+    ):
+        write_with_header(file, {**header, "master/a.weight@0": {"dtype": "F32", **change}}, values)
+        with pytest.raises(CorruptArtefact, match="lies outside its file|is not 1-D float32"):
+            checkpoint.Reader(folder)
+    file.write_bytes(b"abc")
+    with pytest.raises(CorruptArtefact):
+        checkpoint.Reader(folder)
+
+
 def test_each_file_is_verified_by_exactly_one_rank(tmp_path):
     """The parts of 1, 2 and 3 ranks cover all files; of each flipped file just one rank knows."""
     Run(tmp_path).save(5)
