@@ -39,6 +39,7 @@ log = logging.getLogger("slm")
 
 _PEERS_TIMEOUT_SECONDS = 1800.0
 _PEERS_STILL_SECONDS = 60.0  # without a new byte from ranks of other machines, after training has failed
+_WAIT_SAID_SECONDS = 1.0
 _FAILURES_IN_A_ROW = 3  # with on_failure: continue
 _FIX = "free disk space; the checkpoints before are whole"
 _CHUNK_BYTES = 8 << 20
@@ -80,12 +81,20 @@ class Checkpointer:
         self._error: Exception | None = None
         self._seconds = 0.0
         self._failures = 0
-        if parallel.rank() == 0:
+        parallel.first_rank_decides(self._begin)  # what it raises is raised on all: none waits for it
+
+    def _begin(self) -> None:
+        """Makes the folder, and removes what a killed save left half-written."""
+        try:
             self.root.mkdir(parents=True, exist_ok=True)
             recover(self.root)
             for leftover in self.root.glob(".staging-*"):
                 _remove(leftover)
-        parallel.barrier()
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{self.root} cannot be written, so no checkpoint could be saved: {error}",
+                fix="give the run (output) a folder where this user may make files",
+            ) from None
 
     # --- what training calls -----------------------------------------------------------------------------------
 
@@ -112,7 +121,11 @@ class Checkpointer:
             if parallel.agree(self._thread is not None and self._thread.is_alive()):
                 self._tell("save skipped", f"the save before is still being written, so {name} is skipped", name=name)
                 return False
+        busy, begun = self._thread is not None and self._thread.is_alive(), time.monotonic()
         self._settle(required=False)
+        if busy and (seconds := time.monotonic() - begun) > _WAIT_SAID_SECONDS:
+            text = f"training waited {seconds:.1f} s for the save before, until {name} could begin"
+            self._tell("save waited", text, name=name, seconds=round(seconds, 3))
         milestone = self.settings.keep_every_steps and state["position"]["step"] % self.settings.keep_every_steps == 0
         listed = {"shapes": {n: list(s) for n, s in shapes.items()}, "permanent": permanent, "optimizer": OPTIMIZER}
         pieces, copy = self._copy.lay_out(fragments)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from slm import checkpoint, saving, watchdog
 from slm.engine import STATE_KINDS, Fragment
-from slm.errors import CorruptArtefact, UserError
+from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
 from slm.recipe import Checkpoint
 from slm.saving import Checkpointer
 
@@ -349,6 +349,22 @@ def test_training_goes_on_and_the_copy_does_not_change(tmp_path, monkeypatch):
     assert run.kinds == ["saved", "saved"]
 
 
+def test_a_long_wait_for_the_save_before_is_said(tmp_path, monkeypatch, caplog):
+    """In the log and events, with its seconds; a short one is not."""
+    go_on = slowly(monkeypatch)
+    run = Run(tmp_path)
+    run.save(5, wait=False)
+    threading.Timer(1.3, go_on.set).start()
+    run.save(6)
+    run.save(7, wait=False)
+    run.save(8)
+    assert run.kinds == ["saved", "save waited", "saved", "saved", "saved"]
+    _, said = run.events[1]
+    assert said["name"] == "p-00000006"
+    assert 1 < said["seconds"] < 10
+    assert "for the save before, until p-00000006 could begin" in caplog.text
+
+
 def test_a_save_may_be_skipped_but_not_a_phase_end(tmp_path, monkeypatch, caplog):
     """when_busy skip: said in the log and events; a phase's end, the best and a stop wait all the same."""
     go_on = slowly(monkeypatch)
@@ -573,6 +589,21 @@ def test_a_rank_elsewhere_is_given_up_when_it_writes_no_more(tmp_path, monkeypat
     assert "is given up" in caplog.text
     run.saver._abandoned.set()
     run.saver._thread.join(10)
+
+
+def test_a_folder_that_cannot_be_made_is_said_by_the_first_rank_to_all(tmp_path, monkeypatch):
+    """Raised where rank 0's outcome is shared, not before a barrier in which the others would wait."""
+    decided, decide = [], saving.parallel.first_rank_decides
+
+    def watched(function, *arguments):
+        decided.append(function.__name__)
+        return decide(function, *arguments)
+
+    monkeypatch.setattr(saving.parallel, "first_rank_decides", watched)
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(EnvironmentProblem, match="cannot be written, so no checkpoint could be saved"):
+        Run(tmp_path)
+    assert decided == ["_begin"]
 
 
 def test_a_recipe_keeps_only_what_it_saves():
