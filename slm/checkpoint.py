@@ -14,8 +14,10 @@ size and SHA-256 of each file and of itself. A folder without a manifest is not 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import os
 import re
 import socket
 import stat
@@ -30,6 +32,7 @@ import torch
 from slm import parallel
 from slm.engine import STATE_KINDS
 from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
+from slm.runtime import fsync_folder
 
 log = logging.getLogger("slm")
 
@@ -150,7 +153,11 @@ def _text(folder: Path) -> str:
 
 def newest_first(root: Path) -> list[Path]:
     """Folders with a manifest, by the step they were made at; unreadable ones last."""
-    folders = [p.parent for p in root.glob("*/manifest.json") if not p.parent.name.startswith(".")]
+    folders = [
+        p.parent
+        for p in root.glob("*/manifest.json")
+        if not p.parent.name.startswith(".") and not re.search(r"\.damaged(-\d+)?$", p.parent.name)
+    ]
     return sorted(folders, key=_global_step, reverse=True)
 
 
@@ -163,6 +170,26 @@ def _global_step(folder: Path) -> int:
         return -1
 
 
+def recover(root: Path) -> None:
+    """Puts in place, newest first, what a killed save left whole where there is no checkpoint of its name: the new one that was
+    about to get it, or the old one that had it. By the run that owns the folder, while none of its saves is under way."""
+
+    def age(folder: Path) -> int:
+        return -(folder / "manifest.json").stat().st_mtime_ns
+
+    for leftover in sorted((path.parent for path in root.glob(".staging-*/manifest.json")), key=age):
+        match = re.fullmatch(r"\.staging-(?:replaced-)?(.+-\d+)-[0-9a-f]{8}", leftover.name)
+        if match is None or os.path.lexists(final := root / match[1]):
+            continue
+        try:
+            verify(leftover)
+        except (CorruptArtefact, UserError):
+            continue
+        leftover.rename(final)
+        fsync_folder(root)
+        log.warning("%s was left whole by a save that was killed as it was committed: it is put in place", final)
+
+
 def manifest_or_none(folder: Path) -> dict[str, Any] | None:
     """A checkpoint's manifest, or None if it is not readable or not ours."""
     try:
@@ -171,22 +198,52 @@ def manifest_or_none(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def choose(run_dir: Path) -> Path | None:
+def choose(run_dir: Path, *, own: bool = False) -> Path | None:
     """The newest checkpoint of a run that verifies; says which it passes over. None if there is none at all.
 
+    own: asked by the run itself, with none of its saves under way. What a killed save left whole is then put in place before,
+    and what is passed over is renamed NAME.damaged, which is no checkpoint.
     Raises CorruptArtefact if there are some but none verifies: never a silent start from step 0. UserError if one is of
     another version of slm, which may be newer than all the others.
     """
-    return _first_whole(run_dir, newest_first(run_dir / "checkpoints"), verify)
+    root = run_dir / "checkpoints"
+    folders = _recovered(root) if own else newest_first(root)
+    chosen = _first_whole(run_dir, folders, verify)
+    if own and chosen is not None:
+        _set_aside(folders[: folders.index(chosen)])
+    return chosen
 
 
 def choose_together(run_dir: Path, up_to_step: int | None = None) -> Path | None:
-    """choose, by all ranks: rank 0 lists, and each rank reads through a part of the files. up_to_step: none of a later
-    global step."""
-    folders = parallel.first_rank_decides(newest_first, run_dir / "checkpoints")
+    """choose with own, by all ranks: rank 0 lists, and each rank reads through a part of the files. up_to_step: none of a
+    later global step."""
+    folders = parallel.first_rank_decides(_recovered, run_dir / "checkpoints")
     if up_to_step is not None:
         folders = [folder for folder in folders if _global_step(folder) <= up_to_step]
-    return _first_whole(run_dir, folders, _verify_together)
+    chosen = _first_whole(run_dir, folders, _verify_together)
+    if chosen is not None:
+        parallel.first_rank_decides(_set_aside, folders[: folders.index(chosen)])
+    return chosen
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    """Renames what was found not whole, so that retention does not keep it in place of an older one that is."""
+    for folder in damaged:
+        number, to = 1, folder.with_name(f"{folder.name}.damaged")
+        while os.path.lexists(to):
+            number += 1
+            to = folder.with_name(f"{folder.name}.damaged-{number}")
+        try:
+            folder.rename(to)
+        except OSError as error:
+            log.warning("%s cannot be renamed, and counts toward checkpoint.keep_last: %s", folder, error)
+        else:
+            log.warning("%s is kept as %s: look at it, or remove it", folder, to.name)
+
+
+def _recovered(root: Path) -> list[Path]:
+    recover(root)
+    return newest_first(root)
 
 
 def _first_whole(run_dir: Path, folders: list[Path], check: Callable[[Path], None]) -> Path | None:
@@ -244,21 +301,33 @@ class Reader:
         for entry in self.manifest["files"]:
             if entry["file"].endswith(".safetensors"):
                 self._read_header(folder / entry["file"])
+        for key, pieces in self._where.items():
+            # Elements that are there twice would be counted for others that are not there at all.
+            pieces.sort(key=lambda piece: piece[:2])
+            for (at, size, *_), (after, *_) in itertools.pairwise(pieces):
+                if at + size > after:
+                    raise CorruptArtefact(f"{folder}: two pieces of {key} overlap at element {after}")
 
     def _read_header(self, path: Path) -> None:
         """https://github.com/huggingface/safetensors#format: u64 N, N bytes of JSON, then the values."""
         try:
             file = open(path, "rb", buffering=0)
+            rest = os.fstat(file.fileno()).st_size - 8
             num_bytes = int.from_bytes(file.read(8), "little")
+            if num_bytes > rest:
+                raise ValueError(f"it says that its header has {num_bytes} bytes, and {rest} are left")
+            rest -= num_bytes
             header = json.loads(file.read(num_bytes))
             header.pop("__metadata__", None)
             for key, tensor in header.items():
                 name, start = key.rsplit("@", 1)
                 first, end = tensor["data_offsets"]
-                if tensor["dtype"] != "F32" or tensor["shape"] != [(end - first) // 4]:
+                if tensor["dtype"] != "F32" or tensor["shape"] != [(end - first) // 4] or (end - first) % 4:
                     raise ValueError(f"{key} is not 1-D float32")
+                if not 0 <= first <= end <= rest or int(start) < 0:
+                    raise ValueError(f"{key} lies outside its file or its parameter")
                 self._where[name].append((int(start), (end - first) // 4, file, 8 + num_bytes + first))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptArtefact(f"{path} is not a whole safetensors file ({error})") from None
         self.bytes_read += 8 + num_bytes
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from slm import parallel
-from slm.checkpoint import FORMAT, OPTIMIZER, file_digest, manifest_or_none, manifest_text, newest_first
+from slm import parallel, watchdog
+from slm.checkpoint import FORMAT, OPTIMIZER, file_digest, manifest_or_none, manifest_text, newest_first, recover
 from slm.engine import Fragment
 from slm.errors import EnvironmentProblem, SLMError
 from slm.recipe import Checkpoint
@@ -38,7 +38,8 @@ from slm.runtime import atomic_write, fsync_folder
 log = logging.getLogger("slm")
 
 _PEERS_TIMEOUT_SECONDS = 1800.0
-_PEERS_STILL_SECONDS = 8.0  # without a new byte from the other ranks, after training has failed
+_PEERS_STILL_SECONDS = 60.0  # without a new byte from ranks of other machines, after training has failed
+_WAIT_SAID_SECONDS = 1.0
 _FAILURES_IN_A_ROW = 3  # with on_failure: continue
 _FIX = "free disk space; the checkpoints before are whole"
 _CHUNK_BYTES = 8 << 20
@@ -75,14 +76,25 @@ class Checkpointer:
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
         self._abandoned = threading.Event()  # another rank's part will not come
+        self._processes = parallel.gather_objects(watchdog.myself())
+        self._missing: list[int] = []  # the ranks for whose parts rank 0, done with its own, waits
         self._error: Exception | None = None
         self._seconds = 0.0
         self._failures = 0
-        if parallel.rank() == 0:
+        parallel.first_rank_decides(self._begin)  # what it raises is raised on all: none waits for it
+
+    def _begin(self) -> None:
+        """Makes the folder, and removes what a killed save left half-written."""
+        try:
             self.root.mkdir(parents=True, exist_ok=True)
+            recover(self.root)
             for leftover in self.root.glob(".staging-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        parallel.barrier()
+                _remove(leftover)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{self.root} cannot be written, so no checkpoint could be saved: {error}",
+                fix="give the run (output) a folder where this user may make files",
+            ) from None
 
     # --- what training calls -----------------------------------------------------------------------------------
 
@@ -109,7 +121,11 @@ class Checkpointer:
             if parallel.agree(self._thread is not None and self._thread.is_alive()):
                 self._tell("save skipped", f"the save before is still being written, so {name} is skipped", name=name)
                 return False
+        busy, begun = self._thread is not None and self._thread.is_alive(), time.monotonic()
         self._settle(required=False)
+        if busy and (seconds := time.monotonic() - begun) > _WAIT_SAID_SECONDS:
+            text = f"training waited {seconds:.1f} s for the save before, until {name} could begin"
+            self._tell("save waited", text, name=name, seconds=round(seconds, 3))
         milestone = self.settings.keep_every_steps and state["position"]["step"] % self.settings.keep_every_steps == 0
         listed = {"shapes": {n: list(s) for n, s in shapes.items()}, "permanent": permanent, "optimizer": OPTIMIZER}
         pieces, copy = self._copy.lay_out(fragments)
@@ -130,6 +146,7 @@ class Checkpointer:
             return False
         copy()
         self._abandoned.clear()
+        self._missing = []
         self._thread = threading.Thread(
             target=self._run,
             args=(self._save, parallel.rank(), parallel.world_size()),
@@ -149,8 +166,8 @@ class Checkpointer:
         self._settle(required=True)
 
     def finish(self, timeout_seconds: float) -> None:
-        """On the way out of a run that has failed: gives a save under way the time to be committed, as long as the other
-        ranks are seen to write. (No agreement: they may be gone.)"""
+        """On the way out of a run that has failed: gives a save under way the time to be committed. (No agreement: the other
+        ranks may be gone. Of those on this machine the thread notices it; others are given up when they write no more.)"""
         deadline = time.monotonic() + timeout_seconds
         size, since = -1, time.monotonic()
         while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
@@ -160,7 +177,8 @@ class Checkpointer:
                 now = sum(p.stat().st_size for p in self._save.staging.glob("*"))
             except FileNotFoundError:  # just committed
                 continue
-            if now != size:
+            # This rank's own part always comes to an end; an fsync of many GB adds no bytes for long.
+            if not self._missing or now != size:
                 size, since = now, time.monotonic()
             elif time.monotonic() - since > _PEERS_STILL_SECONDS:
                 log.warning("%s is given up: another rank no longer writes its part", self._save.final.name)
@@ -265,47 +283,56 @@ class Checkpointer:
         entries = [e for e in self._wait_for_peers(staging, world) if e]
         atomic_write(staging / "state.json", save.state)
         entries.append({"file": "state.json", **file_digest(staging / "state.json")})
-        manifest = {"format": FORMAT, "global_step": save.global_step, "permanent": save.permanent, "files": entries}
+        manifest = {
+            "format": FORMAT,
+            "global_step": save.global_step,
+            "permanent": save.permanent,
+            "best": save.best,
+            "files": entries,
+        }
         for done in staging.glob("*.done"):
             done.unlink()
         atomic_write(staging / "manifest.json", manifest_text(manifest))
-        if final.exists():  # a run that fell back to an older checkpoint comes by here again
-            discarded = final.with_name(f".staging-replaced-{final.name}-{uuid.uuid4().hex[:8]}")
-            final.rename(discarded)
-            shutil.rmtree(discarded, ignore_errors=True)
-        staging.rename(final)
-        fsync_folder(self.root)
+        _put_in_place(staging, final)
         _point(self.root.parent / "latest", final)
         if save.best:
             _point(self.root.parent / "best", final)
         for folder in self._outdated(keep_last=self.settings.keep_last):
-            # The manifest goes first: what is half removed is then no checkpoint.
-            (folder / "manifest.json").unlink()
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
     def _wait_for_peers(self, staging: Path, world: int) -> list[dict[str, Any] | None]:
         paths = [staging / f"rank-{rank:05d}.done" for rank in range(world)]
-        deadline = time.monotonic() + _PEERS_TIMEOUT_SECONDS
-        while missing := [p.name for p in paths if not p.exists()]:
+        begun = asked = time.monotonic()
+        while True:
+            gone: set[int] = set()
+            if time.monotonic() - asked > 0.5:
+                # Before it is looked what is there: a rank may end after its part was done.
+                gone, asked = {r for r in self._missing if watchdog.is_gone(self._processes[r])}, time.monotonic()
+            self._missing = [rank for rank, path in enumerate(paths) if not path.exists()]
+            if not self._missing:
+                return [json.loads(p.read_text()) for p in paths]
             for failed in staging.glob("*.failed"):
                 raise EnvironmentProblem(failed.read_text(), fix=_FIX)
             if self._abandoned.is_set():
                 raise _Abandoned
-            if time.monotonic() > deadline:
+            if lost := gone.intersection(self._missing):
+                raise EnvironmentProblem(f"{staging}: rank {min(lost)} has gone before its part was written")
+            if time.monotonic() - begun > _PEERS_TIMEOUT_SECONDS:
                 raise EnvironmentProblem(
-                    f"{staging}: after {_PEERS_TIMEOUT_SECONDS:.0f} s there is still no {missing[0]}: is the folder on a "
-                    "file system that all ranks share?"
+                    f"{staging}: after {_PEERS_TIMEOUT_SECONDS:.0f} s there is still no {paths[self._missing[0]].name}: is "
+                    "the folder on a file system that all ranks share?"
                 )
             time.sleep(0.02)
-        return [json.loads(p.read_text()) for p in paths]
 
     def _outdated(self, keep_last: int) -> list[Path]:
-        """All but the newest keep_last, the permanent ones and those that `best` and `latest` name."""
+        """All but the newest keep_last, the permanent ones, the newest best and those that `best` and `latest` name."""
         kept = {p.resolve() for p in (self.root.parent / "best", self.root.parent / "latest") if p.exists()}
         manifests = {folder: manifest_or_none(folder) for folder in newest_first(self.root)}
+        # The links alone are not enough: they may be gone, or a kill may fall between a commit and its link.
+        best = next((folder for folder, manifest in manifests.items() if manifest and manifest.get("best")), None)
         # A folder that cannot be read is neither counted nor removed: somebody may want to look at it.
         passing = [f for f, manifest in manifests.items() if manifest and not manifest.get("permanent", True)]
-        return [folder for folder in passing[keep_last:] if folder.resolve() not in kept]
+        return [folder for folder in passing[keep_last:] if folder.resolve() not in kept and folder != best]
 
 
 def _raise(error: Exception | None) -> None:
@@ -315,6 +342,38 @@ def _raise(error: Exception | None) -> None:
 
 def _part(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.safetensors"
+
+
+def _put_in_place(staging: Path, final: Path) -> None:
+    """The commit. A run that fell back to an older checkpoint comes by a name again: what has it goes only when the new one
+    is there for good. After a kill in between `checkpoint.recover` puts back whichever is newer."""
+    replaced = None
+    if os.path.lexists(final):
+        replaced = final.with_name(f".staging-replaced-{final.name}-{uuid.uuid4().hex[:8]}")
+        final.rename(replaced)
+    try:
+        staging.rename(final)
+    except OSError:
+        if replaced is not None:
+            replaced.rename(final)
+        raise
+    fsync_folder(final.parent)
+    if replaced is not None:
+        _remove(replaced)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint; of one that lies elsewhere, perhaps in another run, the link alone."""
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        # The manifest goes first: what is half removed is then no checkpoint.
+        (folder / "manifest.json").unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", folder, error)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _point(link: Path, target: Path) -> None:

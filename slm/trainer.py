@@ -349,7 +349,7 @@ class SLMTrainer:
 
     def _checkpoint_to_resume(self, asked: bool | str | Path | None) -> Path | None:
         if asked is True:
-            return checkpoint.choose(self.output_dir)
+            return checkpoint.choose(self.output_dir, own=True)
         if asked:
             return checkpoint.locate(asked)
         if (self.output_dir / "latest").exists():

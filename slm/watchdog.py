@@ -241,6 +241,18 @@ def _process(pid: int, began: str) -> psutil.Process | None:
         return None
 
 
+def is_gone(process: tuple[str, int, str]) -> bool:
+    """Whether a process that once said `myself` is known to have ended: of one on another machine nothing is known."""
+    machine, pid, began = process
+    if machine != myself()[0]:
+        return False
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return not psutil.pid_exists(pid)
+    return fields[0] in "ZX" or fields[19] != began  # a zombie, for whose end its parent has not asked yet
+
+
 def _is_stopped(process: psutil.Process) -> bool:
     try:
         return process.status() == psutil.STATUS_STOPPED

@@ -197,7 +197,7 @@ def repeat(mode: str, path: str, times: int) -> None:
             codes = wait(start(recipe, log, stop_soon))
             how[f"codes {codes}"] += 1
             assert codes == [75, 75], log.read_text()[-3000:]
-        chosen = checkpoint.choose(recipe.run_dir)
+        chosen = checkpoint.choose_together(recipe.run_dir)  # puts in place what was just about to be committed
         expected.append(checkpoint.read_manifest(chosen)["global_step"] if chosen else 0)
     assert wait(start(recipe, log), WHOLE_RUN_SECONDS) == [0, 0], log.read_text()[-3000:]
     assert starts(recipe.run_dir) == expected, (starts(recipe.run_dir), expected)

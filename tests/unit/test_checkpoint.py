@@ -5,7 +5,9 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from slm import checkpoint, saving
+from slm import checkpoint, saving, watchdog
 from slm.engine import STATE_KINDS, Fragment
-from slm.errors import CorruptArtefact, UserError
+from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
 from slm.recipe import Checkpoint
 from slm.saving import Checkpointer
 
@@ -201,6 +203,47 @@ def test_a_link_in_place_of_a_file_is_refused_and_what_is_not_named_is_not_read(
         checkpoint.verify(folder)
 
 
+def header_of(file):
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def write_with_header(file, header, values, num_bytes=None):
+    text = json.dumps(header).encode()
+    file.write_bytes((len(text) if num_bytes is None else num_bytes).to_bytes(8, "little") + text + values)
+
+
+def test_pieces_that_overlap_and_headers_that_lie_are_refused(tmp_path):
+    """Overlapping pieces add up to the right number of elements, and leave others as they were in memory before."""
+    Run(tmp_path).save(5)
+    folder = tmp_path / "checkpoints" / "p-00000005"
+    file = folder / "rank-00000.safetensors"
+    header, values = header_of(file)
+    write_with_header(file, header, values)
+    assert torch.equal(weights_of(folder), torch.arange(280) + 5.0)
+    moved = {key.replace("master/a.weight@100", "master/a.weight@50"): tensor for key, tensor in header.items()}
+    write_with_header(file, moved, values)
+    with pytest.raises(CorruptArtefact, match="two pieces of master/a.weight overlap at element 50"):
+        checkpoint.Reader(folder)
+    for num_bytes in (2**62, 2**64 - 1, file.stat().st_size):
+        write_with_header(file, header, values, num_bytes)
+        with pytest.raises(CorruptArtefact, match="it says that its header has"):
+            checkpoint.Reader(folder)
+    for change in (
+        {"shape": [2**60], "data_offsets": [0, 2**62]},
+        {"shape": [-1], "data_offsets": [8, 4]},
+        {"shape": [1], "data_offsets": [-4, 0]},
+        {"shape": [1], "data_offsets": [0, 5]},
+    ):
+        write_with_header(file, {**header, "master/a.weight@0": {"dtype": "F32", **change}}, values)
+        with pytest.raises(CorruptArtefact, match="lies outside its file|is not 1-D float32"):
+            checkpoint.Reader(folder)
+    file.write_bytes(b"abc")
+    with pytest.raises(CorruptArtefact):
+        checkpoint.Reader(folder)
+
+
 def test_each_file_is_verified_by_exactly_one_rank(tmp_path):
     """The parts of 1, 2 and 3 ranks cover all files; of each flipped file just one rank knows."""
     Run(tmp_path).save(5)
@@ -306,6 +349,22 @@ def test_training_goes_on_and_the_copy_does_not_change(tmp_path, monkeypatch):
     assert run.kinds == ["saved", "saved"]
 
 
+def test_a_long_wait_for_the_save_before_is_said(tmp_path, monkeypatch, caplog):
+    """In the log and events, with its seconds; a short one is not."""
+    go_on = slowly(monkeypatch)
+    run = Run(tmp_path)
+    run.save(5, wait=False)
+    threading.Timer(1.3, go_on.set).start()
+    run.save(6)
+    run.save(7, wait=False)
+    run.save(8)
+    assert run.kinds == ["saved", "save waited", "saved", "saved", "saved"]
+    _, said = run.events[1]
+    assert said["name"] == "p-00000006"
+    assert 1 < said["seconds"] < 10
+    assert "for the save before, until p-00000006 could begin" in caplog.text
+
+
 def test_a_save_may_be_skipped_but_not_a_phase_end(tmp_path, monkeypatch, caplog):
     """when_busy skip: said in the log and events; a phase's end, the best and a stop wait all the same."""
     go_on = slowly(monkeypatch)
@@ -339,6 +398,62 @@ def test_what_is_kept(tmp_path, monkeypatch):
     assert (tmp_path / "best").resolve().name == "p-00000003"
 
 
+def test_the_best_is_kept_without_its_link(tmp_path, monkeypatch):
+    """The link removed, or never made because of a kill: the newest best stays; an older one goes."""
+    run = Run(tmp_path, keep_last=1)
+    run.save(1, best=True)
+    (tmp_path / "best").unlink()
+    run.save(2)
+    run.save(3)
+    assert run.names() == ["p-00000001", "p-00000003"]
+    point = saving._point
+    monkeypatch.setattr(saving, "_point", lambda link, target: None if link.name == "best" else point(link, target))
+    run.save(4, best=True)
+    run.save(5)
+    run.save(6)
+    assert run.names() == ["p-00000004", "p-00000006"]
+
+
+def test_of_a_linked_checkpoint_only_the_link_is_removed(tmp_path):
+    """By retention, and where its name is saved again."""
+    other = Run(tmp_path / "other", keep_last=9)
+    other.save(1)
+    other.save(2)
+    run = Run(tmp_path / "run", keep_last=1)
+    for name in ("p-00000001", "p-00000002"):
+        (tmp_path / "run" / "checkpoints" / name).symlink_to(tmp_path / "other" / "checkpoints" / name)
+    run.save(2)
+    assert run.names() == ["p-00000002"]
+    assert not (tmp_path / "run" / "checkpoints" / "p-00000002").is_symlink()
+    for name in ("p-00000001", "p-00000002"):
+        checkpoint.verify(tmp_path / "other" / "checkpoints" / name)
+
+
+def test_what_a_resume_passed_over_does_not_count(tmp_path, caplog):
+    """It is renamed, said and kept; others who look for a checkpoint only pass over it; where none is whole all stay."""
+    run = Run(tmp_path, keep_last=2)
+    for step in (5, 6, 7):
+        run.save(step)
+    root = tmp_path / "checkpoints"
+    state = root / "p-00000007" / "state.json"
+    whole = state.read_text()
+    state.write_text(whole + " ")
+    assert checkpoint.choose(tmp_path).name == "p-00000006"
+    assert run.names() == ["p-00000006", "p-00000007"]
+    assert checkpoint.choose_together(tmp_path).name == "p-00000006"
+    assert "p-00000007 is kept as p-00000007.damaged" in caplog.text
+    run = Run(tmp_path, keep_last=2)
+    run.save(7)
+    assert run.names() == ["p-00000006", "p-00000007", "p-00000007.damaged"]
+    state.write_text(whole + " ")
+    assert checkpoint.choose(tmp_path, own=True).name == "p-00000006"
+    assert run.names() == ["p-00000006", "p-00000007.damaged", "p-00000007.damaged-2"]
+    (root / "p-00000006" / "state.json").write_text("torn")
+    with pytest.raises(CorruptArtefact, match="none of the 1"):
+        checkpoint.choose_together(tmp_path)
+    assert "p-00000006" in run.names()
+
+
 def test_a_reader_of_latest_stays_with_one_checkpoint(tmp_path):
     """Though the run saves on and the folder goes while it reads: init_from may name a run that trains."""
     run = Run(tmp_path, keep_last=1)
@@ -350,12 +465,53 @@ def test_a_reader_of_latest_stays_with_one_checkpoint(tmp_path):
 
 
 def test_leftovers_of_a_killed_save_are_swept(tmp_path):
-    """A staging folder is no checkpoint, and the next attempt removes it."""
+    """A staging folder is no checkpoint, and the next attempt removes it: without a manifest, with a file that is not whole, or
+    beside a checkpoint of its name."""
     Run(tmp_path).save(5)
-    torn = tmp_path / "checkpoints" / ".staging-p-00000006-dead"
-    shutil.copytree(tmp_path / "checkpoints" / "p-00000005", torn)
+    folder = tmp_path / "checkpoints" / "p-00000005"
+    for name, lacking in (("p-00000006", "manifest.json"), ("p-00000007", "state.json"), ("p-00000005", None)):
+        torn = tmp_path / "checkpoints" / f".staging-{name}-0123dead"
+        shutil.copytree(folder, torn)
+        if lacking:
+            (torn / lacking).unlink()
     assert checkpoint.choose(tmp_path).name == "p-00000005"
     assert Run(tmp_path).names() == ["p-00000005"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_name_saved_again_is_never_without_a_checkpoint(tmp_path, monkeypatch, caplog, killed_at):
+    """Killed at the first or the second of the two renames: the next start goes on from the old one or the new one."""
+    Run(tmp_path).save(5, value=1)
+    run, rename, calls = Run(tmp_path), Path.rename, []
+
+    def dies(path, target):
+        calls.append(path)
+        if len(calls) >= killed_at:
+            raise SystemExit  # not an Exception, and ends the thread: nothing is tidied up
+        return rename(path, target)
+
+    monkeypatch.setattr(saving.Path, "rename", dies)
+    run.save(5, value=2, wait=False)
+    run.saver._thread.join()
+    monkeypatch.undo()
+    assert len(calls) == killed_at
+    chosen = checkpoint.choose_together(tmp_path)
+    assert chosen.name == "p-00000005"
+    assert torch.equal(weights_of(chosen), torch.arange(280) + float(killed_at))
+    assert ("is put in place" in caplog.text) == (killed_at == 2)
+    assert Run(tmp_path).names() == ["p-00000005"]
+
+
+def test_what_was_replaced_comes_back_where_the_new_one_is_torn(tmp_path):
+    """The sweep of the saver does it too, for those who choose by themselves."""
+    Run(tmp_path).save(5, value=1)
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "p-00000005", root / ".staging-p-00000005-00000001")
+    (root / ".staging-p-00000005-00000001" / "state.json").write_text("torn")
+    (root / "p-00000005").rename(root / ".staging-replaced-p-00000005-00000002")
+    assert Run(tmp_path).names() == ["p-00000005"]
+    checkpoint.verify(root / "p-00000005")
 
 
 def test_a_run_that_fails_gives_its_save_the_time(tmp_path, monkeypatch):
@@ -366,6 +522,88 @@ def test_a_run_that_fails_gives_its_save_the_time(tmp_path, monkeypatch):
     threading.Timer(0.2, go_on.set).start()
     run.saver.finish(30)
     assert run.names() == ["p-00000005"]
+
+
+def test_a_run_that_fails_waits_for_its_own_part_though_no_bytes_come(tmp_path, monkeypatch):
+    """An fsync of many GB adds none for longer than other ranks are waited for."""
+    monkeypatch.setattr(saving, "_PEERS_STILL_SECONDS", 0.1)
+    go_on = slowly(monkeypatch)
+    run = Run(tmp_path)
+    run.save(5, wait=False)
+    threading.Timer(1.0, go_on.set).start()
+    run.saver.finish(30)
+    assert run.names() == ["p-00000005"]
+
+
+def with_another_rank(monkeypatch, run, process):
+    """Begins a save of two ranks, of which the other, that process, writes nothing."""
+    monkeypatch.setattr(saving.parallel, "world_size", lambda: 2)
+    for name, alone in LOCAL.items():
+        monkeypatch.setattr(saving.parallel, name, alone)
+    run.saver._processes = [watchdog.myself(), process]
+    run.save(5, wait=False)
+
+
+LOCAL = {
+    "agree": bool,
+    "reduce_sum": list,
+    "first_rank_decides": lambda function, *arguments: function(*arguments),
+    "together": lambda function, *arguments: function(*arguments),
+    "broadcast": lambda value: value,
+}
+
+
+def test_a_rank_that_was_killed_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    """Also while nobody has asked how it ended; one that is only slow is waited for."""
+    child = subprocess.Popen(["sleep", "60"])
+    _, pid, began = watchdog.myself()
+    process = (watchdog.myself()[0], child.pid, watchdog._began(child.pid))
+    assert not watchdog.is_gone(process)
+    assert watchdog.is_gone((process[0], pid, began + "0"))  # an id that is used again
+    assert not watchdog.is_gone(("elsewhere", pid, began + "0"))
+    run = Run(tmp_path)
+    with_another_rank(monkeypatch, run, process)
+    run.saver._thread.join(1.5)
+    assert run.saver._thread.is_alive()
+    child.kill()
+    run.saver.finish(30)
+    assert not run.saver._thread.is_alive()
+    assert "rank 1 has gone before its part was written" in caplog.text
+    assert watchdog.is_gone(process)
+    child.wait()
+    assert watchdog.is_gone(process)
+    assert checkpoint.choose(tmp_path) is None
+
+
+def test_a_rank_elsewhere_is_given_up_when_it_writes_no_more(tmp_path, monkeypatch, caplog):
+    """Of its process nothing is known."""
+    monkeypatch.setattr(saving, "_PEERS_STILL_SECONDS", 1.0)
+    run = Run(tmp_path)
+    with_another_rank(monkeypatch, run, ("elsewhere", 1, "1"))
+    part = run.saver._save.staging / "rank-00001.safetensors"
+    for n in range(1, 4):
+        threading.Timer(0.5 * n, part.write_bytes, [bytes(n)]).start()
+    begun = time.monotonic()
+    run.saver.finish(30)
+    assert 2 < time.monotonic() - begun < 10
+    assert "is given up" in caplog.text
+    run.saver._abandoned.set()
+    run.saver._thread.join(10)
+
+
+def test_a_folder_that_cannot_be_made_is_said_by_the_first_rank_to_all(tmp_path, monkeypatch):
+    """Raised where rank 0's outcome is shared, not before a barrier in which the others would wait."""
+    decided, decide = [], saving.parallel.first_rank_decides
+
+    def watched(function, *arguments):
+        decided.append(function.__name__)
+        return decide(function, *arguments)
+
+    monkeypatch.setattr(saving.parallel, "first_rank_decides", watched)
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(EnvironmentProblem, match="cannot be written, so no checkpoint could be saved"):
+        Run(tmp_path)
+    assert decided == ["_begin"]
 
 
 def test_a_recipe_keeps_only_what_it_saves():
