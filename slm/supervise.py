@@ -1,7 +1,7 @@
 """`slm train --restarts N`: runs a training command again when it ends in a way that can pass.
 
 Owns the decision and the waiting; the run itself goes on from its newest checkpoint by the same command. It knows the run
-by its folder alone (metrics.jsonl, exit.json), so one process, our launcher, torchrun and mpirun are all the same to it.
+by what it writes (metrics.jsonl, its exit record), so one process, our launcher, torchrun and mpirun are all the same to it.
 
     code = supervise([sys.executable, "-m", "slm", "train", "recipes/demo.yaml"], Path("runs/demo"), restarts=3)
 """
@@ -12,14 +12,16 @@ import ctypes
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from slm.runtime import EXIT_CODES, setup_logging
+from slm.runtime import EXIT_CODES, EXIT_FILE_VARIABLE, setup_logging
 
 log = logging.getLogger("slm")
 
@@ -31,20 +33,36 @@ _TAIL_BYTES = 1 << 16
 
 
 def supervise(command: list[str], run_dir: Path, restarts: int) -> int:
-    """Runs the command, at most `restarts` times again; returns the code of the last attempt.
+    """Runs the command, at most `restarts` times again; returns the code of the last attempt: what the run has written,
+    since torchrun says 1 for everything, else what the command said.
 
     Signals go to the command, after which there is no other attempt. It dies with us (where there is prctl): by SIGTERM,
     so that it saves.
     """
+    with tempfile.TemporaryDirectory(prefix="slm-restarts-") as folder:
+        exit_file = Path(folder) / "exit.json"
+        code = _supervise(command, run_dir, restarts, exit_file)
+        if EXIT_FILE_VARIABLE in os.environ and exit_file.exists():  # a launcher waits for us, too
+            shutil.copy(exit_file, os.environ[EXIT_FILE_VARIABLE])
+    return code
+
+
+def _supervise(command: list[str], run_dir: Path, restarts: int, exit_file: Path) -> int:
     setup_logging(0, None)
     child = _Child()
     failed_step, times_at_step = -1, 0
     for attempt in range(restarts + 1):
-        earlier = _exit_record(run_dir)
-        code = child.run(command)
+        earlier = _record(run_dir / "exit.json")
+        exit_file.unlink(missing_ok=True)
+        code = child.run(command, exit_file)
+        # The run's folder is for ranks that cannot write our file, as on another machine. An attempt may end before it
+        # removes the record of the one before.
+        record = _record(exit_file) or _record(run_dir / "exit.json")
+        record = {} if record == earlier else record
+        code = record.get("code", code)
         if code in _FINAL_CODES or child.arrived:
             return code
-        reason = _why(code, _exit_record(run_dir), earlier)
+        reason = _why(code, record)
         step = last_step(run_dir)
         times_at_step = times_at_step + 1 if step == failed_step else 1
         failed_step = step
@@ -90,9 +108,10 @@ class _Child:
         if self._process is not None and self._process.returncode is None:
             os.kill(self._process.pid, signal.SIGTERM if number == signal.SIGHUP else number)
 
-    def run(self, command: list[str]) -> int:
+    def run(self, command: list[str], exit_file: Path) -> int:
         # A session of its own: Ctrl-C in a terminal then arrives once, through us.
-        self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+        env = {**os.environ, EXIT_FILE_VARIABLE: str(exit_file)}
+        self._process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_end_with_parent)
         for number in self.arrived:  # between two attempts
             self._process.send_signal(number)
         code = self._process.wait()
@@ -129,15 +148,15 @@ def last_step(run_dir: Path) -> int:
     return 0
 
 
-def _exit_record(run_dir: Path) -> dict[str, Any]:
+def _record(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((run_dir / "exit.json").read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _why(code: int, record: dict[str, Any], earlier: dict[str, Any]) -> str:
-    if record and record != earlier and record.get("code"):
+def _why(code: int, record: dict[str, Any]) -> str:
+    if record:
         return f"{str(record['reason']).partition(chr(10))[0]} (code {code})"
     if 128 < code <= 128 + signal.SIGRTMAX:
         return f"ended by {signal.Signals(code - 128).name}" + " (out of memory?)" * (code == 128 + signal.SIGKILL)

@@ -77,6 +77,56 @@ def test_it_gives_up_after_so_many_restarts(tmp_path, signals, capsys):
     assert "given up after 1 restarts" in capsys.readouterr().err
 
 
+# Ranks that say by their exit record how they ended, and leave with a code that says it as well.
+RANKS = """
+import os, pathlib, sys
+from slm.runtime import RunLock, write_exit
+run_dir, record, code = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+if os.environ.get("RANK", "0") == "0":
+    RunLock(run_dir)
+    with open(run_dir / "attempts", "a") as file:
+        file.write("x")
+if sys.argv[4] == "elsewhere":  # as on another machine
+    del os.environ["SLM_EXIT_FILE"]
+write_exit(run_dir, record, "as told")
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("record", "code", "attempts"), [(75, 1, 1), (2, 1, 1), (5, 0, 2), (0, 1, 1), (79, 1, 2)], ids=str
+)
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_what_the_run_has_written_counts_and_not_what_its_launcher_says(
+    tmp_path, signals, monkeypatch, record, code, attempts, where
+):
+    """Whether it is tried again, and the code in the end. A record of an earlier run in the folder is none."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "exit.json").write_text(json.dumps({"code": 5, "reason": "earlier"}))
+    command = [sys.executable, "-c", RANKS, str(tmp_path), str(record), str(code), where]
+    assert supervise(command, tmp_path, 1) == record
+    assert len((tmp_path / "attempts").read_text()) == attempts
+    if attempts == 2:
+        assert "as told" in json.loads((tmp_path / "events.jsonl").read_text())["why"]
+
+
+def test_a_record_of_an_earlier_attempt_is_none_of_this_one(tmp_path, signals):
+    """Which was killed before it could remove it."""
+    (tmp_path / "exit.json").write_text(json.dumps({"code": 75, "reason": "earlier"}))
+    assert attempt(tmp_path, "-9,0") == (0, 2)
+
+
+def test_a_run_that_stopped_under_torchrun_is_not_started_again(tmp_path, signals, monkeypatch):
+    """Two ranks stop in order and torchrun says 1. A launcher around the supervisor learns it, too."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("SLM_EXIT_FILE", str(tmp_path / "outer.json"))
+    (tmp_path / "ranks.py").write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert supervise([*torchrun, str(tmp_path / "ranks.py"), str(tmp_path), "75", "75", "here"], tmp_path, 2) == 75
+    assert (tmp_path / "attempts").read_text() == "x"
+    assert json.loads((tmp_path / "outer.json").read_text())["code"] == 75
+
+
 SUPERVISE = (
     "import sys, pathlib; from slm.supervise import supervise;"
     "sys.exit(supervise(sys.argv[2:], pathlib.Path(sys.argv[1]), 3))"
