@@ -15,6 +15,7 @@ ranks must leave slow work together, as by a barrier, or those that are ahead wo
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import fcntl
 import json
@@ -36,6 +37,7 @@ log = logging.getLogger("slm")
 
 EXIT_HUNG = 79
 STEP = "step"  # the one kind of work with the short limit
+_END_SECONDS = 60  # for stacks, event and log of a hung run; then it is ended all the same
 
 # What this rank does, and of which step. A new tuple is the sign of life: at() may be called in any hot loop.
 _doing: tuple[str, int | None] = ("start-up", None)
@@ -157,6 +159,7 @@ class _Watch:
 
     def _end_run(self, doing: tuple[str, int | None], seconds: float, limit: float) -> None:
         try:
+            _surely_end()
             faulthandler.cancel_dump_traceback_later()
             # The lock of the machine's first file: one rank speaks for all, which see it at about the same time.
             first = self._open(min([self.rank, *self.siblings]))
@@ -224,6 +227,14 @@ class _Watch:
         except OSError as error:
             log.warning("%s cannot be written (%s): stacks would go to the screen", self._path(rank), error)
             return os.dup(2)
+
+
+def _surely_end() -> None:
+    """The kernel ends this process after _END_SECONDS, by SIGALRM: what hangs may be the disk that we are about to write to.
+    Through C, as Python sets no signal's action in a thread."""
+    ctypes.CDLL(None).signal(signal.SIGALRM, None)  # the default action, whoever else uses it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.alarm(_END_SECONDS)
 
 
 def _began(pid: int) -> str:
