@@ -158,7 +158,7 @@ def _lost(events: list[dict[str, Any]]) -> tuple[dict[str, float], int]:
     """(seconds by category of WORK, steps) of what was computed again, in whichever attempt it was computed first."""
     lost, steps_lost = dict.fromkeys(WORK, 0.0), 0
     counting: list[tuple[int, int, dict[str, float]]] = []  # stretches of steps that were not: from, to, seconds
-    step, before = 0, {}
+    step, before = 0, dict[str, float]()
     for event in events:
         if event["kind"] == "seconds":
             spent = {name: event["seconds"].get(name, 0.0) - before.get(name, 0.0) for name in WORK}

@@ -333,7 +333,7 @@ def setup_logging(rank: int, run_dir: str | Path | None) -> logging.Logger:
         with suppress(OSError):  # what it still holds for a full disk
             handler.close()
     log.setLevel(logging.INFO)
-    log.addHandler(_screen(rank))
+    _add(log, _screen(rank))
     if run_dir is not None:
         path = Path(run_dir) / "logs" / f"rank-{rank}.log"
         try:
@@ -343,10 +343,13 @@ def setup_logging(rank: int, run_dir: str | Path | None) -> logging.Logger:
             log.warning("%s cannot be written, the run goes on without: %s", path, error)
             return log
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        log.addHandler(to_file)
-    for handler in log.handlers:
-        handler.addFilter(redact_record)
+        _add(log, to_file)
     return log
+
+
+def _add(log: logging.Logger, handler: logging.Handler) -> None:
+    handler.addFilter(redact_record)
+    log.addHandler(handler)
 
 
 class _LogFile(logging.FileHandler):

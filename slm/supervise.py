@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from slm.metrics import append_event
 from slm.runtime import EXIT_CODES, EXIT_FILE_VARIABLE, setup_logging
 
 log = logging.getLogger("slm")
@@ -87,7 +88,10 @@ def _supervise(command: list[str], run_dir: Path, restarts: int, exit_file: Path
             log.info("%s: not started again", signal.Signals(child.arrived[-1]).name)
             return 128 + child.arrived[-1]
         down = time.monotonic() - began
-        _append_event(run_dir, {"why": reason, "code": code, "step": step, "seconds_down": round(down, 2)})
+        try:
+            append_event(run_dir, "restart", why=reason, code=code, step=step, seconds_down=round(down, 2))
+        except OSError as error:
+            log.warning("events.jsonl could not be written: %s", error)
     raise AssertionError
 
 
@@ -161,13 +165,3 @@ def _why(code: int, record: dict[str, Any]) -> str:
     if 128 < code <= 128 + signal.SIGRTMAX:
         return f"ended by {signal.Signals(code - 128).name}" + " (out of memory?)" * (code == 128 + signal.SIGKILL)
     return f"code {code}" + (f", {EXIT_CODES[code]}" if code in EXIT_CODES else ", without a word of why")
-
-
-def _append_event(run_dir: Path, fields: dict[str, Any]) -> None:
-    """One line in events.jsonl; nobody else has it open between two attempts."""
-    line = json.dumps({"time": time.time(), "kind": "restart", **fields}) + "\n"
-    try:
-        with open(run_dir / "events.jsonl", "a") as file:
-            file.write(line)
-    except OSError as error:
-        log.warning("events.jsonl could not be written: %s", error)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import fcntl
-import json
 import logging
 import os
 import re
@@ -31,6 +30,7 @@ from typing import Any
 
 import psutil
 
+from slm.metrics import append_event
 from slm.runtime import write_exit
 
 log = logging.getLogger("slm")
@@ -206,16 +206,11 @@ class _Watch:
         )
         _attempt(lambda: write_exit(self.run_dir, EXIT_HUNG, reason, doing=what, seconds=round(seconds, 1)))
         event = {"rank": self.rank, "doing": doing[0], "step": doing[1], "seconds": round(seconds, 1), "where": where}
-        _attempt(lambda: self._append_event(event))
+        _attempt(lambda: append_event(self.run_dir, "hang", **event))
         # The rank may hang in writing to its terminal, with the lock that the next line wants.
         faulthandler.dump_traceback_later(10, exit=True, file=self.stacks)
         lines = "\n".join(f"  rank {rank}: {place}" for rank, place in where.items())
         log.error("%s. Where they are:\n%s\nThe same command goes on from the last checkpoint", reason, lines)
-
-    def _append_event(self, fields: dict[str, Any]) -> None:
-        line = json.dumps({"time": time.time(), "kind": "hang", **fields}) + "\n"
-        file = os.open(self.run_dir / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        os.write(file, line.encode())
 
     def _path(self, rank: int) -> Path:
         return self.run_dir / "logs" / f"rank-{rank}.stacks"

@@ -270,3 +270,17 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
     assert screen.count("rank-0.log cannot be written, the run goes on without") == 1
     assert "two" in screen
     assert "Traceback" not in screen
+
+
+def test_a_screen_without_a_log_file_is_redacted_too(tmp_path, capsys, monkeypatch):
+    """The folder cannot be made, and what follows may hold a secret."""
+    monkeypatch.setenv("PGPASSWORD", "hunter2hunter2")
+    (tmp_path / "logs").write_text("")
+    try:
+        setup_logging(0, tmp_path).error("refused: hunter2hunter2")
+    finally:
+        for handler in logging.getLogger("slm").handlers[:]:
+            logging.getLogger("slm").removeHandler(handler)
+    screen = capsys.readouterr().err
+    assert "refused: ***" in screen
+    assert "hunter2" not in screen
