@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,3 +203,24 @@ def test_restarts_are_refused_in_each_rank_and_a_launcher_without_them():
         assert done.returncode == 2
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_local_sh_in_a_folder_of_any_name(tmp_path):
+    """Its launcher's command arrives word by word, also where the locale knows no é."""
+    root = tmp_path / "é 'x' $y"
+    (root / "launchers").mkdir(parents=True)
+    script = shutil.copy(ROOT / "launchers" / "local.sh", root / "launchers")
+    python = root / "python"  # says what `python -m slm` is given
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n'
+        f"exec {sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"\n"
+    )
+    python.chmod(0o755)
+    said = subprocess.run(
+        ["bash", script, "r.yaml", "2", "--restarts", "1"], env={**os.environ, "LC_ALL": "C", "PYTHON": str(python)},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    *words, launcher = json.loads(said)
+    assert words == ["-m", "slm", "train", "r.yaml", "--restarts", "1", "--launcher"]
+    launch = [str(python), str(root / "launchers" / "launch.py"), "--ranks", "2", "--module", "slm.cli"]
+    assert shlex.split(launcher) == launch
