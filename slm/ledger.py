@@ -25,17 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from slm.errors import UserError
+from slm.runtime import process_start_ticks
 
 WORK = ("step", "data")  # what is lost when steps are computed again
 
 
 def process_age_seconds() -> float:
     """How long this process has been running."""
-    try:  # field 22, after the name in parentheses, is the start in clock ticks since boot
-        fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    try:
+        started = process_start_ticks("self") / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
-    except (OSError, AttributeError, IndexError, ValueError):
+    except (OSError, AttributeError):
         return time.process_time()
 
 

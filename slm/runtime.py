@@ -180,6 +180,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def process_start_ticks(pid: int | str) -> int:
+    """When a process began, in clock ticks since the machine's start (proc(5): stat, field 22, after the name in
+    parentheses). Raises OSError without /proc and where there is no such process."""
+    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+
+
 # ----------------------------------------------------------------------------------------- signals
 class StopRequest:
     """SIGTERM, SIGUSR1 (SLURM's warning), SIGINT and SIGHUP only leave a note, `signal_name`; the loop stops on it.

@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 
 from slm.metrics import append_event
-from slm.runtime import write_exit
+from slm.runtime import process_start_ticks, write_exit
 
 log = logging.getLogger("slm")
 
@@ -233,8 +233,8 @@ def _surely_end() -> None:
 
 
 def _began(pid: int) -> str:
-    try:  # in ticks since the machine's start (proc(5): stat, field 22); psutil's seconds change when the clock is set
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    try:  # psutil's seconds change when the clock is set
+        return str(process_start_ticks(pid))
     except OSError:
         return str(psutil.Process(pid).create_time())
 
