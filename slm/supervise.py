@@ -41,24 +41,22 @@ def supervise(command: list[str], run_dir: Path, restarts: int) -> int:
     so that it saves.
     """
     with tempfile.TemporaryDirectory(prefix="slm-restarts-") as folder:
-        exit_file = Path(folder) / "exit.json"
-        code = _supervise(command, run_dir, restarts, exit_file)
-        if EXIT_FILE_VARIABLE in os.environ and exit_file.exists():  # a launcher waits for us, too
-            shutil.copy(exit_file, os.environ[EXIT_FILE_VARIABLE])
+        child = _Child(Path(folder))
+        code = _supervise(child, command, run_dir, restarts)
+        if EXIT_FILE_VARIABLE in os.environ and child.exit_file.exists():  # a launcher waits for us, too
+            shutil.copy(child.exit_file, os.environ[EXIT_FILE_VARIABLE])
     return code
 
 
-def _supervise(command: list[str], run_dir: Path, restarts: int, exit_file: Path) -> int:
+def _supervise(child: _Child, command: list[str], run_dir: Path, restarts: int) -> int:
     setup_logging(0, None)
-    child = _Child()
     failed_step, times_at_step = -1, 0
     for attempt in range(restarts + 1):
         earlier = _record(run_dir / "exit.json")
-        exit_file.unlink(missing_ok=True)
-        code = child.run(command, exit_file)
+        code = child.run(command)
         # The run's folder is for ranks that cannot write our file, as on another machine. An attempt may end before it
         # removes the record of the one before.
-        record = _record(exit_file) or _record(run_dir / "exit.json")
+        record = _record(child.exit_file) or _record(run_dir / "exit.json")
         record = {} if record == earlier else record
         code = record.get("code", code)
         if code in _FINAL_CODES or child.arrived:
@@ -96,9 +94,10 @@ def _supervise(command: list[str], run_dir: Path, restarts: int, exit_file: Path
 
 
 class _Child:
-    """The command's process, and the signals that came for it."""
+    """The command's process, and the signals that came for it. folder: for exit_file, of each attempt another."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.exit_file, self._folder = folder / "none", folder
         self.arrived: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
         wanted = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
@@ -112,9 +111,10 @@ class _Child:
         if self._process is not None and self._process.returncode is None:
             os.kill(self._process.pid, signal.SIGTERM if number == signal.SIGHUP else number)
 
-    def run(self, command: list[str], exit_file: Path) -> int:
+    def run(self, command: list[str]) -> int:
+        self.exit_file = self._folder / f"exit-{time.monotonic_ns()}.json"
         # A session of its own: Ctrl-C in a terminal then arrives once, through us.
-        env = {**os.environ, EXIT_FILE_VARIABLE: str(exit_file)}
+        env = {**os.environ, EXIT_FILE_VARIABLE: str(self.exit_file)}
         self._process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_end_with_parent)
         for number in self.arrived:  # between two attempts
             self._process.send_signal(number)

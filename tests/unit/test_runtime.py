@@ -226,6 +226,19 @@ def test_the_first_failure_stays_in_exit_json(env, tmp_path):
     assert not (run_dir / "exit.json").exists()
 
 
+def test_a_rank_of_the_attempt_before_writes_nothing_into_this_one(env, tmp_path):
+    """It dies after the next attempt has taken the lock; its own launcher still hears of it."""
+    env(SLM_EXIT_FILE=tmp_path / "second.json")
+    RunLock(tmp_path / "run").close()
+    env(SLM_EXIT_FILE=tmp_path / "first.json")
+    write_exit(tmp_path / "run", 5, "lost the other rank")
+    assert not (tmp_path / "run" / "exit.json").exists()
+    assert json.loads((tmp_path / "first.json").read_text())["code"] == 5
+    env(SLM_EXIT_FILE=tmp_path / "second.json")
+    write_exit(tmp_path / "run", 0, "done")
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 0
+
+
 def test_a_failure_before_there_is_a_run_directory(env, tmp_path):
     """The launcher still learns the code."""
     env(SLM_EXIT_FILE=tmp_path / "copy.json")
