@@ -187,6 +187,8 @@ class Launch:
     def exit_code(self) -> int:
         if self.exit_file.exists():
             record = json.loads(self.exit_file.read_text())
+            if waiting := os.environ.get("SLM_EXIT_FILE"):  # `slm train --restarts` wants to know as well
+                shutil.copy(self.exit_file, waiting)
             if record["code"]:
                 say(f"the run ended with code {record['code']}: {record['reason'].partition(chr(10))[0]}")
             return record["code"]

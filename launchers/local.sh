@@ -30,7 +30,9 @@ launch=("$root/launchers/launch.py" "${ranks[@]}" --module slm.cli)
 for argument in "$@"; do
     if [[ $argument == --restarts || $argument == --restarts=* ]]; then
         export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-        exec "$python" -m slm train "$recipe" "$@" --launcher "$(printf '%q ' "$python" "${launch[@]}")"
+        # Quoted as slm reads it: printf %q writes $'…' for é where the locale is C.
+        quote='import os, shlex, sys; sys.stdout.buffer.write(os.fsencode(shlex.join(sys.argv[1:])))'
+        exec "$python" -m slm train "$recipe" "$@" --launcher "$("$python" -c "$quote" "$python" "${launch[@]}")"
     fi
 done
 exec "$python" "${launch[@]}" train "$recipe" "$@"

@@ -25,17 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from slm.errors import UserError
+from slm.runtime import process_start_ticks
 
 WORK = ("step", "data")  # what is lost when steps are computed again
 
 
 def process_age_seconds() -> float:
     """How long this process has been running."""
-    try:  # field 22, after the name in parentheses, is the start in clock ticks since boot
-        fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    try:
+        started = process_start_ticks("self") / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
-    except (OSError, AttributeError, IndexError, ValueError):
+    except (OSError, AttributeError):
         return time.process_time()
 
 
@@ -95,30 +95,26 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
         if attempts:
             attempts[-1].append(event)
     total: dict[str, float] = defaultdict(float)
-    steps_lost = 0
     for i, attempt in enumerate(attempts):
         told = [event for event in attempt if event["kind"] == "seconds"]
         spent = defaultdict(float, told[-1]["seconds"] if told else {})
         following = attempts[i + 1][0] if i + 1 < len(attempts) else None
-        returns = [event["to_step"] for event in attempt if event["kind"] == "rollback"]
-        if following is not None:
-            returns.append(following["step"])
-        for seconds, steps in _lost(attempt, returns):
-            steps_lost += steps
-            for category in WORK:
-                spent[category] -= seconds[category]
-                total["lost"] += seconds[category]
         if i > 0:  # what an interruption cost besides: until the first step again
             total["restart"] += spent.pop("init", 0.0)
         for category, seconds in spent.items():
             total[category] += seconds
         # From the last time that seconds were told to the end of the attempt, as far as it is known, and to the next one.
         last_told = told[-1]["time"] if told else attempt[0]["time"] - attempt[0]["age"]
-        hung = sum(event.get("seconds", 0.0) for event in attempt if event["kind"] == "hang")
+        # Each machine tells of the same hang.
+        hung = max((event.get("seconds", 0.0) for event in attempt if event["kind"] == "hang"), default=0.0)
         end = following["time"] - following["age"] if following else max(last_told, attempt[-1]["time"])
         gap = max(0.0, end - last_told)
         total["hang"] += min(hung, gap)
         total["restart" if following else "finish"] += gap - min(hung, gap)
+    lost, steps_lost = _lost([event for attempt in attempts for event in attempt])
+    for category in WORK:
+        total[category] -= lost[category]
+        total["lost"] += lost[category]
     wall = sum(total.values())
     seconds = {name: value for name, value in total.items() if value > 0}
     return {
@@ -158,21 +154,25 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
-def _lost(attempt: list[dict[str, Any]], returns: list[int]) -> Iterator[tuple[dict[str, float], int]]:
-    """(seconds by category of WORK, steps) of what an attempt computed beyond each step to which it, or the next, returned."""
-    stretches: list[list[dict[str, Any]]] = [[]]  # between returns of the attempt's own
-    for event in attempt:
+def _lost(events: list[dict[str, Any]]) -> tuple[dict[str, float], int]:
+    """(seconds by category of WORK, steps) of what was computed again, in whichever attempt it was computed first."""
+    lost, steps_lost = dict.fromkeys(WORK, 0.0), 0
+    counting: list[tuple[int, int, dict[str, float]]] = []  # stretches of steps that were not: from, to, seconds
+    step, before = 0, dict[str, float]()
+    for event in events:
         if event["kind"] == "seconds":
-            stretches[-1].append(event)
-        elif event["kind"] == "rollback":
-            stretches.append([])
-    before: dict[str, Any] = {"step": attempt[0]["step"], "seconds": {}}
-    for stretch, return_to in zip(stretches, returns, strict=False):
-        at_return = before
-        for event in stretch:
-            if event["step"] <= return_to:
-                at_return = event
-        last = stretch[-1] if stretch else at_return
-        spent = {c: last["seconds"].get(c, 0.0) - at_return["seconds"].get(c, 0.0) for c in WORK}
-        yield spent, max(0, last["step"] - return_to)
-        before = {"step": return_to, "seconds": last["seconds"]}
+            spent = {name: event["seconds"].get(name, 0.0) - before.get(name, 0.0) for name in WORK}
+            counting.append((min(step, event["step"]), event["step"], spent))
+            step, before = event["step"], event["seconds"]
+        elif event["kind"] in ("start", "rollback"):
+            step = event["to_step" if event["kind"] == "rollback" else "step"]
+            before = before if event["kind"] == "rollback" else {}
+            earlier, counting = counting, []
+            for first, last, spent in earlier:
+                kept_steps = min(last, max(first, step)) - first
+                share = kept_steps / (last - first) if last > first else float(last <= step)
+                counting.append((first, first + kept_steps, {name: share * spent[name] for name in WORK}))
+                steps_lost += last - first - kept_steps
+                for name in WORK:
+                    lost[name] += (1 - share) * spent[name]
+    return lost, steps_lost

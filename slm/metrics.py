@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from slm.errors import EnvironmentProblem, UserError
+from slm.redact import redacted_in
 from slm.runtime import atomic_write
 
 _log = logging.getLogger("slm.metrics")
@@ -104,8 +105,7 @@ class MetricsLogger:
     def event(self, kind: str, **fields: Any) -> None:
         """Append what happened, once and with its time, to events.jsonl: start, save, skip, stop ..."""
         if self._active:
-            line = {"time": time.time(), "kind": kind, **fields}
-            self._try("events.jsonl", lambda: _append(self._events, line))
+            self._try("events.jsonl", lambda: _append(self._events, _event(kind, fields)))
 
     def go_back(self, step: int) -> None:
         """Training goes on from this earlier step: what was recorded after it is treated as at a restart."""
@@ -141,6 +141,16 @@ class MetricsLogger:
             if sink not in self._failed:
                 self._failed.add(sink)
                 _log.warning("%s could not be written, training goes on without: %s", sink, error)
+
+
+def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
+    """A line in events.jsonl, for who has no MetricsLogger. Raises OSError."""
+    with _open_lines(run_dir / "events.jsonl") as file:
+        _append(file, _event(kind, fields))
+
+
+def _event(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"time": time.time(), "kind": kind, **redacted_in(fields)}
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+from typing import Any
 
-_SECRET_NAME = re.compile(r"(^|_)(\w*KEY|\w*TOKEN|SECRET|PASS\w*|PWD|CREDENTIALS?|AUTH)(_|$)", re.IGNORECASE)
+# Words may run together (SSHPASS, APIKEY), but TOKENIZERS_PARALLELISM, MAX_TOKENS, GIT_AUTHOR_NAME and PATH are none.
+_SECRET_NAME = re.compile(r"PASS|(^|_)PAT(_|$)|(KEYS?|TOKEN|SECRETS?|PWD|CREDENTIALS?|AUTH)(_|$)", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+:[^/\s@]*(?=@)")
 _SHORTEST = 8  # characters; shorter values would also be found in ordinary words
 
@@ -26,6 +28,15 @@ def redacted(text: str) -> str:
         if len(value) >= _SHORTEST:
             text = text.replace(value, "***")
     return text
+
+
+def redacted_in(value: Any) -> Any:
+    """The same of every string in what will be JSON."""
+    if isinstance(value, dict):
+        return {name: redacted_in(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted_in(item) for item in value]
+    return value if isinstance(value, bool | int | float | None) else redacted(str(value))
 
 
 def redact_record(record: logging.LogRecord) -> bool:

@@ -49,7 +49,8 @@ EXIT_CODES = {
 }
 
 # A launcher that waits for this attempt names a file here: it then knows how the attempt ended also when
-# there is no run directory yet, and never mistakes the record of an earlier attempt for this one's.
+# there is no run directory yet, and never mistakes the record of an earlier attempt for this one's. No two attempts are
+# given the same name, so it tells their ranks apart as well.
 EXIT_FILE_VARIABLE = "SLM_EXIT_FILE"
 
 # SLURM numbers real steps from 0; batch scripts and interactive shells have reserved ids near 2**32.
@@ -180,6 +181,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def process_start_ticks(pid: int | str) -> int:
+    """When a process began, in clock ticks since the machine's start (proc(5): stat, field 22, after the name in
+    parentheses). Raises OSError without /proc and where there is no such process."""
+    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+
+
 # ----------------------------------------------------------------------------------------- signals
 class StopRequest:
     """SIGTERM, SIGUSR1 (SLURM's warning), SIGINT and SIGHUP only leave a note, `signal_name`; the loop stops on it.
@@ -267,7 +274,7 @@ class RunLock:
             log = logging.getLogger("slm")
             log.warning("%s cannot be locked (%s): start no second job there", run_dir, error)
         self._file.truncate(0)
-        holder = {"host": socket.gethostname(), "pid": os.getpid()}
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "attempt": os.environ.get(EXIT_FILE_VARIABLE)}
         holder["started"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._file.write(json.dumps(holder) + "\n")
         self._file.flush()
@@ -296,13 +303,13 @@ def write_exit(run_dir: str | Path | None, code: int, reason: str, **extra: Any)
     """Record how this attempt ended, in run_dir/exit.json and for the launcher that waits. For any rank.
 
     The first code that is not 0 stays: when one rank dies, the others fail after it and for a lesser reason.
-    `run_dir` is None when the run failed before it had one.
+    `run_dir` is None when the run failed before it had one. A rank that outlives its attempt writes nothing into the next.
     """
     assert code in EXIT_CODES, code
     record = {"code": code, "meaning": EXIT_CODES[code], "reason": redacted(reason), **extra}
     record |= {"rank": int(os.environ.get("RANK", 0)), "host": socket.gethostname(), "pid": os.getpid()}
     record["time"] = time.time()
-    targets = [Path(run_dir) / "exit.json"] if run_dir is not None else []
+    targets = [Path(run_dir) / "exit.json"] if run_dir is not None and not _is_left_over(Path(run_dir)) else []
     if EXIT_FILE_VARIABLE in os.environ:
         targets.append(Path(os.environ[EXIT_FILE_VARIABLE]))
     for path in targets:
@@ -312,6 +319,17 @@ def write_exit(run_dir: str | Path | None, code: int, reason: str, **extra: Any)
                 atomic_write(path, json.dumps(record, indent=2, default=str) + "\n")
         except OSError as error:  # a full disk: the process's own code still says it
             logging.getLogger("slm").warning("%s could not be written: %s", path, error)
+
+
+def _is_left_over(run_dir: Path) -> bool:
+    """Whether the run is another attempt's by now, as far as launchers have told them apart: those of other machines have
+    names of their own for the same attempt."""
+    try:
+        holder = _json_or_empty((run_dir / "lock").read_text())
+    except OSError:
+        return False
+    mine, others = os.environ.get(EXIT_FILE_VARIABLE), holder.get("attempt")
+    return holder.get("host") == socket.gethostname() and bool(mine and others) and mine != others
 
 
 def _json_or_empty(text: str) -> dict[str, Any]:
@@ -333,7 +351,7 @@ def setup_logging(rank: int, run_dir: str | Path | None) -> logging.Logger:
         with suppress(OSError):  # what it still holds for a full disk
             handler.close()
     log.setLevel(logging.INFO)
-    log.addHandler(_screen(rank))
+    _add(log, _screen(rank))
     if run_dir is not None:
         path = Path(run_dir) / "logs" / f"rank-{rank}.log"
         try:
@@ -343,10 +361,13 @@ def setup_logging(rank: int, run_dir: str | Path | None) -> logging.Logger:
             log.warning("%s cannot be written, the run goes on without: %s", path, error)
             return log
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        log.addHandler(to_file)
-    for handler in log.handlers:
-        handler.addFilter(redact_record)
+        _add(log, to_file)
     return log
+
+
+def _add(log: logging.Logger, handler: logging.Handler) -> None:
+    handler.addFilter(redact_record)
+    log.addHandler(handler)
 
 
 class _LogFile(logging.FileHandler):

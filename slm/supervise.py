@@ -1,7 +1,7 @@
 """`slm train --restarts N`: runs a training command again when it ends in a way that can pass.
 
 Owns the decision and the waiting; the run itself goes on from its newest checkpoint by the same command. It knows the run
-by its folder alone (metrics.jsonl, exit.json), so one process, our launcher, torchrun and mpirun are all the same to it.
+by what it writes (metrics.jsonl, its exit record), so one process, our launcher, torchrun and mpirun are all the same to it.
 
     code = supervise([sys.executable, "-m", "slm", "train", "recipes/demo.yaml"], Path("runs/demo"), restarts=3)
 """
@@ -12,14 +12,17 @@ import ctypes
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from slm.runtime import EXIT_CODES, setup_logging
+from slm.metrics import append_event
+from slm.runtime import EXIT_CODES, EXIT_FILE_VARIABLE, setup_logging
 
 log = logging.getLogger("slm")
 
@@ -31,20 +34,34 @@ _TAIL_BYTES = 1 << 16
 
 
 def supervise(command: list[str], run_dir: Path, restarts: int) -> int:
-    """Runs the command, at most `restarts` times again; returns the code of the last attempt.
+    """Runs the command, at most `restarts` times again; returns the code of the last attempt: what the run has written,
+    since torchrun says 1 for everything, else what the command said.
 
     Signals go to the command, after which there is no other attempt. It dies with us (where there is prctl): by SIGTERM,
     so that it saves.
     """
+    with tempfile.TemporaryDirectory(prefix="slm-restarts-") as folder:
+        child = _Child(Path(folder))
+        code = _supervise(child, command, run_dir, restarts)
+        if EXIT_FILE_VARIABLE in os.environ and child.exit_file.exists():  # a launcher waits for us, too
+            shutil.copy(child.exit_file, os.environ[EXIT_FILE_VARIABLE])
+    return code
+
+
+def _supervise(child: _Child, command: list[str], run_dir: Path, restarts: int) -> int:
     setup_logging(0, None)
-    child = _Child()
     failed_step, times_at_step = -1, 0
     for attempt in range(restarts + 1):
-        earlier = _exit_record(run_dir)
+        earlier = _record(run_dir / "exit.json")
         code = child.run(command)
+        # The run's folder is for ranks that cannot write our file, as on another machine. An attempt may end before it
+        # removes the record of the one before.
+        record = _record(child.exit_file) or _record(run_dir / "exit.json")
+        record = {} if record == earlier else record
+        code = record.get("code", code)
         if code in _FINAL_CODES or child.arrived:
             return code
-        reason = _why(code, _exit_record(run_dir), earlier)
+        reason = _why(code, record)
         step = last_step(run_dir)
         times_at_step = times_at_step + 1 if step == failed_step else 1
         failed_step = step
@@ -69,14 +86,18 @@ def supervise(command: list[str], run_dir: Path, restarts: int) -> int:
             log.info("%s: not started again", signal.Signals(child.arrived[-1]).name)
             return 128 + child.arrived[-1]
         down = time.monotonic() - began
-        _append_event(run_dir, {"why": reason, "code": code, "step": step, "seconds_down": round(down, 2)})
+        try:
+            append_event(run_dir, "restart", why=reason, code=code, step=step, seconds_down=round(down, 2))
+        except OSError as error:
+            log.warning("events.jsonl could not be written: %s", error)
     raise AssertionError
 
 
 class _Child:
-    """The command's process, and the signals that came for it."""
+    """The command's process, and the signals that came for it. folder: for exit_file, of each attempt another."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.exit_file, self._folder = folder / "none", folder
         self.arrived: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
         wanted = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
@@ -91,8 +112,10 @@ class _Child:
             os.kill(self._process.pid, signal.SIGTERM if number == signal.SIGHUP else number)
 
     def run(self, command: list[str]) -> int:
+        self.exit_file = self._folder / f"exit-{time.monotonic_ns()}.json"
         # A session of its own: Ctrl-C in a terminal then arrives once, through us.
-        self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+        env = {**os.environ, EXIT_FILE_VARIABLE: str(self.exit_file)}
+        self._process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_end_with_parent)
         for number in self.arrived:  # between two attempts
             self._process.send_signal(number)
         code = self._process.wait()
@@ -129,26 +152,16 @@ def last_step(run_dir: Path) -> int:
     return 0
 
 
-def _exit_record(run_dir: Path) -> dict[str, Any]:
+def _record(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((run_dir / "exit.json").read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _why(code: int, record: dict[str, Any], earlier: dict[str, Any]) -> str:
-    if record and record != earlier and record.get("code"):
+def _why(code: int, record: dict[str, Any]) -> str:
+    if record:
         return f"{str(record['reason']).partition(chr(10))[0]} (code {code})"
     if 128 < code <= 128 + signal.SIGRTMAX:
         return f"ended by {signal.Signals(code - 128).name}" + " (out of memory?)" * (code == 128 + signal.SIGKILL)
     return f"code {code}" + (f", {EXIT_CODES[code]}" if code in EXIT_CODES else ", without a word of why")
-
-
-def _append_event(run_dir: Path, fields: dict[str, Any]) -> None:
-    """One line in events.jsonl; nobody else has it open between two attempts."""
-    line = json.dumps({"time": time.time(), "kind": "restart", **fields}) + "\n"
-    try:
-        with open(run_dir / "events.jsonl", "a") as file:
-            file.write(line)
-    except OSError as error:
-        log.warning("events.jsonl could not be written: %s", error)

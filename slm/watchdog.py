@@ -15,9 +15,9 @@ ranks must leave slow work together, as by a barrier, or those that are ahead wo
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import fcntl
-import json
 import logging
 import os
 import re
@@ -30,12 +30,14 @@ from typing import Any
 
 import psutil
 
-from slm.runtime import write_exit
+from slm.metrics import append_event
+from slm.runtime import process_start_ticks, write_exit
 
 log = logging.getLogger("slm")
 
 EXIT_HUNG = 79
 STEP = "step"  # the one kind of work with the short limit
+_END_SECONDS = 60  # for stacks, event and log of a hung run; then it is ended all the same
 
 # What this rank does, and of which step. A new tuple is the sign of life: at() may be called in any hot loop.
 _doing: tuple[str, int | None] = ("start-up", None)
@@ -157,6 +159,7 @@ class _Watch:
 
     def _end_run(self, doing: tuple[str, int | None], seconds: float, limit: float) -> None:
         try:
+            _surely_end()
             faulthandler.cancel_dump_traceback_later()
             # The lock of the machine's first file: one rank speaks for all, which see it at about the same time.
             first = self._open(min([self.rank, *self.siblings]))
@@ -203,16 +206,11 @@ class _Watch:
         )
         _attempt(lambda: write_exit(self.run_dir, EXIT_HUNG, reason, doing=what, seconds=round(seconds, 1)))
         event = {"rank": self.rank, "doing": doing[0], "step": doing[1], "seconds": round(seconds, 1), "where": where}
-        _attempt(lambda: self._append_event(event))
+        _attempt(lambda: append_event(self.run_dir, "hang", **event))
         # The rank may hang in writing to its terminal, with the lock that the next line wants.
         faulthandler.dump_traceback_later(10, exit=True, file=self.stacks)
         lines = "\n".join(f"  rank {rank}: {place}" for rank, place in where.items())
         log.error("%s. Where they are:\n%s\nThe same command goes on from the last checkpoint", reason, lines)
-
-    def _append_event(self, fields: dict[str, Any]) -> None:
-        line = json.dumps({"time": time.time(), "kind": "hang", **fields}) + "\n"
-        file = os.open(self.run_dir / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        os.write(file, line.encode())
 
     def _path(self, rank: int) -> Path:
         return self.run_dir / "logs" / f"rank-{rank}.stacks"
@@ -226,9 +224,17 @@ class _Watch:
             return os.dup(2)
 
 
+def _surely_end() -> None:
+    """The kernel ends this process after _END_SECONDS, by SIGALRM: what hangs may be the disk that we are about to write to.
+    Through C, as Python sets no signal's action in a thread."""
+    ctypes.CDLL(None).signal(signal.SIGALRM, None)  # the default action, whoever else uses it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.alarm(_END_SECONDS)
+
+
 def _began(pid: int) -> str:
-    try:  # in ticks since the machine's start (proc(5): stat, field 22); psutil's seconds change when the clock is set
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    try:  # psutil's seconds change when the clock is set
+        return str(process_start_ticks(pid))
     except OSError:
         return str(psutil.Process(pid).create_time())
 

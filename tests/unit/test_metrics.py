@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from slm.errors import UserError
-from slm.metrics import MetricsLogger, StepTimer, memory_stats, mfu, offline_rows, peak_flops
+from slm.metrics import MetricsLogger, StepTimer, append_event, memory_stats, mfu, offline_rows, peak_flops
 
 KILLED_RUN = """
 import json, os, pathlib, signal, sys, time
@@ -263,3 +263,21 @@ def test_mfu_in_both_conventions():
         "flops_per_second/full": 10.636e13 / 8,
         "flops_per_second/causal": 9.025e13 / 8,
     }
+
+
+def test_events_are_redacted_and_begin_a_line_of_their_own(tmp_path, monkeypatch):
+    """Whoever writes them: the loop, or the watchdog and the supervisor after a kill that cut a line short."""
+    secret = 'hunter"2"hunter'  # which JSON writes otherwise
+    monkeypatch.setenv("PGPASSWORD", secret)
+    (tmp_path / "events.jsonl").write_text('{"kind": "sta')
+    append_event(tmp_path, "hang", seconds=1.5, where={"0": f"read ({secret})"}, step=None)
+    logger = open_logger(tmp_path)
+    logger.event("save failed", reason=f"no: {secret}", changes=[f"a: {secret}"], done=True)
+    logger.close()
+    written = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()[1:]]
+    for line in written:
+        line.pop("time")
+    assert written == [
+        {"kind": "hang", "seconds": 1.5, "where": {"0": "read (***)"}, "step": None},
+        {"kind": "save failed", "reason": "no: ***", "changes": ["a: ***"], "done": True},
+    ]

@@ -226,6 +226,19 @@ def test_the_first_failure_stays_in_exit_json(env, tmp_path):
     assert not (run_dir / "exit.json").exists()
 
 
+def test_a_rank_of_the_attempt_before_writes_nothing_into_this_one(env, tmp_path):
+    """It dies after the next attempt has taken the lock; its own launcher still hears of it."""
+    env(SLM_EXIT_FILE=tmp_path / "second.json")
+    RunLock(tmp_path / "run").close()
+    env(SLM_EXIT_FILE=tmp_path / "first.json")
+    write_exit(tmp_path / "run", 5, "lost the other rank")
+    assert not (tmp_path / "run" / "exit.json").exists()
+    assert json.loads((tmp_path / "first.json").read_text())["code"] == 5
+    env(SLM_EXIT_FILE=tmp_path / "second.json")
+    write_exit(tmp_path / "run", 0, "done")
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 0
+
+
 def test_a_failure_before_there_is_a_run_directory(env, tmp_path):
     """The launcher still learns the code."""
     env(SLM_EXIT_FILE=tmp_path / "copy.json")
@@ -270,3 +283,17 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
     assert screen.count("rank-0.log cannot be written, the run goes on without") == 1
     assert "two" in screen
     assert "Traceback" not in screen
+
+
+def test_a_screen_without_a_log_file_is_redacted_too(tmp_path, capsys, monkeypatch):
+    """The folder cannot be made, and what follows may hold a secret."""
+    monkeypatch.setenv("PGPASSWORD", "hunter2hunter2")
+    (tmp_path / "logs").write_text("")
+    try:
+        setup_logging(0, tmp_path).error("refused: hunter2hunter2")
+    finally:
+        for handler in logging.getLogger("slm").handlers[:]:
+            logging.getLogger("slm").removeHandler(handler)
+    screen = capsys.readouterr().err
+    assert "refused: ***" in screen
+    assert "hunter2" not in screen

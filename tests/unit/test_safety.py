@@ -105,3 +105,63 @@ def test_goodput_counts_what_a_rollback_computed_again():
     assert found["seconds"]["lost"] == pytest.approx(8)
     assert found["seconds"]["step"] == pytest.approx(8 + 8 + 9)
     assert sum(found["seconds"].values()) == pytest.approx(found["wall"]) == pytest.approx(40)
+
+
+def test_a_hang_that_each_machine_tells_of_is_one():
+    events = [
+        event("start", 1, age=1.0, step=0),
+        event("seconds", 10, step=9, seconds={"init": 1.0, "step": 9.0}),
+        event("hang", 70, seconds=60.0),
+        event("hang", 71, seconds=58.0),
+        event("start", 205, age=5.0, step=9),
+    ]
+    found = goodput(events)
+    assert found["seconds"]["hang"] == pytest.approx(60)
+    assert found["seconds"]["restart"] == pytest.approx(130)
+
+
+def told(at, step, init, steps, data=0.0):
+    return event("seconds", at, step=step, seconds={"init": init, "step": steps, "data": data})
+
+
+def test_goodput_of_a_return_to_before_the_attempt_began():
+    """Steps 1 to 100 at 1 s, to 150 at 2 s in the second attempt; the third falls back to 50, and the fourth to 70."""
+    events = [
+        event("start", 10, age=10.0, step=0),
+        told(60, 50, 10.0, 40.0, 10.0),
+        told(110, 100, 10.0, 80.0, 20.0),
+        event("start", 120, age=10.0, step=100),
+        told(220, 150, 10.0, 100.0),
+        event("start", 230, age=10.0, step=50),
+        told(260, 80, 10.0, 30.0),
+        event("start", 270, age=10.0, step=70),
+        told(350, 150, 10.0, 80.0),
+    ]
+    found = goodput(events)
+    assert found["steps_lost"] == 50 + 50 + 10
+    assert found["seconds"]["lost"] == pytest.approx(50 + 100 + 10)
+    assert found["seconds"]["step"] == pytest.approx(40 + 20 + 80)
+    assert found["seconds"]["data"] == pytest.approx(10)
+    assert sum(found["seconds"].values()) == pytest.approx(found["wall"]) == pytest.approx(350)
+
+
+def test_goodput_of_a_rollback_to_before_the_attempt_began():
+    """From 25 in an attempt of 20 on back to 10, the middle of a stretch; again from 15; and to 0 by a kill."""
+    events = [
+        event("start", 1, age=1.0, step=0),
+        told(21, 20, 1.0, 20.0),
+        event("start", 22, age=1.0, step=20),
+        told(32, 25, 1.0, 10.0),
+        event("rollback", 32, from_step=25, to_step=10),
+        told(42, 15, 1.0, 20.0),
+        event("rollback", 42, from_step=15, to_step=10),
+    ]
+    found = goodput(events)
+    assert found["steps_lost"] == 10 + 5 + 5
+    assert found["seconds"]["lost"] == pytest.approx(10 + 10 + 10)
+    events += [event("start", 43, age=1.0, step=0), told(63, 20, 1.0, 20.0)]
+    found = goodput(events)
+    assert found["steps_lost"] == 20 + 10
+    assert found["seconds"]["lost"] == pytest.approx(40)
+    assert found["seconds"]["step"] == pytest.approx(20)
+    assert sum(found["seconds"].values()) == pytest.approx(found["wall"]) == pytest.approx(63)

@@ -25,6 +25,7 @@ from slm.loading import load_model
 from slm.model.config import ModelConfig
 from slm.names import file_inside
 from slm.recipe import load_recipe
+from slm.redact import redacted
 from slm.strategy import deepspeed_problems
 from slm.tokenizer import SLMTokenizer, load_tokenizer
 from tests.shards import make_dataset
@@ -483,3 +484,29 @@ def test_json_nested_without_end_is_a_message(tmp_path, name):
     (tmp_path / name).write_text('{"a":' * 100_000)
     with pytest.raises(CorruptArtefact, match=name):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_secret"),
+    [
+        *((name, "hunter2hunter2", True) for name in (
+            "PGPASSWORD", "SSHPASS", "GITHUB_PAT", "MYSQL_PWD", "GPG_PASSPHRASE", "PASS", "APIKEY", "aws_secret_access_key",
+            "HF_TOKEN", "GOOGLE_CREDENTIALS", "BASIC_AUTH", "CLIENT_SECRETS",
+        )),
+        ("PATH", "bin:sbin:local", False),
+        ("PATTERN", "some pattern", False),
+        ("PWD", "/home/somebody", False),
+        ("OLDPWD", "/home/somebody", False),
+        ("SSH_AUTH_SOCK", "/tmp/agent.sock", False),
+        ("GIT_AUTHOR_NAME", "Some Body", False),
+        ("TOKENIZERS_PARALLELISM", "something", False),
+        ("MAX_TOKENS", "1000000000", False),
+        ("XDG_CONFIG", "something", False),
+    ],
+)  # fmt: skip
+def test_which_variables_are_secrets(monkeypatch, name, value, is_secret):
+    """As docs/security.md says."""
+    for other in list(os.environ):
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, value)
+    assert redacted(f"({value})") == ("(***)" if is_secret else f"({value})")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +77,56 @@ def test_it_gives_up_after_so_many_restarts(tmp_path, signals, capsys):
     """Also where each attempt comes further."""
     assert attempt(tmp_path, "5", restarts=1) == (5, 2)
     assert "given up after 1 restarts" in capsys.readouterr().err
+
+
+# Ranks that say by their exit record how they ended, and leave with a code that says it as well.
+RANKS = """
+import os, pathlib, sys
+from slm.runtime import RunLock, write_exit
+run_dir, record, code = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+if os.environ.get("RANK", "0") == "0":
+    RunLock(run_dir)
+    with open(run_dir / "attempts", "a") as file:
+        file.write("x")
+if sys.argv[4] == "elsewhere":  # as on another machine
+    del os.environ["SLM_EXIT_FILE"]
+write_exit(run_dir, record, "as told")
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("record", "code", "attempts"), [(75, 1, 1), (2, 1, 1), (5, 0, 2), (0, 1, 1), (79, 1, 2)], ids=str
+)
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_what_the_run_has_written_counts_and_not_what_its_launcher_says(
+    tmp_path, signals, monkeypatch, record, code, attempts, where
+):
+    """Whether it is tried again, and the code in the end. A record of an earlier run in the folder is none."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "exit.json").write_text(json.dumps({"code": 5, "reason": "earlier"}))
+    command = [sys.executable, "-c", RANKS, str(tmp_path), str(record), str(code), where]
+    assert supervise(command, tmp_path, 1) == record
+    assert len((tmp_path / "attempts").read_text()) == attempts
+    if attempts == 2:
+        assert "as told" in json.loads((tmp_path / "events.jsonl").read_text())["why"]
+
+
+def test_a_record_of_an_earlier_attempt_is_none_of_this_one(tmp_path, signals):
+    """Which was killed before it could remove it."""
+    (tmp_path / "exit.json").write_text(json.dumps({"code": 75, "reason": "earlier"}))
+    assert attempt(tmp_path, "-9,0") == (0, 2)
+
+
+def test_a_run_that_stopped_under_torchrun_is_not_started_again(tmp_path, signals, monkeypatch):
+    """Two ranks stop in order and torchrun says 1. A launcher around the supervisor learns it, too."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("SLM_EXIT_FILE", str(tmp_path / "outer.json"))
+    (tmp_path / "ranks.py").write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert supervise([*torchrun, str(tmp_path / "ranks.py"), str(tmp_path), "75", "75", "here"], tmp_path, 2) == 75
+    assert (tmp_path / "attempts").read_text() == "x"
+    assert json.loads((tmp_path / "outer.json").read_text())["code"] == 75
 
 
 SUPERVISE = (
@@ -152,3 +204,24 @@ def test_restarts_are_refused_in_each_rank_and_a_launcher_without_them():
         assert done.returncode == 2
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_local_sh_in_a_folder_of_any_name(tmp_path):
+    """Its launcher's command arrives word by word, also where the locale knows no é."""
+    root = tmp_path / "é 'x' $y"
+    (root / "launchers").mkdir(parents=True)
+    script = shutil.copy(ROOT / "launchers" / "local.sh", root / "launchers")
+    python = root / "python"  # says what `python -m slm` is given
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n'
+        f"exec {sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"\n"
+    )
+    python.chmod(0o755)
+    said = subprocess.run(
+        ["bash", script, "r.yaml", "2", "--restarts", "1"], env={**os.environ, "LC_ALL": "C", "PYTHON": str(python)},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    *words, launcher = json.loads(said)
+    assert words == ["-m", "slm", "train", "r.yaml", "--restarts", "1", "--launcher"]
+    launch = [str(python), str(root / "launchers" / "launch.py"), "--ranks", "2", "--module", "slm.cli"]
+    assert shlex.split(launcher) == launch

@@ -103,6 +103,20 @@ def test_a_hang_that_holds_the_interpreter_is_ended_by_the_timer_in_c(tmp_path):
     assert "in hold" in (tmp_path / "logs" / "rank-0.stacks").read_text()
 
 
+def test_a_disk_that_hangs_does_not_keep_a_hung_run_alive(tmp_path):
+    """The stacks go to a pipe that nobody reads, so opening them never returns; somebody else uses SIGALRM."""
+    code = """
+        watchdog._END_SECONDS = 2
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        steps(0.3)
+        os.unlink(run_dir / "logs/rank-0.stacks")
+        os.mkfifo(run_dir / "logs/rank-0.stacks")
+        wait_for_others()
+    """
+    codes, said = outcome(start(tmp_path, code))
+    assert codes == [-signal.SIGALRM], said
+
+
 def test_slow_work_has_its_own_limit(tmp_path):
     """Three times a step's limit in a save, also with the interpreter held, is no hang; three times in a step is."""
     code = """
