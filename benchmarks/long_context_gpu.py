@@ -210,7 +210,7 @@ def run_try(wanted: Try, work: Path, trial: bool, limit_bytes: int) -> list[dict
     from slm.plan import training_flops
     from slm.recipe import load_recipe
     from slm.runtime import discover_ranks
-    from slm.train import train_step
+    from slm.step import train_step
 
     recipe = load_recipe(write_recipe(work, wanted, trial))
     device = parallel.local_device(discover_ranks().local_rank)
@@ -256,7 +256,7 @@ def run_try(wanted: Try, work: Path, trial: bool, limit_bytes: int) -> list[dict
             began = time.perf_counter()
             done = step(number)
             meter.end()
-            losses.append(float(done.loss_sum) / done.num_targets)
+            losses.append(done.loss)
             if number >= wanted.warmup_steps:
                 seconds.append(time.perf_counter() - began)
                 flops = {

@@ -272,10 +272,10 @@ def slm_batches(tokens: Any, following: Any | None, micro_batch: int) -> list[An
 
 
 def slm_step(engine: Any, batches: Sequence[Any], lr: float) -> Any:
-    """One optimiser step by the training loop's own function; the mean loss, a tensor."""
+    """One optimiser step by the training loop's own function; the mean loss."""
     from slm.metrics import StepTimer
-    from slm.train import train_step
+    from slm.step import train_step
 
     on_device = [batch.to(engine.device) for batch in batches]
     done = train_step(engine, on_device, lr, StepTimer(engine.device.type))
-    return done.loss_sum / done.num_targets
+    return done.loss

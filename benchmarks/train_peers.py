@@ -258,7 +258,7 @@ def arm_slm(job: argparse.Namespace, meter: Meter, compiled: bool) -> dict[str, 
     )  # fmt: skip
     for step in range(job.steps):
         rows = tokens[step]
-        meter.step(slm_step(engine, slm_batches(rows[:, :-1], rows[:, -1], BATCH), LR).item())
+        meter.step(slm_step(engine, slm_batches(rows[:, :-1], rows[:, -1], BATCH), LR))
     groups = parameter_groups(engine.module, optim)
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, p in engine.module.named_parameters() if id(p) in decayed}

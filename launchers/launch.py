@@ -195,7 +195,7 @@ class Launch:
         if self.arrived:
             return 128 + self.arrived[-1]
         say("the run left no word of how it ended: it crashed or was killed")
-        return max(1, self.runner.returncode)
+        return 1  # DeepSpeed's own code depends on which of its processes ended first
 
 
 def send(processes: list[psutil.Process], number: int) -> None:

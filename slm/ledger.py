@@ -109,7 +109,10 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
         hung = max((event.get("seconds", 0.0) for event in attempt if event["kind"] == "hang"), default=0.0)
         end = following["time"] - following["age"] if following else max(last_told, attempt[-1]["time"])
         gap = max(0.0, end - last_told)
-        total["hang"] += min(hung, gap)
+        # A rank that was woken to show where it was may have gone on a little, and told of the time as of a step.
+        as_step = min(max(0.0, hung - gap), spent["step"])
+        total["step"] -= as_step
+        total["hang"] += min(hung, gap) + as_step
         total["restart" if following else "finish"] += gap - min(hung, gap)
     lost, steps_lost = _lost([event for attempt in attempts for event in attempt])
     for category in WORK:

@@ -184,11 +184,13 @@ class _Watch:
         title = f"rank {self.rank} has been at {what} for {seconds:.0f} s"
         processes = {rank: _process(*who) for rank, who in self.siblings.items()}
         siblings = {rank: process for rank, process in processes.items() if process is not None}
+        asleep: list[int] = []  # stopped from outside (SIGSTOP): it is these that the others wait for
         for rank, process in siblings.items():
             file = self._open(rank)
             _headline(file, title)
             os.close(file)
-            stopped = _is_stopped(process)
+            if stopped := _is_stopped(process):
+                asleep.append(rank)
             _send(process, signal.SIGUSR2)
             if stopped:  # it wakes to write where it was stopped, and no longer: the run is over
                 _send(process, signal.SIGCONT)
@@ -199,6 +201,7 @@ class _Watch:
         # Ranks on other machines look as seldom as this one, and want to be heard before a launcher ends them.
         time.sleep(self.poll_seconds + 1)
         where = {rank: _innermost(self._path(rank)) for rank in sorted([self.rank, *siblings])}
+        where |= {rank: f"stopped (SIGSTOP) in {where[rank]}" for rank in asleep}
         field = "watchdog.step_seconds" if doing[0] == STEP else "watchdog.slow_seconds"
         reason = (
             f"{title}, longer than {field} ({limit:g}): a rank hangs. Every rank's stack is in "

@@ -276,20 +276,20 @@ def test_a_student_learns_from_a_cache_and_goes_on_where_it_was(recipe, world, t
     half = recipe(cached(world, tmp_path, **kind), name="half")
     run_dir = tmp_path / "half"
 
-    import slm.train
+    import slm.loop
 
-    steps, step_itself = [], slm.train.train_step
+    steps, step_itself = [], slm.loop.train_step
 
     def counted(*args, **kwargs):
         steps.append(1)
         return step_itself(*args, **{**kwargs, "stop_requested": len(steps) == 5})
 
-    slm.train.train_step = counted
+    slm.loop.train_step = counted
     try:
         assert train(load_recipe(half)) == 75
         assert train(load_recipe(half)) == 0
     finally:
-        slm.train.train_step = step_itself
+        slm.loop.train_step = step_itself
     assert [r["loss"] for r in rows_of(run_dir) if "loss" in r] == [r["loss"] for r in whole]
 
 

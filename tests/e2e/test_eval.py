@@ -141,7 +141,7 @@ def test_tables_and_picture_of_the_command(write, folder, tmp_path):
     assert "pass key" in text
     for words, message in [
         (["--recall", "--lengths", "64,1Ki"], "--lengths has 1024, beyond the model's context of 256"),
-        (["--recall", "--lengths", "20"], "leaves less than a quarter"),
+        (["--recall", "--lengths", "20"], "less than a quarter would be left"),
         (["--recall", "--lengths", "many"], "'many' is not a count"),
         (["--keys", "2"], "--keys has no effect without --recall"),
         (["--recall", "--keys", "0"], "greater than or equal to 1"),

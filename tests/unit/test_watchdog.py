@@ -82,7 +82,7 @@ def test_a_stopped_rank_is_found_by_the_other_and_shows_where_it_was(tmp_path):
     (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert (event["kind"], event["rank"], event["doing"], event["step"]) == ("hang", 0, "step", 7)
     assert 1 <= event["seconds"] < 2
-    assert event["where"]["1"].startswith("guilty (")
+    assert event["where"]["1"].startswith("stopped (SIGSTOP) in guilty (")
     record = json.loads((tmp_path / "exit.json").read_text())
     assert record["code"] == 79
     assert "longer than watchdog.step_seconds (1)" in record["reason"]
