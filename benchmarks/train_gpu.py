@@ -209,7 +209,7 @@ def measure(job: argparse.Namespace) -> dict[str, Any]:
     config, peak = ModelConfig.preset(PRESET), peak_flops(device)
     full, causal = (flops_per_token(config, job.seq_len, causal=causal) for causal in (False, True))
     return {
-        "losses": [x.item() for x in losses], "step_seconds": seconds, "median_seconds": median,
+        "losses": [float(x) for x in losses], "step_seconds": seconds, "median_seconds": median,
         "p95_seconds": sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1],
         "tokens_per_second": tokens_per_second,
         "tflops_full": tokens_per_second * full / 1e12, "tflops_causal": tokens_per_second * causal / 1e12,
