@@ -95,6 +95,7 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
         if attempts:
             attempts[-1].append(event)
     total: dict[str, float] = defaultdict(float)
+    hung_in_steps = 0.0
     for i, attempt in enumerate(attempts):
         told = [event for event in attempt if event["kind"] == "seconds"]
         spent = defaultdict(float, told[-1]["seconds"] if told else {})
@@ -113,8 +114,10 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
         as_step = min(max(0.0, hung - gap), spent["step"])
         total["step"] -= as_step
         total["hang"] += min(hung, gap) + as_step
+        hung_in_steps += as_step
         total["restart" if following else "finish"] += gap - min(hung, gap)
     lost, steps_lost = _lost([event for attempt in attempts for event in attempt])
+    lost["step"] = max(0.0, lost["step"] - hung_in_steps)  # the last steps of an attempt, that is, those lost
     for category in WORK:
         total[category] -= lost[category]
         total["lost"] += lost[category]

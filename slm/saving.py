@@ -89,7 +89,7 @@ class Checkpointer:
             self.root.mkdir(parents=True, exist_ok=True)
             recover(self.root)
             for leftover in self.root.glob(".staging-*"):
-                _remove(leftover)
+                remove(leftover)
         except OSError as error:
             raise EnvironmentProblem(
                 f"{self.root} cannot be written, so no checkpoint could be saved: {error}",
@@ -298,7 +298,7 @@ class Checkpointer:
         if save.best:
             _point(self.root.parent / "best", final)
         for folder in self._outdated(keep_last=self.settings.keep_last):
-            _remove(folder)
+            remove(folder)
 
     def _wait_for_peers(self, staging: Path, world: int) -> list[dict[str, Any] | None]:
         paths = [staging / f"rank-{rank:05d}.done" for rank in range(world)]
@@ -359,10 +359,10 @@ def _put_in_place(staging: Path, final: Path) -> None:
         raise
     fsync_folder(final.parent)
     if replaced is not None:
-        _remove(replaced)
+        remove(replaced)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Removes a checkpoint; of one that lies elsewhere, perhaps in another run, the link alone."""
     try:
         if folder.is_symlink():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import shutil
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,7 +49,7 @@ from slm.recipe import Phase, Recipe, dump_recipe
 from slm.resume import Position, Resume, as_far_as_run, open_checkpoint, phases_to_run, position_of, recipe_changes
 from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
 from slm.safety import RollBack
-from slm.saving import Checkpointer
+from slm.saving import Checkpointer, remove
 
 log = logging.getLogger("slm")
 
@@ -347,8 +346,7 @@ def _roll_back(run: Run, phase: Phase, bad: Position) -> tuple[checkpoint.Reader
     if run.ranks.rank == 0:  # a stop within the bad steps has saved there: nobody shall go on from it
         for later in checkpoint.newest_first(run.run_dir / "checkpoints"):
             if (checkpoint.manifest_or_none(later) or {"global_step": 0})["global_step"] > to.global_step:
-                (later / "manifest.json").unlink()
-                shutil.rmtree(later, ignore_errors=True)
+                remove(later)
     run.tell_seconds(bad.global_step)
     run.metrics.event("rollback", from_step=bad.global_step, to_step=to.global_step, steps_left_out=to.steps_left_out)
     run.metrics.go_back(to.global_step)

@@ -165,3 +165,19 @@ def test_goodput_of_a_rollback_to_before_the_attempt_began():
     assert found["seconds"]["lost"] == pytest.approx(40)
     assert found["seconds"]["step"] == pytest.approx(20)
     assert sum(found["seconds"].values()) == pytest.approx(found["wall"]) == pytest.approx(63)
+
+
+def test_a_hang_that_was_told_of_as_a_step_is_a_hang():
+    """The rank that was stopped is woken for its stack, and both tell of the step that lasted 20 s before they are ended."""
+    events = [
+        event("start", 2, age=2.0, step=0),
+        event("seconds", 12, step=10, seconds={"init": 2.0, "step": 10.0}),
+        event("seconds", 33, step=11, seconds={"init": 2.0, "step": 31.0}),
+        event("hang", 34, seconds=20.0),
+        event("start", 40, age=3.0, step=10),
+        event("seconds", 50, step=20, seconds={"init": 3.0, "step": 10.0}),
+    ]
+    found = goodput(events)
+    assert found["seconds"]["hang"] == pytest.approx(20)
+    assert found["seconds"]["step"] == pytest.approx(20)
+    assert sum(found["seconds"].values()) == pytest.approx(found["wall"]) == pytest.approx(50)
