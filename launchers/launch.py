@@ -113,6 +113,7 @@ class Launch:
         self.arrived: list[int] = []  # signals, in order
         self.num_forwarded = 0
         self.failed_at: float | None = None
+        self.ended: set[int] = set()  # ranks whose status was seen
         wanted = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup: let it be so
             wanted.append(signal.SIGHUP)
@@ -159,11 +160,17 @@ class Launch:
             send(self.ranks, signal.SIGTERM if number == signal.SIGHUP else number)
 
     def watch_ranks(self) -> None:
-        """See a rank's failure before DeepSpeed collects its status (it looks once a second)."""
+        """See a rank's failure before DeepSpeed collects its status (it looks once a second), or that a rank has gone without
+        a word where this program came too late for the status."""
         if self.failed_at is None:
             for number, process in enumerate(self.ranks):
                 status = exit_status_of_zombie(process.pid)
-                if status in (0, STOPPED_CODE << 8):
+                if status is not None:
+                    self.ended.add(process.pid)
+                elif process.pid not in self.ended and not process.is_running() and not self.exit_file.exists():
+                    self.failed_at = time.monotonic()
+                    say(f"rank {number} (process {process.pid}) has gone")
+                if status in (None, 0, STOPPED_CODE << 8):
                     continue
                 self.failed_at = time.monotonic()
                 if status & 127:
@@ -206,13 +213,13 @@ def send(processes: list[psutil.Process], number: int) -> None:
             pass
 
 
-def exit_status_of_zombie(pid: int) -> int:
-    """Wait status of an ended process not yet collected by its parent, else 0 (proc(5): stat, field 52)."""
+def exit_status_of_zombie(pid: int) -> int | None:
+    """Wait status of an ended process not yet collected by its parent, else None (proc(5): stat, field 52)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:  # gone, or no /proc: DeepSpeed's own, slower handling is left
-        return 0
-    return int(fields[49]) if fields[0] == "Z" else 0
+        return None
+    return int(fields[49]) if fields[0] == "Z" else None
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:

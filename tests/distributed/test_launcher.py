@@ -154,8 +154,9 @@ def test_local_sh_passes_recipe_ranks_and_overrides():
     assert show("r.yaml", "4", "optim.lr=1", "a b") == f"{start} --ranks 4 {train} optim.lr=1 a b"
     assert show("r.yaml", "optim.lr=1") == f"{start} {train} optim.lr=1"
     assert "NUMBER_OF_RANKS" in show("--help")
-    again = f"-m slm train r.yaml optim.lr=1 --restarts 3 --launcher echo {start} --ranks 4 --module slm.cli"
-    assert show("r.yaml", "4", "optim.lr=1", "--restarts", "3") == again
+    again = show("r.yaml", "4", "optim.lr=1", "--restarts", "3")
+    assert again.startswith("-m slm train r.yaml optim.lr=1 --restarts 3 --launcher ")
+    assert again.endswith(f"{start} --ranks 4 --module slm.cli")
 
 
 def test_a_mistyped_option_is_no_crash(tmp_path):
