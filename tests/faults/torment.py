@@ -20,6 +20,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -84,8 +85,14 @@ def limit_rank_1(rank: int) -> None:
     """It may write no file above 200 kB until its fifth step begins (a run that stops does not come so far)."""
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
-        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        before_step(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, unlimited))
+
+        def lift() -> None:
+            for thread in threading.enumerate():  # the save of step 4 is still under way, and is to fail
+                if thread.name.startswith("save "):
+                    thread.join()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+        before_step(5, lift)
 
 
 def ended(pids: list[int]) -> list[int] | None:
