@@ -217,9 +217,7 @@ def choose(run_dir: Path, *, own: bool = False) -> Path | None:
 def choose_together(run_dir: Path, up_to_step: int | None = None) -> Path | None:
     """choose with own, by all ranks: rank 0 lists, and each rank reads through a part of the files. up_to_step: none of a
     later global step."""
-    folders = parallel.first_rank_decides(_recovered, run_dir / "checkpoints")
-    if up_to_step is not None:
-        folders = [folder for folder in folders if _global_step(folder) <= up_to_step]
+    folders = parallel.first_rank_decides(_recovered, run_dir / "checkpoints", up_to_step)
     chosen = _first_whole(run_dir, folders, _verify_together)
     if chosen is not None:
         parallel.first_rank_decides(_set_aside, folders[: folders.index(chosen)])
@@ -241,9 +239,9 @@ def _set_aside(damaged: list[Path]) -> None:
             log.warning("%s is kept as %s: look at it, or remove it", folder, to.name)
 
 
-def _recovered(root: Path) -> list[Path]:
+def _recovered(root: Path, up_to_step: int | None = None) -> list[Path]:
     recover(root)
-    return newest_first(root)
+    return [folder for folder in newest_first(root) if up_to_step is None or _global_step(folder) <= up_to_step]
 
 
 def _first_whole(run_dir: Path, folders: list[Path], check: Callable[[Path], None]) -> Path | None:

@@ -128,7 +128,7 @@ def run_phase(
         raise explained(error, run.run_dir, run.ranks.rank, device.type, phase) from error
 
     latest: dict[str, Any] | None = None  # what the newest evaluation found
-    measured_at = -1
+    measured_at = checked_at = -1
 
     @contextmanager
     def doing(what: str) -> Iterator[None]:
@@ -136,8 +136,11 @@ def run_phase(
             yield
 
     def check_replicas() -> None:
-        with doing("check"):
-            replicas.check(engine.replicated(), position.global_step)
+        nonlocal checked_at
+        if checked_at != position.global_step:  # once a step, also where a save follows
+            with doing("check"):
+                replicas.check(engine.replicated(), position.global_step)
+            checked_at = position.global_step
 
     def save(name: str, **options: Any) -> None:
         watchdog.at("the save of step", position.global_step)

@@ -12,6 +12,7 @@ from slm.data.tokens import TokenDataset
 from slm.ledger import goodput, read_events
 from slm.parallel import Share
 from tests.distributed.ranks import run_ranks
+from tests.faults.digest import tensors
 from tests.shards import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -99,15 +100,7 @@ def losses(run_dir):
 
 
 def same_state(one, other):
-    a, b = checkpoint.Reader(one), checkpoint.Reader(other)
-    for name, shape in a.shapes.items():
-        length = 1
-        for n in shape:
-            length *= n
-        for kind in ("master", "exp_avg", "exp_avg_sq"):
-            if not a.read(kind, name, 0, length).equal(b.read(kind, name, 0, length)):
-                return False
-    return True
+    return tensors(checkpoint.Reader(one)) == tensors(checkpoint.Reader(other))
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -46,7 +46,13 @@ def state(run_dir: str | Path) -> dict[str, str]:
     folder = checkpoint.choose(Path(run_dir))
     assert folder is not None
     reader = checkpoint.Reader(folder)
-    found = {"global_step": str(reader.state["global_step"]), "updates": str(reader.state["optimizer_steps"])}
+    counters = {"global_step": str(reader.state["global_step"]), "updates": str(reader.state["optimizer_steps"])}
+    return counters | tensors(reader)
+
+
+def tensors(reader: checkpoint.Reader) -> dict[str, str]:
+    """{KIND/NAME: SHA-256 of all its elements} of a checkpoint."""
+    found = {}
     for name, shape in reader.shapes.items():
         for kind in ("master", "exp_avg", "exp_avg_sq"):
             values = reader.read(kind, name, 0, torch.Size(shape).numel())
