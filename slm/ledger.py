@@ -63,7 +63,7 @@ class Ledger:
     def seconds(self) -> dict[str, float]:
         """Up to now, by category. Their sum is the age of the attempt."""
         self.enter(self._category)
-        return {name: round(seconds, 4) for name, seconds in self._seconds.items()}
+        return {name: round(seconds, 6) for name, seconds in self._seconds.items()}
 
 
 # --- over all attempts of a run ----------------------------------------------------------------------------------
