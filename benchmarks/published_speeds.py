@@ -2,9 +2,9 @@
 
     python benchmarks/published_speeds.py
 
-No GPU: arithmetic. The rule (slm/forecast.py) has two efficiencies for each kind of GPU and one number for waiting at scale; rows marked "fit"
-gave them, the others test it. They are others' programs, so that a difference is theirs and the rule's: read it as the spread of what a
-well-made trainer reaches, not as an error bar of this project's own speed.
+No GPU: arithmetic. The rule (slm/forecast.py) has two efficiencies for each kind of GPU and one number for waiting at scale; rows
+marked "fit" gave them, the others test it. They are others' programs, so that a difference is theirs and the rule's: read it as
+the spread of what a well-made trainer reaches, not as an error bar of this project's own speed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from slm.memory import Zero
 from slm.model.config import ModelConfig
 
 # As many weights and as much attention as theirs: MPT's and GPT's MLP has two matrices of four widths, ours three.
-_MLP2 = dict(hidden_size=2048, intermediate_size=5461, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16)
+_MLP2 = dict(
+    hidden_size=2048, intermediate_size=5461, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16
+)
 MPT_1B = ModelConfig(vocab_size=50368, **_MLP2)  # type: ignore[arg-type]
 GPT3_1B = ModelConfig(vocab_size=50257, **_MLP2)  # type: ignore[arg-type]
 TINYLLAMA = ModelConfig(
@@ -63,12 +65,24 @@ PUBLISHED = [
     Published(LLM_FOUNDRY, MPT_1B, "a100-80", 8, 8192, 13814, is_fit=True),
     Published(LLM_FOUNDRY, MPT_1B, "a100-80", 8, 32768, 6275, is_fit=True),
     Published(
-        "Smol Training Playbook (nanotron)", ModelConfig.preset("llama3.2-1b"), "h100", 8, 4096, 42000, zero=Zero(1, overlap=True)
+        "Smol Training Playbook (nanotron)",
+        ModelConfig.preset("llama3.2-1b"),
+        "h100",
+        8,
+        4096,
+        42000,
+        zero=Zero(1, overlap=True),
     ),
     Published("TinyLlama bf122247 README", TINYLLAMA, "a100-40", 16, 2048, 24000),
-    Published("FlashAttention 0251105a training/README.md", GPT3_1B, "a100-80", 8, 2048, 21125, zero=Zero(1, overlap=True)),
-    Published("torchtitan b5bcd76c llama3_h100_202412 (compile)", ModelConfig.preset("llama3.1-8b"), "h100", 8, 8192, 6667),
-    Published("torchtitan b5bcd76c llama3_h100_202412 (eager)", ModelConfig.preset("llama3.1-8b"), "h100", 8, 8192, 5762),
+    Published(
+        "FlashAttention 0251105a training/README.md", GPT3_1B, "a100-80", 8, 2048, 21125, zero=Zero(1, overlap=True)
+    ),
+    Published(
+        "torchtitan b5bcd76c llama3_h100_202412 (compile)", ModelConfig.preset("llama3.1-8b"), "h100", 8, 8192, 6667
+    ),
+    Published(
+        "torchtitan b5bcd76c llama3_h100_202412 (eager)", ModelConfig.preset("llama3.1-8b"), "h100", 8, 8192, 5762
+    ),
     Published("SmolLM3-3B (384 GPUs, tensor parallel 2)", SMOLLM3, "h100", 384, 4096, 14000),
 ]
 

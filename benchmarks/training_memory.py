@@ -1,13 +1,14 @@
 """Memory of one rank in training against the prediction of `slm plan`: real engines, real steps, on a CPU.
 
-    python benchmarks/training_memory.py                    # the whole grid, on 1 and on 2 ranks
+    python benchmarks/training_memory.py                    # the whole grid, on 1 and on 2 ranks: some ten minutes
     python benchmarks/training_memory.py --case '{"zero": "zero2", "precision": "bfloat16", "world_size": 2}'
 
-Each case builds slm's engine on DeepSpeed and takes three steps of slm's train_step on gloo. Measured is the largest resident set of the process in
-the last of them (VmHWM of /proc, set back before it) less what was resident before the engine was built: torch's profiler
-would name tensors, but it notes only what its own thread allocates and frees, and gloo's threads free what they have sent; a
-resident set misses nothing, DeepSpeed's C++ included. So that it equals what is allocated, malloc gives each larger block pages of its
-own (MALLOC_MMAP_THRESHOLD_), and fills them at once (MALLOC_PERTURB_), as a GPU's allocator would take them. Steps before have loaded libraries.
+Each case builds slm's engine on DeepSpeed and takes steps of slm's train_step on gloo. Measured is the largest resident set of
+the process in the last of them (VmHWM of /proc, set back before it) less what was resident before the engine was built. torch's
+profiler would name tensors, but it notes only what its own thread allocates and frees, and gloo's threads free what they have sent;
+a resident set misses nothing, DeepSpeed's C++ included. So that it equals what is allocated, as on a GPU, malloc gives each larger
+block pages of its own (MALLOC_MMAP_THRESHOLD_) and fills them at once (MALLOC_PERTURB_): the end of a bucket may never be
+written. A first case, not counted, has loaded libraries.
 
 On a CPU offloaded state is in the same memory: measured is device and host together.
 """
@@ -40,8 +41,8 @@ from slm.step import train_step
 from slm.strategy import read_deepspeed
 
 ROOT = Path(__file__).parents[1]
-# 19 million parameters, of which the embedding is 11 %: its peak is 0.2 to 0.6 GB a rank.
-SHAPE = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8)
+# 11 million parameters, of which the embedding is 14 %: its peak is 0.1 to 0.4 GB a rank.
+SHAPE = dict(hidden_size=384, intermediate_size=1056, num_hidden_layers=6, num_attention_heads=6)
 DEFAULTS: dict[str, Any] = dict(
     zero="zero1",
     precision="float32",
@@ -65,21 +66,20 @@ def grid() -> list[dict[str, Any]]:
             for zero in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"):
                 if (zero, precision) != ("zero0", "bfloat16"):  # the engine refuses it
                     cases.append(dict(zero=zero, precision=precision, world_size=world_size))
-        # The activations bind, with each policy; then several micro-batches, and several buckets.
-        for zero in ("zero0", "zero1", "zero2", "zero3"):
-            for policy in ("none", "selective", "full"):
-                cases.append(dict(zero=zero, policy=policy, tokens=1024, world_size=world_size))
-            cases.append(dict(zero=zero, accumulation=2, world_size=world_size))
-        cases.append(dict(zero="zero2", policy="selective", tokens=1024, tile_tokens=128, world_size=world_size))
-        for zero in ("zero1", "zero2", "zero3"):
-            options = {"reduce_bucket_size": 6_000_000}
-            for precision in ("float32", "bfloat16"):
-                cases.append(dict(zero=zero, precision=precision, options=options, world_size=world_size))
-            cases.append(dict(zero=zero, precision="bfloat16", accumulation=2, world_size=world_size))
+    half = dict(precision="bfloat16", world_size=2)
+    # Activations bind, with each policy; then several micro-batches, several buckets, and ranks that share sequences.
     for zero in ("zero1", "zero2", "zero3"):
-        cases.append(dict(zero=zero, precision="bfloat16", world_size=2, sequence_parallel=2))
-        cases.append(dict(zero=zero, tokens=1024, world_size=2, sequence_parallel=2))
-    cases.append(dict(zero="zero3", tokens=1024, world_size=2, options={"stage3_max_reuse_distance": 0}))
+        for policy in ("none", "selective", "full"):
+            cases.append(dict(zero=zero, policy=policy, tokens=768, world_size=2))
+        cases.append(dict(zero=zero, accumulation=2, world_size=2))
+        cases.append(dict(zero=zero, options={"reduce_bucket_size": 4_000_000}, world_size=2))
+        cases.append(dict(zero=zero, options={"reduce_bucket_size": 4_000_000}, **half))
+        cases.append(dict(zero=zero, sequence_parallel=2, **half))
+    cases.append(dict(zero="zero0", tokens=768, world_size=2))
+    cases.append(dict(zero="zero2", policy="selective", tokens=768, tile_tokens=128, world_size=2))
+    cases.append(dict(zero="zero2", accumulation=2, **half))
+    cases.append(dict(zero="zero2", tokens=768, world_size=2, sequence_parallel=2))
+    cases.append(dict(zero="zero3", tokens=768, world_size=2, options={"stage3_max_reuse_distance": 0}))
     return cases
 
 
@@ -135,7 +135,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, int]:
     engine = Engine(config, phase, Optim(), precision=case["precision"], device=torch.device("cpu"))
     engine.write_weights(lambda _, shape: torch.zeros(shape))
     timer = StepTimer()
-    for _ in range(3):  # ZeRO-3 fetches ahead from the second on
+    for _ in range(3 if engine.stage == 3 else 2):  # stage 3 fetches ahead from the second on
         resting = _resident() - before
         train_step(engine, [_batch(config, case) for _ in range(case["accumulation"])], 1e-4, timer)
         peak = _status("VmHWM") - before
@@ -161,11 +161,10 @@ def predict(case: dict[str, Any]) -> RankMemory:
 def run_rank(cases: list[dict[str, Any]]) -> None:
     """Writes a line of JSON for each case."""
     parallel.start(parallel.local_device(discover_ranks().local_rank))
-    small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     with tempfile.TemporaryDirectory() as folder:
-        for precision in {case["precision"] for case in cases}:
-            for zero in {case["zero"] for case in cases if case["zero"] != "zero0"}:  # loads libraries
-                measure({**DEFAULTS, "world_size": cases[0]["world_size"], "zero": zero, "model": small, "precision": precision}, Path(folder))
+        # Once without measuring, to load libraries: the same on all ranks, in the same order.
+        for precision in sorted({case["precision"] for case in cases}):
+            measure({**DEFAULTS, "precision": precision, "world_size": cases[0]["world_size"]}, Path(folder))
         for case in cases:
             found = measure(case, Path(folder))
             if parallel.rank() == 0:
@@ -182,8 +181,15 @@ def run(cases: list[dict[str, Any]], timeout_seconds: int = 3600) -> list[dict[s
     for world_size in sorted({case["world_size"] for case in cases}):
         here = [case for case in cases if case["world_size"] == world_size]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-        command += [__file__, "--rank-cases", json.dumps(here)]
-        environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+        command += [__file__, "--in-rank"]
+        environment = {
+            **os.environ,
+            **ALLOCATOR,
+            "SLM_MEMORY_CASES": json.dumps(here),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": str(ROOT),
+        }
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_seconds)
         if result.returncode:
             raise RuntimeError(result.stdout[-2000:] + result.stderr[-4000:])
@@ -199,12 +205,14 @@ def run(cases: list[dict[str, Any]], timeout_seconds: int = 3600) -> list[dict[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", type=json.loads, help="JSON of one case, fields as in DEFAULTS; repeatable")
+    parser.add_argument(
+        "--case", action="append", type=json.loads, help="JSON of one case, fields as in DEFAULTS; repeatable"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here too")
-    parser.add_argument("--rank-cases", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--in-rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rank_cases:
-        run_rank(args.rank_cases)
+    if args.in_rank:
+        run_rank(json.loads(os.environ["SLM_MEMORY_CASES"]))
         return 0
     if not Path("/proc/self/clear_refs").exists():
         print("needs Linux's /proc: nothing is measured", file=sys.stderr)
@@ -214,7 +222,11 @@ def main() -> int:
     table = Table("case", "at rest", "peak", "measured / predicted", "fullest at (predicted)")
     table.title = f"bytes a parameter on one rank ({parameters:,} parameters); torch {torch.__version__}, gloo"
     for row in rows:
-        told = " ".join(f"{k}={v}" if k != "zero" else v for k, v in row["case"].items() if v != DEFAULTS[k] or k in ("zero", "precision", "world_size"))
+        told = " ".join(
+            f"{k}={v}" if k != "zero" else v
+            for k, v in row["case"].items()
+            if v != DEFAULTS[k] or k in ("zero", "precision", "world_size")
+        )
         P = ModelConfig.preset("cpu-small", **row["case"]["model"]).num_parameters()
         ratio = row["measured"] / row["predicted"]
         table.add_row(told, f"{row['rest'] / P:.2f}", f"{row['measured'] / P:.2f}", f"{ratio:.3f}", row["moment"])

@@ -99,8 +99,8 @@ def check_fits(found: Budget) -> None:
         largest = max(held.parts().items(), key=lambda item: item[1])
         told.append(
             f"phases.{part.phase.name} needs {gib(held.total_bytes)} GiB on each GPU ({held.moment}; most of it {largest[0]}, "
-            f"{gib(largest[1])} GiB), and tensors may fill {gib(usable)} GiB of {found.gpu.name}: {gib(held.total_bytes - usable)} "
-            "GiB too much"
+            f"{gib(largest[1])} GiB), and tensors may fill {gib(usable)} GiB of {found.gpu.name}: "
+            f"{gib(held.total_bytes - usable)} GiB too much"
         )
         if part.best is None:
             least = min(part.rows, key=lambda row: row.memory.peak.total_bytes)
@@ -111,7 +111,7 @@ def check_fits(found: Budget) -> None:
         else:
             fixes.append(" ".join(f"phases.{part.phase.name}.{k}={v}" for k, v in changed(part).items()))
     if told:
-        raise UserError("; ".join(told), fix="; ".join(fixes))
+        raise UserError(";\n".join(told), fix="\n       ".join(fixes))
 
 
 def changed(part: PhaseBudget) -> dict[str, Any]:
@@ -149,7 +149,10 @@ def _as_dict(found: Budget, part: PhaseBudget, row: Candidate) -> dict[str, Any]
         "memory_bytes_at": {held.moment: held.total_bytes for held in row.memory.moments},
         "host_bytes": row.memory.host_bytes,
         "save_copy_bytes": row.memory.save_bytes,
-        "communication_bytes_per_step": {"gradients_and_weights": row.time.state_bytes, "sequences": row.time.exchange_bytes},
+        "communication_bytes_per_step": {
+            "gradients_and_weights": row.time.state_bytes,
+            "sequences": row.time.exchange_bytes,
+        },
         "step_seconds": row.time.seconds,
         "exposed_communication_seconds": row.time.exposed_seconds,
         "tokens_per_second": row.tokens_per_second,
@@ -170,7 +173,11 @@ def as_dict(found: Budget) -> dict[str, Any]:
         "gpu": {**vars(found.gpu), "usable_bytes": found.gpu.usable_bytes},
         "gpus": found.gpus.count,
         "gpus_per_node": found.gpus.per_node,
-        "assumed": {**vars(found.assumed), "save_stall_seconds": found.stall_seconds, "mtbf_hours": found.mtbf_seconds / 3600},
+        "assumed": {
+            **vars(found.assumed),
+            "save_stall_seconds": found.stall_seconds,
+            "mtbf_hours": found.mtbf_seconds / 3600,
+        },
         "checkpoint_bytes": STATE_BYTES * parameters,
         "phases": [
             {
@@ -197,10 +204,12 @@ def draw(found: Budget, *, all_rows: bool = False) -> None:
     console = Console(width=_WIDTH, highlight=False)
     gpu, assumed = found.gpu, found.assumed
     console.print(
-        f"\non {found.gpus.count} x {gpu.name} ({found.gpus.nodes} node{'s' * (found.gpus.nodes > 1)}): {gpu.memory_gib:g} GiB each, of which "
+        f"\non {found.gpus.count} x {gpu.name} ({found.gpus.nodes} node{'s' * (found.gpus.nodes > 1)}): "
+        f"{gpu.memory_gib:g} GiB each, of which "
         f"tensors may fill {gib(gpu.usable_bytes)}. Speeds are forecasts, from what published runs reached\n"
         "(matrix products at "
-        f"{gpu.matmul_efficiency:.0%} and attention at {gpu.attention_efficiency:.0%} of peak; benchmarks/published_speeds.py), not measurements."
+        f"{gpu.matmul_efficiency:.0%} and attention at {gpu.attention_efficiency:.0%} of peak; "
+        "benchmarks/published_speeds.py), not measurements."
     )
     for part in found.phases:
         console.print(_table(found, part, all_rows))
@@ -216,11 +225,15 @@ def _kept(found: Budget) -> str:
     most = recipe.checkpoint.keep_last + len(recipe.phases) + 2  # the best, and the one being written
     size = STATE_BYTES * recipe.model.num_parameters() * most / 1e9
     more = " and those of keep_every_steps" if recipe.checkpoint.keep_every_steps else ""
-    return f"at most {most} at once, {size:.0f} GB{more}; the model alone in 16 bits {2 * recipe.model.num_parameters() / 1e9:.2f} GB"
+    alone = 2 * recipe.model.num_parameters() / 1e9
+    return f"at most {most} at once, {size:.0f} GB{more}; the model alone in 16 bits {alone:.2f} GB"
 
 
 def _table(found: Budget, part: PhaseBudget, all_rows: bool) -> Table:
-    table = Table(title=f"phase {part.phase.name}: {part.phase.seq_len:,} tokens, {part.phase.batch_tokens:,} a step", title_justify="left")
+    table = Table(
+        title=f"phase {part.phase.name}: {part.phase.seq_len:,} tokens, {part.phase.batch_tokens:,} a step",
+        title_justify="left",
+    )
     names = ["", "ZeRO", "GPUs a sequence", "recompute", "micro-batch", "GiB", "fits", "tokens/s/GPU"]
     parts = list(part.own.memory.peak.parts())
     for name in names + (parts if all_rows else []):
@@ -238,17 +251,21 @@ def _table(found: Budget, part: PhaseBudget, all_rows: bool) -> Table:
 
 
 def _shown(part: PhaseBudget, all_rows: bool) -> list[Candidate]:
-    """The recipe's own, and unless all: one row for each strategy and policy, at the degree chosen and the recipe's; offloading only
-    where it is needed."""
+    """The recipe's own, and unless all: one row for each strategy and policy, at the degree chosen and the recipe's; offloading
+    only where it is needed."""
     others = [row for row in part.rows if not row.is_own]
     if all_rows:
         return [part.own, *others]
-    shown_degrees = {part.own.sequence_parallel, part.best.sequence_parallel if part.best else part.own.sequence_parallel}
+    shown_degrees = {
+        part.own.sequence_parallel,
+        part.best.sequence_parallel if part.best else part.own.sequence_parallel,
+    }
     needed = part.best is None or part.best.zero.offload_optimizer
     others = [
         row
         for row in others
-        if row.sequence_parallel in shown_degrees and (needed or row.deepspeed == part.own.deepspeed or not row.zero.offload_optimizer)
+        if row.sequence_parallel in shown_degrees
+        and (needed or row.deepspeed == part.own.deepspeed or not row.zero.offload_optimizer)
     ]
     return [part.own, *others]
 
@@ -278,13 +295,14 @@ def _lines(found: Budget, part: PhaseBudget) -> list[str]:
     best_loss = lost_fraction(interval, found.stall_seconds, found.mtbf_seconds)
     return [
         *lines,
-        f"{'' if shown is row else 'as chosen: '}{figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu_causal']:.0%} causal, "
-        f"{figures['mfu_full']:.0%} full ({part.flops_causal:.3e} and {part.flops_full:.3e} FLOPs a token); a step "
+        f"{'as the recipe has it: ' if shown is row else 'as chosen: '}{figures['tokens_per_second']:,.0f} tokens/s, "
+        f"MFU {figures['mfu_causal']:.0%} causal, {figures['mfu_full']:.0%} full "
+        f"({part.flops_causal:.3e} and {part.flops_full:.3e} FLOPs a token); a step "
         f"{figures['step_seconds']:.2f} s, of which communication {figures['exposed_communication_seconds']:.2f} s",
         f"a GPU sends {sent['gradients_and_weights'] / 1e9:.2f} GB of gradients and weights{exchanged} a step",
         f"{phase.num_steps:,} steps in {figures['days']:.2g} days, {figures['gpu_hours']:,.0f} GPU hours{cost}",
-        f"save every {interval:,.0f} s = {figures['save_every_steps']:,} steps (Young: {best_loss:.2%} lost to saves and failures; "
-        f"checkpoint.every_steps {every:,}: {own_loss:.2%})",
+        f"save every {interval:,.0f} s = {figures['save_every_steps']:,} steps "
+        f"(Young: {best_loss:.2%} lost to saves and failures; checkpoint.every_steps {every:,}: {own_loss:.2%})",
     ]
 
 

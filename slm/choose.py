@@ -6,8 +6,9 @@ Owns the combinations that are looked at and the rule of choice; memory.py says 
     best = choose(found.rows)                          # None: none fits
     print(reasons(best, found.rows, gpu))
 
-The rule: of all that fit and are within 2 % of the fastest, the least recomputation, then the smallest sequence degree, the lowest ZeRO stage
-without offloading, the largest micro-batch. Half precision on several micro-batches is not given to stage 1, which adds them up in half precision.
+The rule: of all that fit and are within 2 % of the fastest, the least recomputation, then no offloading, the smallest sequence
+degree, the lowest ZeRO stage, the largest micro-batch. Stage 1 is not given several micro-batches in half precision: it would add
+them up in half precision.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class Candidate:
 @dataclass(frozen=True)
 class Candidates:
     own: Candidate
-    rows: tuple[Candidate, ...]  # the recipe's own, then one for each strategy, degree and policy, at the largest micro-batch that fits
+    rows: tuple[
+        Candidate, ...
+    ]  # the recipe's own, then one for each strategy, degree and policy, at the largest micro-batch that fits
 
 
 def candidates(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidates:
@@ -84,7 +87,11 @@ def candidates(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidates
     if own.deepspeed not in paths:
         paths[own.deepspeed] = phase.deepspeed
     tiles = phase.mlp_tile_tokens or _TILE_TOKENS
-    relief: list[dict[str, Any]] = [{}, {"mlp_tile_tokens": tiles}, {"mlp_tile_tokens": tiles, "offload_activations": True}]
+    relief: list[dict[str, Any]] = [
+        {},
+        {"mlp_tile_tokens": tiles},
+        {"mlp_tile_tokens": tiles, "offload_activations": True},
+    ]
     rows: list[Candidate] = []
     for more in relief:
         rows = []
@@ -109,7 +116,7 @@ def degrees(recipe: Recipe, phase: Phase, gpus: GPUs) -> list[int]:
 
 
 def largest(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidate | None:
-    """With the largest micro-batch that fits, else with the smallest; None if these GPUs cannot share the batch at this degree."""
+    """With the largest micro-batch that fits, else the smallest; None if these GPUs cannot share the batch at this degree."""
     groups = gpus.count // phase.sequence_parallel
     if phase.global_batch % groups:
         return None
@@ -208,10 +215,14 @@ def reasons(best: Candidate, rows: tuple[Candidate, ...], gpu: GPU) -> list[str]
     shorter = [r for r in rows if r.sequence_parallel < best.sequence_parallel and r.policy == best.policy]
     if best.sequence_parallel > 1:
         told.append(f"{best.sequence_parallel} GPUs share a sequence: {_why_not(shorter, best, 'fewer')}")
-    same = [r for r in rows if r.sequence_parallel == best.sequence_parallel and r.policy == best.policy and not r.is_own]
+    same = [
+        r for r in rows if r.sequence_parallel == best.sequence_parallel and r.policy == best.policy and not r.is_own
+    ]
     lower = [r for r in same if _strategy_order(r) < _strategy_order(best)]
     if lower and all(_adds_in_half(r) for r in lower if r.fits) and any(r.fits for r in lower):
-        told.append(f"{best.deepspeed}: ZeRO-1 would add {best.gradient_accumulation} micro-batches up in half precision")
+        told.append(
+            f"{best.deepspeed}: ZeRO-1 would add {best.gradient_accumulation} micro-batches up in half precision"
+        )
     elif lower:
         told.append(f"{best.deepspeed}: {_why_not(lower, best, 'a lower stage')}")
     told.append(f"micro-batch {best.micro_batch}: the largest that fits and divides the batch")

@@ -90,17 +90,20 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", "--ranks", min=1, help="number of devices; the fewest that fit, if not given")
+        int | None,
+        typer.Option("--gpus", "--ranks", min=1, help="number of devices; the fewest that fit, if not given"),
     ] = None,
     gpu: Annotated[
-        str, typer.Option(metavar="NAME", help="their kind, as h200: also memory, speed, time and cost of every setting")
+        str,
+        typer.Option(metavar="NAME", help="their kind, as h200: also memory, speed, time and cost of every setting"),
     ] = "",
     gpus_per_node: Annotated[int, typer.Option(min=1, help="--gpu: GPUs that share a fast link")] = 8,
     price: Annotated[
         float | None, typer.Option("--price-per-gpu-hour", min=0.0, help="--gpu: for the cost, in any currency")
     ] = None,
     mtbf_hours: Annotated[
-        float | None, typer.Option(min=1.0, help="--gpu: hours between failures of one GPU; else those of Llama 3's run")
+        float | None,
+        typer.Option(min=1.0, help="--gpu: hours between failures of one GPU; else those of Llama 3's run"),
     ] = None,
     save_stall: Annotated[
         float | None, typer.Option("--save-stall-seconds", min=0.001, help="--gpu: what a save blocks, as measured")
@@ -115,8 +118,13 @@ def plan(
     from slm.layout import fitting_ranks
     from slm.plan import check_what_is_here, describe, plan_phase
 
-    options = (("gpus-per-node", gpus_per_node != 8), ("price-per-gpu-hour", price is not None))
-    options += (("mtbf-hours", mtbf_hours is not None), ("save-stall-seconds", save_stall is not None), ("all", all_rows))
+    options = [
+        ("gpus-per-node", gpus_per_node != 8),
+        ("price-per-gpu-hour", price is not None),
+        ("mtbf-hours", mtbf_hours is not None),
+        ("save-stall-seconds", save_stall is not None),
+        ("all", all_rows),
+    ]
     for option, given in options:
         if given and not gpu:
             raise UserError(f"--{option} has no effect without --gpu", fix="add --gpu NAME, such as --gpu h200")

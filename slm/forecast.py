@@ -1,13 +1,14 @@
-"""How long a training step takes on given GPUs: computation at efficiencies that published runs reached, and communication. No torch.
+"""How long a training step takes on given GPUs: computation as efficient as published runs, and communication. No torch.
 
     time = step_time(config, work, gpu, GPUs(64))
     time.seconds, time.compute_seconds, time.exposed_seconds
     save_interval_seconds(stall_seconds=2.0, mtbf_seconds=mtbf_seconds(64))
 
-One step's computation is  linear FLOPs / (peak * matmul efficiency) + attention FLOPs / (peak * attention efficiency),  with what is
-computed again. All that is neither (norms, loss, optimiser, Python) is in the efficiencies, which are fits to published runs
-of others (llm-foundry, MPT-1.3B on 8 H100 and 8 A100, at 2K to 32K tokens): not measurements of this project. benchmarks/published_speeds.py
-holds the rule against those and other published runs. Attention counts whole squares ("full"): FLOPs as in plan.py.
+Computation is  linear FLOPs / (peak * matmul efficiency) + attention FLOPs / (peak * attention efficiency),  with what is
+computed again. All that is neither (norms, loss, optimiser, Python) is in the efficiencies, which are fits to published runs of
+others (llm-foundry, MPT-1.3B on 8 H100 and 8 A100, at 2K to 32K tokens): not measurements of this project.
+benchmarks/published_speeds.py holds the rule against those and other published runs. Attention counts whole squares ("full"), FLOPs
+as in plan.py.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import math
 from dataclasses import dataclass
 
 from slm.hardware import GPU
-from slm.memory import STATE_BYTES, Zero
+from slm.memory import STATE_BYTES, Zero, gathered_elements
 from slm.model.config import ModelConfig
 
-# Of a link's or network's printed bandwidth, what large collectives reach. An assumption: NCCL's tests reach 0.75 to 0.85 of NVLink.
+# Of a link's or network's printed bandwidth, what large collectives reach: an assumption.
 REACHED = 0.8
 # What is lost to waiting for the slowest of many GPUs, in proportion to their number. Fitted to llm-foundry's MPT-1.3B at 2,048
 # tokens (45,455 tokens/s/GPU on 8 H100; 44,123 on 128; 42,555 on 256; 39,837 on 512) with its communication hidden. Beyond 512
@@ -71,7 +72,11 @@ def step_time(config: ModelConfig, work: Work, gpu: GPU, gpus: GPUs) -> StepTime
     state, exchange = state_bytes(config, work, gpus.count), exchange_bytes(config, work)
     # A ring over nodes enters and leaves each by all its network cards; an exchange within a node does not leave it.
     across = gpus.nodes > 1
-    ring = min(gpu.link_bandwidth, gpu.network_bandwidth * min(gpus.count, gpus.per_node)) if across else gpu.link_bandwidth
+    ring = (
+        min(gpu.link_bandwidth, gpu.network_bandwidth * min(gpus.count, gpus.per_node))
+        if across
+        else gpu.link_bandwidth
+    )
     far = work.sequence_parallel > gpus.per_node
     state_seconds = state / (ring * REACHED)
     exchange_seconds = exchange / ((gpu.network_bandwidth if far else gpu.link_bandwidth) * REACHED)
@@ -105,17 +110,20 @@ def compute_seconds(config: ModelConfig, work: Work, gpu: GPU, num_gpus: int) ->
 def state_bytes(config: ModelConfig, work: Work, num_gpus: int) -> float:
     """Sent by one rank in a step for gradients and weights (rings: an all-reduce sends twice what a scatter or gather does).
 
-    DeepSpeed 0.19.8 all-reduces whole buckets at stages 1 and 2 (use_multi_rank_bucket_allreduce), at stage 2 each micro-batch's; in
-    float32 where ranks share sequences. Stage 3 gathers the weights twice and scatters the gradients once, each micro-batch.
+    DeepSpeed 0.19.8 all-reduces whole buckets at stages 1 and 2 (use_multi_rank_bucket_allreduce), at stage 2 each micro-batch's;
+    in float32 where ranks share sequences. Stage 3 gathers the weights for each pass of each micro-batch, those that stay whole
+    between the two passes once, and scatters the gradients.
     """
-    once = config.num_parameters() * (num_gpus - 1) / num_gpus
+    parameters = config.num_parameters()
+    once = parameters * (num_gpus - 1) / num_gpus
     b = work.value_bytes
     sent = 4 if work.sequence_parallel > 1 and work.zero.stage in (1, 2) else b
     if work.zero.stage == 0:
         return 2 * once * b
     if work.zero.stage < 3:
         return 2 * once * sent * (work.micro_batches if work.zero.stage == 2 else 1) + once * b
-    return 3 * once * b * work.micro_batches
+    gathers = 2 - gathered_elements(work.zero, parameters) / parameters
+    return (gathers + 1) * once * b * work.micro_batches
 
 
 def exchange_bytes(config: ModelConfig, work: Work) -> float:
@@ -150,5 +158,8 @@ def lost_fraction(interval_seconds: float, stall_seconds: float, mtbf_seconds: f
 
 
 def save_stall_seconds(config: ModelConfig, gpu: GPU, num_gpus: int) -> float:
-    """For how long a save blocks training: until each rank's share is in host memory. It is written behind the steps."""
-    return config.num_parameters() * STATE_BYTES / num_gpus / (gpu.host_bandwidth * REACHED)
+    """For how long a save blocks training: until each rank's share is in host memory. It is written behind the steps.
+
+    Beside the copy 0.2 s, in which ranks agree and kernels wait: DLRover's published block of a save to memory.
+    """
+    return 0.2 + config.num_parameters() * STATE_BYTES / num_gpus / (gpu.host_bandwidth * REACHED)

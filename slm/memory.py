@@ -7,7 +7,8 @@ benchmarks/training_memory.py; activations are in activations.py. docs/memory.md
     found.peak.total_bytes, found.peak.parts(), found.peak.moment
 
 Counted are tensors; not what libraries take for themselves: the CUDA context, NCCL, cuBLAS workspaces, fragmentation.
-Letters: `P` parameters, `n` those of one rank's partition, `R` the reduction bucket's, `b` bytes of a weight, `c` of a gradient that is sent.
+Letters: `P` parameters, `n` those of one rank's partition, `R` the reduction bucket's, `b` bytes of a weight, `c` of a gradient
+that is sent.
 """
 
 from __future__ import annotations
@@ -117,6 +118,12 @@ def reduce_bucket_elements(zero: dict[str, Any], parameters: int) -> int:
     return min(int(zero.get("reduce_bucket_size", _BUCKET)), parameters)
 
 
+def gathered_elements(zero: Zero, parameters: int) -> int:
+    """Stage 3: how many of the split weights stay whole from their forward to their backward pass: those of which the way to the
+    end and back is within max_reuse_distance. As many are whole, at most, at any time."""
+    return min(parameters, zero.max_live, zero.max_reuse_distance // 2 + zero.prefetch)
+
+
 def matrix_elements(config: ModelConfig) -> list[int]:
     """Elements of each weight: embedding, head if it is one of its own, and of all blocks; norms too."""
     E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
@@ -221,8 +228,7 @@ class _State:
         """Stage 3: weights that are whole on this rank while it computes: those of which the next use is near."""
         if self.zero.stage < 3 or (self.W == 1 and not self.zero.offload_parameters):
             return 0
-        near = self.zero.max_reuse_distance // 2 + self.zero.prefetch  # forward and back again
-        return min(self.P - self.whole, self.zero.max_live, near) * self.b
+        return gathered_elements(self.zero, self.P - self.whole) * self.b
 
     def bucket(self) -> int:
         """Allocated by the first gradient of a backward pass; stage 3's rests."""
@@ -251,12 +257,11 @@ class _State:
                 copy = min(P, _BUCKET + self.largest) * b
                 return [first_block, ended, replace(sent, gradients=P * b, buffers=copy)]
             # As gradients go into the bucket their own memory is freed; what is this rank's is copied out after each bucket.
-            out = [P * b + (flat if self.W > 1 else 0), (P - R) * b + (R * b if P > R else 0)]
+            copy = flat if self.W > 1 else 0
+            out = [P * b, (P - R) * b + copy]
             if P > R:
-                out.append(max(P - R, R) * b + n * b + (flat - R * b if self.W > 1 else 0))
-            held = max(max(out), P * b)
-            buffers = passes.buffers + self.bucket()
-            return [first_block, ended, replace(sent, gradients=held, buffers=buffers)]
+                out += [(P - R) * b + n * b, max(P - 2 * R, 0) * b + n * b + copy]
+            return [first_block, ended, replace(sent, gradients=max(out))]
         mine = 0  # of this rank's part, beyond what earlier micro-batches have made
         if zero.stage == 2 and not (zero.offload_optimizer and not self.compact):
             mine = 0 if self.compact and self.accumulates else (4 if self.compact else b) * n
@@ -300,3 +305,44 @@ class _State:
             gradients = 4 * n if self.compact else 2 * n * b + (4 * n if b != 4 else 0)
         copy = min(P, zero.allgather_bucket) * b if self.gloo else 0
         return [replace(step, gradients=gradients), replace(gather, buffers=gather.buffers + copy)]
+
+
+# --- without training -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes on one device that generates."""
+
+    weights: int
+    cache: int  # keys and values of all tokens
+    working: int  # one chunk of the prompt: its logits, its mask over the cache, one block's activations
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights + self.cache + self.working
+
+
+def inference_memory(
+    config: ModelConfig,
+    tokens: int,
+    *,
+    weight_bits: int = 16,
+    group: int = 64,
+    value_bytes: int = 2,
+    chunk_tokens: int = 1024,
+) -> InferenceMemory:
+    """One sequence of `tokens`. weight_bits: of the blocks' matrices; below 16, every `group` of them share a float32 scale, and
+    embedding, head and norms stay in value_bytes. chunk_tokens: of a prompt, at once (slm/generate.py)."""
+    E, F, D, V, b = config.hidden_size, config.intermediate_size, config.head_dim, config.vocab_size, value_bytes
+    Q, J = config.num_attention_heads * D, config.num_key_value_heads * D
+    matrices = config.num_hidden_layers * config.linear_parameters_per_layer()
+    rest = (config.num_parameters() - matrices) * b
+    chunk = min(chunk_tokens, tokens)
+    working = chunk * V * b + chunk * tokens + chunk * (2 * E + 2 * Q + 2 * J + 3 * F) * b
+    if weight_bits < 16:
+        weights = matrices * weight_bits // 8 + matrices // group * 4
+        working += E * F * b  # one matrix at a time, in the type of the activations
+    else:
+        weights = matrices * weight_bits // 8
+    return InferenceMemory(weights + rest, 2 * config.num_hidden_layers * J * tokens * b, working)
