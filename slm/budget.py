@@ -296,9 +296,8 @@ def _lines(found: Budget, part: PhaseBudget) -> list[str]:
     return [
         *lines,
         f"{'as the recipe has it: ' if shown is row else 'as chosen: '}{figures['tokens_per_second']:,.0f} tokens/s, "
-        f"MFU {figures['mfu_causal']:.0%} causal, {figures['mfu_full']:.0%} full "
-        f"({part.flops_causal:.3e} and {part.flops_full:.3e} FLOPs a token); a step "
-        f"{figures['step_seconds']:.2f} s, of which communication {figures['exposed_communication_seconds']:.2f} s",
+        f"MFU {figures['mfu_causal']:.0%} causal, {figures['mfu_full']:.0%} full; a step {figures['step_seconds']:.2f} s, "
+        f"of which communication {figures['exposed_communication_seconds']:.2f} s",
         f"a GPU sends {sent['gradients_and_weights'] / 1e9:.2f} GB of gradients and weights{exchanged} a step",
         f"{phase.num_steps:,} steps in {figures['days']:.2g} days, {figures['gpu_hours']:,.0f} GPU hours{cost}",
         f"save every {interval:,.0f} s = {figures['save_every_steps']:,} steps "

@@ -4,11 +4,11 @@
     time.seconds, time.compute_seconds, time.exposed_seconds
     save_interval_seconds(stall_seconds=2.0, mtbf_seconds=mtbf_seconds(64))
 
-Computation is  linear FLOPs / (peak * matmul efficiency) + attention FLOPs / (peak * attention efficiency),  with what is
-computed again. All that is neither (norms, loss, optimiser, Python) is in the efficiencies, which are fits to published runs of
-others (llm-foundry, MPT-1.3B on 8 H100 and 8 A100, at 2K to 32K tokens): not measurements of this project.
-benchmarks/published_speeds.py holds the rule against those and other published runs. Attention counts whole squares ("full"), FLOPs
-as in plan.py.
+Computation is linear FLOPs / (peak * matmul efficiency) + attention FLOPs / (peak * attention efficiency), with what is
+computed again. All that is neither (norms, loss, optimiser, Python) is in the efficiencies, which are fits to published runs
+of others (llm-foundry, MPT-1.3B on 8 H100 and 8 A100, at 2K to 32K tokens): not measurements of this project.
+benchmarks/published_speeds.py holds the rule against those and other published runs. Attention counts whole squares ("full"),
+FLOPs as in plan.py.
 """
 
 from __future__ import annotations
@@ -84,8 +84,11 @@ def step_time(config: ModelConfig, work: Work, gpu: GPU, gpus: GPUs) -> StepTime
     exposed = max(0.0, state_seconds - hidden) if work.zero.overlap else state_seconds
     host = 2 * work.offloaded_bytes * work.micro_batches / (gpu.host_bandwidth * REACHED)
     exposed += exchange_seconds + max(0.0, host - compute)
+    mine = config.num_parameters() / (gpus.count if work.zero.stage else 1)
     if work.zero.offload_optimizer:  # gradients there, weights back; CPU Adam's own time is not known here
-        exposed += config.num_parameters() / gpus.count * (4 + work.value_bytes) / (gpu.host_bandwidth * REACHED)
+        exposed += mine * (4 + work.value_bytes) / (gpu.host_bandwidth * REACHED)
+    else:  # reads gradient, master and moments; writes these and the weight
+        compute += mine * (4 + 2 * STATE_BYTES + work.value_bytes) / (gpu.memory_bandwidth * REACHED)
     return StepTime(compute, exchange, state, exposed)
 
 
@@ -101,7 +104,7 @@ def compute_seconds(config: ModelConfig, work: Work, gpu: GPU, num_gpus: int) ->
         attention *= 1 + 2 / 7  # a forward pass is two of the seven products that a fused kernel executes
     if work.tiled:
         linear += 2 * mlp
-    peak = gpu.peak_flops if work.value_bytes == 2 else gpu.peak_flops / 2  # float32 as TF32, at half the rate
+    peak = gpu.peak_flops if work.value_bytes == 2 else gpu.float32_flops
     seconds = linear / (peak * gpu.matmul_efficiency) + attention / (peak * gpu.attention_efficiency)
     waiting = 1 + _WAITING_PER_GPU * (min(num_gpus, _WAITING_UP_TO) if num_gpus > 8 else 0)
     return work.tokens * seconds * waiting
