@@ -113,31 +113,32 @@ def compute_seconds(config: ModelConfig, work: Work, gpu: GPU, num_gpus: int) ->
 def state_bytes(config: ModelConfig, work: Work, num_gpus: int) -> float:
     """Sent by one rank in a step for gradients and weights (rings: an all-reduce sends twice what a scatter or gather does).
 
-    DeepSpeed 0.19.8 all-reduces whole buckets at stages 1 and 2 (use_multi_rank_bucket_allreduce), at stage 2 each micro-batch's;
-    in float32 where ranks share sequences. Stage 3 gathers the weights for each pass of each micro-batch, those that stay whole
-    between the two passes once, and scatters the gradients.
+    DeepSpeed 0.19.8 all-reduces whole buckets at stages 1 and 2 (use_multi_rank_bucket_allreduce), at stage 2 each micro-batch's.
+    Gradients go in float32 where ranks share sequences. Stage 3 gathers the weights for each pass of each micro-batch, those that
+    stay whole between the two passes once, and scatters the gradients.
     """
     parameters = config.num_parameters()
     once = parameters * (num_gpus - 1) / num_gpus
     b = work.value_bytes
-    sent = 4 if work.sequence_parallel > 1 and work.zero.stage in (1, 2) else b
+    sent = 4 if work.sequence_parallel > 1 and work.zero.stage else b
     if work.zero.stage == 0:
         return 2 * once * b
     if work.zero.stage < 3:
         return 2 * once * sent * (work.micro_batches if work.zero.stage == 2 else 1) + once * b
     gathers = 2 - gathered_elements(work.zero, parameters) / parameters
-    return (gathers + 1) * once * b * work.micro_batches
+    return (gathers * b + sent) * once * work.micro_batches
 
 
 def exchange_bytes(config: ModelConfig, work: Work) -> float:
-    """Sent by one rank in a step so that ranks can share sequences (Ulysses): queries, keys, values there and the output back, in
-    every block, and their gradients; again where attention is."""
+    """Sent by one rank in a step so that ranks can share sequences (Ulysses): queries, keys and values there and the output back,
+    in every block, and their gradients; once more where a block is computed again (by `selective` too, though attention is not).
+    """
     degree, D = work.sequence_parallel, config.head_dim
     if degree == 1:
         return 0.0
     kv_heads = max(config.num_key_value_heads, degree)  # copied where there are fewer than ranks
     widths = 2 * config.num_attention_heads * D + 2 * kv_heads * D
-    times = 3 if work.policy == "full" else 2
+    times = 2 if work.policy == "none" else 3
     one_block = work.tokens * widths * work.value_bytes * (degree - 1) / degree
     return times * one_block * config.num_hidden_layers * work.micro_batches
 

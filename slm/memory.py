@@ -154,7 +154,7 @@ def rank_memory(
         config, tokens, policy, tile_tokens=tile_tokens, offload=offload_activations,
         value_bytes=value_bytes, device=device,
     )  # fmt: skip
-    state = _State(config, zero, layout, value_bytes, gloo=device == "cpu" and layout.world_size > 1)
+    state = _State(config, zero, layout, value_bytes, gloo=device == "cpu")
     resting = state.resting()
     passes = replace(resting, gradients=resting.gradients + state.accumulated(), working=persistent_targets)
     kept = found.kept_bytes
@@ -183,7 +183,7 @@ class _State:
         self.P = config.num_parameters()
         self.n = -(-self.P // self.W) if zero.stage else self.P
         self.R = min(zero.reduce_bucket, self.P)
-        self.c = 4 if layout.sequence_parallel > 1 and zero.stage in (1, 2) else b
+        self.c = 4 if layout.sequence_parallel > 1 and zero.stage else b
         self.accumulates = layout.gradient_accumulation > 1
         self.largest = max(matrix_elements(config))
         self.table = config.vocab_size * config.hidden_size
@@ -203,7 +203,7 @@ class _State:
             return Held("rest", weights=P * b, optimizer=optimizer, buffers=self.largest * b * zero.offload_optimizer)
         weights = (0 if zero.offload_parameters else n * b) + self.whole * b
         gradients = 0 if zero.offload_optimizer else 4 * n
-        return Held("rest", weights=weights, optimizer=optimizer, gradients=gradients, buffers=self.R * b)
+        return Held("rest", weights=weights, optimizer=optimizer, gradients=gradients, buffers=self.R * self.c)
 
     def host(self) -> int:
         n, b, zero = self.n, self.b, self.zero
@@ -265,7 +265,7 @@ class _State:
         mine = 0  # of this rank's part, beyond what earlier micro-batches have made
         if zero.stage == 2 and not (zero.offload_optimizer and not self.compact):
             mine = 0 if self.compact and self.accumulates else (4 if self.compact else b) * n
-        ended = replace(ended, gradients=passes.gradients + mine + embedding)
+        ended = replace(ended, gradients=passes.gradients + (mine if P > R else 0) + embedding)
         if zero.stage == 2:
             if self.compact:
                 extra, held = flat + min(self.largest, n) * 4, mine
@@ -275,14 +275,14 @@ class _State:
             copied = replace(sent, gradients=passes.gradients + mine)
             return [first_block, replace(ended, weights=passes.weights), last, copied]
         here = min(self.gathered(), (self.table + zero.prefetch) * b)
-        after = R * b if self.gloo else 0  # gloo scatters a copy
-        if b != 4:
+        after = R * c if self.gloo else 0  # gloo scatters a copy
+        if c != 4:
             after = max(after, 4 * R // self.W)
         ended, first_block = (replace(held, weights=passes.weights + here) for held in (ended, first_block))
         return [
             first_block,
             ended,
-            replace(sent, weights=passes.weights + min(here, self.table * b), buffers=sent.buffers + R * b + after),
+            replace(sent, weights=passes.weights + min(here, self.table * b), buffers=sent.buffers + R * c + after),
         ]
 
     def update(self, resting: Held) -> list[Held]:
@@ -303,7 +303,7 @@ class _State:
             gradients = 4 * n if self.compact else 0
         else:  # this rank's part, flattened, and in float32
             gradients = 4 * n if self.compact else 2 * n * b + (4 * n if b != 4 else 0)
-        copy = min(P, zero.allgather_bucket) * b if self.gloo else 0
+        copy = min(P, zero.allgather_bucket) * b if self.gloo and self.W > 1 else 0
         return [replace(step, gradients=gradients), replace(gather, buffers=gather.buffers + copy)]
 
 

@@ -18,6 +18,7 @@ CASES = [
     dict(zero="zero2", precision="bfloat16"),
     dict(zero="zero3", accumulation=2, options={"stage3_param_persistence_threshold": 0}),
     dict(zero="zero1", sequence_parallel=2, precision="bfloat16"),
+    dict(zero="zero3", sequence_parallel=2, precision="bfloat16", options={"stage3_param_persistence_threshold": 0}),
     dict(zero="zero2", sequence_parallel=2, policy="full"),
     dict(zero="zero1", sequence_parallel=2, policy="selective"),
 ]
