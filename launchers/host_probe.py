@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-
 from launch import count_gpus
 
 from slm import installed

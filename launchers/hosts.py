@@ -29,11 +29,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
-
 from host_probe import SIGN
-from launch import BEAT_SECONDS, GRACE_SECONDS, LOST_SECONDS, POLL_SECONDS, SAVE_SECONDS, say
+from launch import BEAT_SECONDS, GRACE_SECONDS, LOST_SECONDS, POLL_SECONDS, ROOT, say
 
 from slm.errors import EnvironmentProblem, SLMError, UserError
 from slm.names import shortened
@@ -89,7 +86,9 @@ def read_hostfile(path: str) -> dict[str, int]:
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"hostfile {path} cannot be read: {error}", fix="write one, a line `HOST slots=N` each") from None
+        raise UserError(
+            f"hostfile {path} cannot be read: {error}", fix="write one, a line `HOST slots=N` each"
+        ) from None
     hosts: dict[str, int] = {}
     wrong = []
     for number, line in enumerate(lines, 1):
@@ -98,7 +97,9 @@ def read_hostfile(path: str) -> dict[str, int]:
             continue
         host, slots = re.fullmatch(r"(.*?)(?:\s+slots=(\d+))?", line).groups()  # type: ignore[union-attr]
         if not HOST.fullmatch(host):
-            wrong.append(f"line {number}: {shortened(host)} is no host: letters, digits, and . _ : - within, after USER@")
+            wrong.append(
+                f"line {number}: {shortened(host)} is no host: letters, digits, and . _ : - within, after USER@"
+            )
         elif slots is None or int(slots) < 1:
             wrong.append(f"line {number}: {host} has no slots=N, the number of ranks there, at least 1")
         elif host in hosts:
@@ -106,7 +107,9 @@ def read_hostfile(path: str) -> dict[str, int]:
         else:
             hosts[host] = int(slots)
     if wrong or not hosts:
-        problem = "\n  ".join([f"hostfile {path} is not understood:", *wrong] if wrong else [f"hostfile {path} is empty"])
+        problem = "\n  ".join(
+            [f"hostfile {path} is not understood:", *wrong] if wrong else [f"hostfile {path} is empty"]
+        )
         raise UserError(problem, fix="write a line `HOST slots=N` for each machine, as for `deepspeed --hostfile`")
     return hosts
 
@@ -131,7 +134,9 @@ class SharedFolder:
         try:
             self.folder.mkdir(parents=True, mode=0o700)
         except OSError as error:
-            raise UserError(f"{self.folder.parent} cannot be written: {error}", fix="give the run another output") from None
+            raise UserError(
+                f"{self.folder.parent} cannot be written: {error}", fix="give the run another output"
+            ) from None
         return self.folder
 
     def __exit__(self, *error: object) -> None:
@@ -147,7 +152,7 @@ def exported(more: str) -> dict[str, str]:
 
 def ssh(host: str, script: str, *arguments: str) -> subprocess.Popen[bytes]:
     """python SCRIPT ARGUMENTS on a machine, in the same folder and by the same interpreter as here."""
-    program = shlex.join([sys.executable, "-u", str(ROOT / "launchers" / script), *arguments])
+    program = shlex.join([sys.executable, "-u", f"{ROOT}/launchers/{script}", *arguments])
     command = f"cd {shlex.quote(os.getcwd())} && exec {program}"
     words = [*shlex.split(os.environ.get("SLM_SSH", "ssh")), *SSH_OPTIONS, host, f"exec sh -c {shlex.quote(command)}"]
     # A session of its own: Ctrl-C in a terminal reaches the ranks through us, and ssh not at all.
@@ -155,7 +160,9 @@ def ssh(host: str, script: str, *arguments: str) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True, **output)  # type: ignore[call-overload]
     except OSError as error:
-        raise EnvironmentProblem(f"{words[0]} cannot be started: {error}", fix="install an ssh client, or set SLM_SSH") from None
+        raise EnvironmentProblem(
+            f"{words[0]} cannot be started: {error}", fix="install an ssh client, or set SLM_SSH"
+        ) from None
 
 
 # --------------------------------------------------------------------------------- what is asked before
@@ -179,7 +186,8 @@ class Probe:
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None and self.process.stderr is not None
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
             line, newline, rest = self._unread.partition(b"\n")
@@ -232,8 +240,12 @@ def ask_all(hosts: dict[str, int], shared: Path, address: str, port: int) -> tup
     try:
         with ThreadPoolExecutor(len(hosts)) as pool:
             answers = dict(zip(hosts, pool.map(lambda probe: first_look(probe, shared, token), probes), strict=True))
-            problems = [f"{host}: {what}" for host, answer in answers.items() for what in problems_of(answer, hosts[host])]
-            problems += differences({host: answer["versions"] for host, answer in answers.items() if "versions" in answer})
+            problems = [
+                f"{host}: {what}" for host, answer in answers.items() for what in problems_of(answer, hosts[host])
+            ]
+            problems += differences(
+                {host: answer["versions"] for host, answer in answers.items() if "versions" in answer}
+            )
             if "lost" in answers[next(iter(hosts))]:  # nobody listens
                 raise not_ready(problems)
             listening = probes[0].ask(listen=port, token=token)
@@ -247,7 +259,9 @@ def ask_all(hosts: dict[str, int], shared: Path, address: str, port: int) -> tup
             here = [probe for probe in probes if "lost" not in answers[probe.host]]
             reached = list(pool.map(lambda probe: probe.ask(**question)["reached"], here))
     except Lost as error:
-        raise EnvironmentProblem(f"a machine stopped answering: {error}", fix="see whether it is up, and start again") from None
+        raise EnvironmentProblem(
+            f"a machine stopped answering: {error}", fix="see whether it is up, and start again"
+        ) from None
     finally:
         for probe in probes:
             probe.close()
@@ -289,10 +303,14 @@ def first_look(probe: Probe, shared: Path, token: str) -> dict[str, Any]:
 
 def problems_of(answer: dict[str, Any], slots: int) -> list[str]:
     if "lost" in answer:
-        return [f"{answer['lost']} (try: ssh -o BatchMode=yes HOST, and in it: cd {os.getcwd()} && {sys.executable} -V)"]
+        return [
+            f"{answer['lost']} (try: ssh -o BatchMode=yes HOST, and in it: cd {os.getcwd()} && {sys.executable} -V)"
+        ]
     found = []
     if not answer["shared"]:
-        found.append(f"does not see the run's folder as it is here ({answer['unread']}): all need one shared file system")
+        found.append(
+            f"does not see the run's folder as it is here ({answer['unread']}): all need one shared file system"
+        )
     if 0 < answer["num_gpus"] < slots:
         found.append(f"has {answer['num_gpus']} GPUs, and slots={slots}")
     ahead, half = answer["clock"]

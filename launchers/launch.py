@@ -33,6 +33,9 @@ from typing import Any
 
 import psutil
 
+ROOT = str(Path(__file__).resolve().parents[1])
+sys.path[:0] = [ROOT]  # the scripts beside this one import slm, of this clone, after it
+
 GRACE_SECONDS = 15.0  # for ranks whose run has failed, and for helpers (W&B's uploader) after the run's end
 STOPPED_CODE = 75  # of a rank that stopped on a signal after saving, which is no failure
 SAVE_SECONDS = 120.0  # for healthy ranks that were told to save because DeepSpeed's launcher was killed
@@ -82,7 +85,9 @@ def run_node() -> int:
         # a run could save on, and may not end when a rank does (github.com/deepspeedai/DeepSpeed/issues/1995).
         command = [*deepspeed_runner(order["port"]), "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(node)]
         command += ["--master_addr", order["address"], *["--module"] * order["module"], order["target"]]
-        launch = Launch([*command, *order["arguments"]], env, slots[node], exit_file, Path(scratch), sum(slots[:node]), head)
+        launch = Launch(
+            [*command, *order["arguments"]], env, slots[node], exit_file, Path(scratch), sum(slots[:node]), head
+        )
         code = launch.wait()
         if head.is_gone and node == 0:  # which would have tidied up
             shutil.rmtree(exit_file.parent, ignore_errors=True)
@@ -141,8 +146,7 @@ def rank_environment(num_ranks: int, num_gpus: int, exit_file: Path) -> dict[str
     env[MARK] = uuid.uuid4().hex
     # The interpreter's own ninja first: another version on PATH makes torch rebuild every cached extension.
     env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env.get("PATH", os.defpath)
-    root = str(Path(__file__).resolve().parents[1])
-    env["PYTHONPATH"] = root + (os.pathsep + env["PYTHONPATH"] if env.get("PYTHONPATH") else "")
+    env["PYTHONPATH"] = ROOT + (os.pathsep + env["PYTHONPATH"] if env.get("PYTHONPATH") else "")
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     env.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_ranks)))
     if num_gpus == 0:

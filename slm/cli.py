@@ -1,4 +1,4 @@
-"""The `slm` command: plan, train, eval, generate, export, report, schema.
+"""The `slm` command: plan, train, eval, generate, export, report, doctor, schema.
 
 Owns the arguments and what is printed; each command is one call into the module that does the work. Heavy imports
 are inside the commands, so that `slm plan` and `slm --help` answer at once.
@@ -367,6 +367,23 @@ def report(
 
     found = goodput(read_events(run))
     typer.echo(json.dumps(found, indent=2) if as_json else describe(found))
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="also what this recipe needs")] = None,
+    overrides: Overrides = None,
+    folder: Annotated[Path | None, typer.Option(help="where runs are written (runs, or where the recipe's is)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Measure what a run will need of this machine or, under any launcher, of all its machines and the network between."""
+    from slm.doctor import examine
+
+    loaded = _load(recipe, overrides) if recipe is not None else None
+    folder = folder or (loaded.run_dir.parent if loaded else Path("runs"))
+    code = examine(loaded, folder, as_json=as_json)
+    _note_exit(code, "something is wrong; see the table" if code else "done")
+    sys.exit(code)
 
 
 @app.command()
