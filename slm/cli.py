@@ -374,6 +374,7 @@ def doctor(
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="also what this recipe needs")] = None,
     overrides: Overrides = None,
     folder: Annotated[Path | None, typer.Option(help="where runs are written (runs, or where the recipe's is)")] = None,
+    limit: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="of one measurement between ranks")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Measure what a run will need of this machine or, under any launcher, of all its machines and the network between."""
@@ -381,7 +382,7 @@ def doctor(
 
     loaded = _load(recipe, overrides) if recipe is not None else None
     folder = folder or (loaded.run_dir.parent if loaded else Path("runs"))
-    code = examine(loaded, folder, as_json=as_json)
+    code = examine(loaded, folder, try_seconds=limit, as_json=as_json)
     _note_exit(code, "something is wrong; see the table" if code else "done")
     sys.exit(code)
 

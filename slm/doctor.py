@@ -14,6 +14,7 @@ import socket
 import sys
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ _SAME_EVERYWHERE = (
 _NODES_NAMED = 8
 
 
-def examine(recipe: Recipe | None, folder: Path, *, as_json: bool) -> int:
-    """The checks of this rank's part; rank 0 prints them. The exit code is the same on every rank."""
+def examine(recipe: Recipe | None, folder: Path, *, try_seconds: float = 60.0, as_json: bool = False) -> int:
+    """The checks of this rank's part; rank 0 prints them. try_seconds: the longest that one measurement between ranks may take.
+    The exit code is the same on every rank."""
     # is_available() would otherwise start CUDA here, after which no child (doctor_node.apart) could use it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     ranks = discover_ranks()
@@ -52,7 +54,7 @@ def examine(recipe: Recipe | None, folder: Path, *, as_json: bool) -> int:
     from slm.doctor_ranks import Absent, Meeting, measure, node_name, rates_of_ranks
 
     try:
-        meeting = Meeting(ranks)
+        meeting = Meeting(ranks, try_seconds)
     except RuntimeError as error:  # torch's DistNetworkError
         raise EnvironmentProblem(
             f"rank {ranks.rank} on {socket.gethostname()} does not reach rank 0 at {os.environ['MASTER_ADDR']}, port "
@@ -60,6 +62,7 @@ def examine(recipe: Recipe | None, folder: Path, *, as_json: bool) -> int:
             fix="see whether that address is rank 0's machine as this one sees it, and the port is open between them",
         ) from None
     rows: list[tuple[str, Check]] = []
+    made_folder = not folder.exists()
     try:
         meeting.meet(node_name())
         nodes = meeting.nodes
@@ -88,6 +91,9 @@ def examine(recipe: Recipe | None, folder: Path, *, as_json: bool) -> int:
     code = EnvironmentProblem.exit_code if any(check.state == WRONG for _, check in rows) else 0
     if speaks:
         _show(rows, ranks.world_size, as_json)
+        if made_folder:
+            with suppress(OSError):  # another rank's
+                folder.rmdir()
     try:
         return meeting.leave(code)
     except Absent:
@@ -150,8 +156,9 @@ def _needed_by(recipe: Recipe) -> list[Check]:
 
     if recipe.tokenizer:
         opened("tokenizer", recipe.tokenizer, lambda: f"{len(load_tokenizer(recipe.tokenizer)):,} entries")
-    for name, path in {**recipe.data.sources, **recipe.data.validation}.items():
-        opened(f"data {name}", path, lambda path=path: tokens(path))
+    for kind, datasets in {"data": recipe.data.sources, "validation": recipe.data.validation}.items():
+        for name, path in datasets.items():
+            opened(f"{kind} {name}", path, lambda path=path: tokens(path))
     wandb = recipe.log.wandb
     if wandb is not None and wandb.mode == "online":
         checks.append(_reaches(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")))
@@ -194,7 +201,7 @@ def _show(rows: list[tuple[str, Check]], world_size: int, as_json: bool) -> None
         text = Text(measured)
         if fix and state != OK:
             text.append(f"\n-> {fix}", "bold")
-        table.add_row(Text(state, colours[state]), name, _listed(nodes), text)  # type: ignore[index]
+        table.add_row(Text(state, colours[state]), name, _listed(nodes), text)
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
@@ -203,8 +210,8 @@ def _show(rows: list[tuple[str, Check]], world_size: int, as_json: bool) -> None
     console.print(f"{wrong} wrong, {warnings} to look at, {len(rows) - wrong - warnings} ok", highlight=False)
     if world_size == 1:
         console.print(
-            "This was one process. Under a launcher, one rank for each GPU, it also measures clocks, shared files and the network "
-            "(docs/distributed.md)",
+            "This was one process. Under a launcher, on as many ranks as a run, it also measures clocks, shared files and the "
+            "network (docs/distributed.md)",
             highlight=False,
         )
 

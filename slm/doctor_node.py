@@ -247,7 +247,7 @@ def memory() -> Check:
             "memory",
             WARNING,
             told,
-            "end what else runs here: torch and DeepSpeed alone take about 1 GiB a rank",
+            "end what else runs here",
             values,
         )
     if load > 2 * (cores or 1):
@@ -349,7 +349,8 @@ def _throughput(folder: Path, free: int) -> Check:
         read = time.monotonic() - began
     path.unlink()
     num_bytes = num_blocks * _BLOCK_BYTES
-    told = f"{num_bytes >> 20} MiB written at {num_bytes / wrote / 1e6:.0f} MB/s (with fsync), read at {num_bytes / read / 1e6:.0f} MB/s"
+    told = f"{num_bytes >> 20} MiB written at {num_bytes / wrote / 1e6:.0f} MB/s (with fsync), "
+    told += f"read at {num_bytes / read / 1e6:.0f} MB/s"
     values = {"write_bytes_per_second": num_bytes / wrote, "read_bytes_per_second": num_bytes / read}
     if not same:
         return Check(

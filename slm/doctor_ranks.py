@@ -28,8 +28,8 @@ from slm.doctor_node import OK, WARNING, WRONG, Check, apart
 from slm.runtime import Ranks
 
 MEET_SECONDS = 120.0  # for all to arrive: torch may come from a slow file system
-TRY_SECONDS = 60.0  # for one measurement
 _SEEN_SECONDS = 30.0  # for a new file to be seen elsewhere; NFS may keep what it knows of a folder so long
+_LEAVE_SECONDS = 10.0  # for those that are there to hear the end
 _FEW = 5  # times a measurement is repeated
 _RENAMES = 20
 
@@ -43,8 +43,8 @@ class Absent(Exception):
 
 
 class Meeting:
-    def __init__(self, ranks: Ranks, seconds: float = MEET_SECONDS) -> None:
-        self.ranks, self.seconds = ranks, seconds
+    def __init__(self, ranks: Ranks, try_seconds: float) -> None:
+        self.ranks, self.try_seconds = ranks, try_seconds  # for one measurement
         self.address, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # torchrun listens itself.
         self.listens = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -52,7 +52,7 @@ class Meeting:
         self.names: list[str] = []  # of nodes, by rank; from `meet`
 
     def _join(self, listens: bool) -> dist.Store:
-        limit = timedelta(seconds=self.seconds)
+        limit = timedelta(seconds=MEET_SECONDS)
         store = dist.TCPStore(self.address, self.port, None, listens, limit, wait_for_workers=False)
         # torchrun restarts nothing of ours, but its store may hold keys of others.
         return dist.PrefixStore("slm-doctor", store)
@@ -70,17 +70,17 @@ class Meeting:
 
     def share(self, key: str, value: Any, seconds: float | None = None) -> list[Any]:
         """Each rank's value (JSON), by rank, on every rank. Raises Absent."""
-        seconds = self.seconds if seconds is None else seconds
         self.store.set(f"{key}/{self.ranks.rank}", json.dumps(value))
         return [self._get(f"{key}/{rank}", rank, seconds) for rank in range(self.ranks.world_size)]
 
     def tell(self, key: str, value: Any = None) -> None:
         self.store.set(key, json.dumps(value))
 
-    def hear(self, key: str, of: int, seconds: float = TRY_SECONDS) -> Any:
+    def hear(self, key: str, of: int, seconds: float | None = None) -> Any:
         return self._get(key, of, seconds)
 
-    def _get(self, key: str, of: int, seconds: float) -> Any:
+    def _get(self, key: str, of: int, seconds: float | None) -> Any:
+        seconds = MEET_SECONDS if seconds is None else seconds
         try:
             self.store.wait([key], timedelta(seconds=seconds))
             return json.loads(self.store.get(key))
@@ -90,13 +90,14 @@ class Meeting:
     def leave(self, code: int = 0) -> int:
         """Rank 0's code, on every rank; it leaves last, since it holds the store."""
         if self.ranks.rank:
-            code = self.hear("code", 0, 10 * TRY_SECONDS)
+            code = self.hear("code", 0, 10 * MEET_SECONDS)
             self.tell(f"left/{self.ranks.rank}")
             return code
         self.tell("code", code)
+        deadline = time.monotonic() + _LEAVE_SECONDS
         for rank in range(1, self.ranks.world_size):
             try:
-                self.hear(f"left/{rank}", rank, 10)
+                self.hear(f"left/{rank}", rank, max(0.01, deadline - time.monotonic()))
             except Absent:
                 pass  # it has been said
         return code
@@ -122,10 +123,10 @@ def rates_of_ranks(meeting: Meeting, backend: str) -> list[Check]:
     """Of a matrix product on every rank at the same time: a run is as fast as its slowest."""
     meeting.share("rate/ready", True, 1000.0)
     try:
-        mine: dict[str, Any] = {"flops": apart(TRY_SECONDS, _matrix_product, backend, meeting.ranks.local_rank)}
+        mine: dict[str, Any] = {"flops": apart(meeting.try_seconds, _matrix_product, backend, meeting.ranks.local_rank)}
     except (RuntimeError, TimeoutError) as error:
         mine = {"error": str(error)}
-    outcomes = meeting.share("rate", mine, 3 * TRY_SECONDS)
+    outcomes = meeting.share("rate", mine, MEET_SECONDS + meeting.try_seconds)
     if meeting.ranks.rank != 0:
         return []
     checks = []
@@ -182,7 +183,7 @@ def clocks(meeting: Meeting) -> list[Check]:
         for turn in range(_FEW):
             ask, answer = f"clock/{rank}/{turn}", f"time/{rank}/{turn}"
             if mine == rank:
-                meeting.hear(ask, 0, TRY_SECONDS * len(firsts))  # the others are asked before
+                meeting.hear(ask, 0, MEET_SECONDS * len(firsts))  # the others are asked before
                 meeting.tell(answer, time.time())
                 continue
             began, began_at = time.monotonic(), time.time()
@@ -214,7 +215,7 @@ def shared_files(meeting: Meeting, folder: Path) -> list[Check]:
     if mine == 0:
         return _write_for_others(meeting, scratch, others)
     if mine in others:
-        meeting.hear("files/written", 0, 10 * TRY_SECONDS)
+        meeting.hear("files/written", 0, 10 * MEET_SECONDS)
         meeting.tell(f"files/seen/{mine}", _seconds_until_seen(scratch / "name"))
         meeting.hear("files/renaming", 0)
         meeting.tell(f"files/read/{mine}", _torn_reads(meeting, scratch / "name"))
@@ -305,7 +306,7 @@ def _seconds_until_seen(path: Path) -> float | None:
 def _torn_reads(meeting: Meeting, path: Path) -> tuple[int, int]:
     """(reads that found no whole file, reads) until rank 0 has renamed for the last time."""
     torn = count = 0
-    deadline = time.monotonic() + TRY_SECONDS
+    deadline = time.monotonic() + MEET_SECONDS
     while not meeting.store.check(["files/renamed"]) and time.monotonic() < deadline:
         count += 1
         try:
@@ -339,7 +340,7 @@ def network(meeting: Meeting, backend: str, say: Callable[[str], None]) -> list[
     other pairs: in n - 1 rounds all have met. A pair that gives no result is named and does not hold up the rest."""
     ranks = meeting.ranks
     together = _try(meeting, "all", list(range(ranks.world_size)), backend)
-    outcomes = meeting.share("all/outcome", together, 3 * TRY_SECONDS)
+    outcomes = meeting.share("all/outcome", together, MEET_SECONDS + meeting.try_seconds)
     nodes = {name: first[0] for name, first in meeting.nodes.items()}
     units = nodes if len(nodes) > 1 else {f"rank {rank}": rank for rank in range(ranks.world_size)}
     called = {rank: name for name, rank in units.items()}
@@ -354,7 +355,7 @@ def network(meeting: Meeting, backend: str, say: Callable[[str], None]) -> list[
             for pair in pairs:
                 if ranks.rank in pair:
                     mine[f"{pair[0]}-{pair[1]}"] = _try(meeting, f"pair/{pair[0]}-{pair[1]}", list(pair), backend)
-            meeting.share(f"round/{number}", True, 3 * TRY_SECONDS)
+            meeting.share(f"round/{number}", True, MEET_SECONDS + meeting.try_seconds)
     by_pair: dict[str, list[dict[str, Any]]] = {}
     for found in meeting.share("pairs", mine):
         for pair, outcome in found.items():
@@ -379,7 +380,7 @@ def rounds(units: list[int]) -> list[list[tuple[int, int]]]:
 def _try(meeting: Meeting, name: str, members: list[int], backend: str) -> dict[str, Any]:
     """Rates of the collectives among these ranks, of which this is one; or why there are none."""
     try:
-        return apart(TRY_SECONDS, _collectives, meeting, name, members, backend)
+        return apart(meeting.try_seconds, _collectives, meeting, name, members, backend)
     except (RuntimeError, TimeoutError) as error:
         return {"error": str(error)}
 
@@ -393,7 +394,7 @@ def _collectives(meeting: Meeting, name: str, members: list[int], backend: str) 
         torch.cuda.set_device(device)
     store = dist.PrefixStore(name, meeting._join(False))
     rank, size = members.index(meeting.ranks.rank), len(members)
-    limit = timedelta(seconds=TRY_SECONDS)
+    limit = timedelta(seconds=meeting.try_seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     num_values = (64 if backend == "nccl" else 4) * 2**20 // size * size  # of 4 bytes
 
