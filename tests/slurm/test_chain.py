@@ -109,7 +109,7 @@ class Lab:
         return [row for row in rows if row["kind"] == kind]
 
     def start_now(self, job: str) -> None:
-        """A requeued job waits for two minutes by default, counted anew from when its last process has gone; nobody else is here."""
+        """A requeued job waits for two minutes by default, counted anew from when its last process has gone."""
 
         def has_started() -> bool:
             if self.state(job) == {"PENDING"}:
@@ -208,8 +208,9 @@ def test_a_gate_that_fails_stops_the_chain_and_mended_it_goes_on(lab):
     command submits the phase and what comes after it, and not what was done."""
     lab.datasets()
     phase = {"tokens": 6 * 256, "batch_tokens": 256, "micro_batch": 2, "seq_len": 64}
-    gate = {"short_loss_rise": -20.0, "short_seq_len": 64}
-    phases = [{**phase, "name": "one"}, {**phase, "name": "two", "gate": gate}, {**phase, "name": "three"}]
+    gate = {"short_loss_rise": -20.0}
+    longer = {**phase, "seq_len": 128, "micro_batch": 1}
+    phases = [{**phase, "name": "one"}, {**longer, "name": "two", "gate": gate}, {**longer, "name": "three"}]
     recipe = lab.recipe(phases=phases, eval={"seq_lens": [64]})
     nodes = {"train": {"nodes": 1, "tasks_per_node": 1}}
     assert lab.submit(**nodes).returncode == 0
