@@ -1,4 +1,4 @@
-"""The `slm` command: plan, train, eval, generate, export, report, doctor, schema.
+"""The `slm` command: plan, train, eval, generate, export, report, status, doctor, schema.
 
 Owns the arguments and what is printed; each command is one call into the module that does the work. Heavy imports
 are inside the commands, so that `slm plan` and `slm --help` answer at once.
@@ -385,6 +385,21 @@ def doctor(
     code = examine(loaded, folder, try_seconds=limit, as_json=as_json)
     _note_exit(code, "something is wrong; see the table" if code else "done")
     sys.exit(code)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Where a run stands: its phases as saved, how the last attempt ended, and what SLURM says of the jobs of its chain."""
+    from slm.status import print_status
+    from slm.status import status as find
+
+    if as_json:
+        typer.echo(json.dumps(find(run), indent=2))
+    else:
+        print_status(run)
 
 
 @app.command()
