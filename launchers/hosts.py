@@ -301,7 +301,7 @@ def first_look(probe: Probe, shared: Path, token: str) -> dict[str, Any]:
     return facts | {"shared": read.get("text") == token, "unread": read.get("error", ""), "clock": (ahead, half)}
 
 
-def problems_of(answer: dict[str, Any], slots: int) -> list[str]:
+def problems_of(host: str, answer: dict[str, Any], slots: int) -> list[str]:
     if "lost" in answer:
         return [
             f"{answer['lost']} (try: ssh -o BatchMode=yes HOST, and in it: cd {os.getcwd()} && {sys.executable} -V)"
@@ -315,7 +315,9 @@ def problems_of(answer: dict[str, Any], slots: int) -> list[str]:
         found.append(f"has {answer['num_gpus']} GPUs, and slots={slots}")
     ahead, half = answer["clock"]
     if abs(ahead) - half > 5:  # nothing of ours fails by it: it is other programs (make, tokens with an end) that do
-        say(f"its clock is {ahead:+.1f} s (±{half:.3f}) from this machine's: the lines of logs will be out of order")
+        say(
+            f"the clock of {host} is {ahead:+.1f} s (±{half:.3f}) from this machine's: the lines of logs will be out of order"
+        )
     return found
 
 

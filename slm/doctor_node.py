@@ -284,6 +284,9 @@ def host_name() -> Check:
     if seconds > _SLOW_LOOKUP_SECONDS:
         fix = "mend DNS, or put every node into /etc/hosts: ranks look each other up when they meet"
         return Check("host name", WARNING, told, fix, values)
+    if not addresses and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        fix = "put it into /etc/hosts, or set GLOO_SOCKET_IFNAME to the interface that the other nodes reach"
+        return Check("host name", WARNING, told, fix, values)
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         told += f"; GLOO_SOCKET_IFNAME {os.environ['GLOO_SOCKET_IFNAME']}"
     return Check("host name", OK, told, "", values)

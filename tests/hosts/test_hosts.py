@@ -60,11 +60,12 @@ def endless(folder: Path, **changes) -> Path:
 
 def test_two_hosts_train_as_two_ranks_of_one_machine_do(lab, tmp_path):
     """Bit for bit: losses, gradient norms, last weights and moments. Each rank was on a host of its own, and a secret that
-    went there is in no command line and no file."""
+    went there is in no command line and no file. What a shell would run in a path is a name."""
     (tmp_path / "here").mkdir()
     code, _ = run_here(write_recipe(tmp_path / "here"))
     assert code == 0
-    recipe = write_recipe(tmp_path)
+    recipe = write_recipe(tmp_path, output=str(tmp_path / "it's $(touch pwned); touch pwned" / "run"))
+    (tmp_path / "run").symlink_to(tmp_path / "it's $(touch pwned); touch pwned" / "run")
     launched = start(lab, lab.hostfile("a", "b"), recipe, WANDB_API_KEY="canary-5f1e9")
     seen, command_lines = {"a": set(), "b": set()}, set()
     while launched.poll() is None and steps_of(tmp_path) == 0:
@@ -85,7 +86,8 @@ def test_two_hosts_train_as_two_ranks_of_one_machine_do(lab, tmp_path):
     assert not any("canary" in line for line in command_lines)
     assert "canary" not in said
     assert not [f for f in tmp_path.rglob("*") if f.is_file() and b"canary-5f1e9" in f.read_bytes()]
-    assert not list(tmp_path.glob(".launch-*"))
+    assert not list(tmp_path.rglob(".launch-*"))
+    assert not [*ROOT.glob("pwned*"), *Path.home().glob("pwned*")]
     assert digest(tmp_path / "run") == digest(tmp_path / "here" / "run")
 
 
