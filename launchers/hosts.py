@@ -116,12 +116,12 @@ def read_hostfile(path: str) -> dict[str, int]:
 
 def shared_folder(arguments: list[str]) -> Path:
     """Where the run's folder will be made, if the target trains; else the current folder."""
-    if arguments[:1] != ["train"]:
+    if arguments[:1] != ["train"] or len(arguments) < 2:
         return Path.cwd()
     from slm.recipe import load_recipe
 
     overrides = [word for word in arguments[2:] if "=" in word and not word.startswith("-")]
-    return load_recipe(*arguments[1:2], overrides).run_dir.absolute().parent
+    return load_recipe(arguments[1], overrides).run_dir.absolute().parent
 
 
 class SharedFolder:
@@ -241,7 +241,7 @@ def ask_all(hosts: dict[str, int], shared: Path, address: str, port: int) -> tup
         with ThreadPoolExecutor(len(hosts)) as pool:
             answers = dict(zip(hosts, pool.map(lambda probe: first_look(probe, shared, token), probes), strict=True))
             problems = [
-                f"{host}: {what}" for host, answer in answers.items() for what in problems_of(answer, hosts[host])
+                f"{host}: {what}" for host, answer in answers.items() for what in problems_of(host, answer, hosts[host])
             ]
             problems += differences(
                 {host: answer["versions"] for host, answer in answers.items() if "versions" in answer}

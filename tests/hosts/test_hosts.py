@@ -105,11 +105,12 @@ def test_a_signal_saves_on_all_hosts(lab, tmp_path, name):
     assert (tmp_path / "run" / "latest").resolve().name.startswith("main-")
 
 
-def test_a_dead_rank_ends_the_run_everywhere(lab, tmp_path):
-    """SIGKILL of the rank on b: the one on a leaves too, the code is not 0, and --restarts goes on to the end."""
+@pytest.mark.parametrize("restarts", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_dead_rank_ends_the_run_everywhere(lab, tmp_path, restarts):
+    """SIGKILL of the rank on b: the one on a leaves too, and the code is not 0; with --restarts the run goes on to its end."""
     phase = {"name": "main", "tokens": 256 * 400, "seq_len": 64, "batch_tokens": 256, "micro_batch": 2}
     recipe = write_recipe(tmp_path, phases=[phase], checkpoint={"every_steps": 20})
-    launched = start(lab, lab.hostfile("a", "b"), recipe, "--restarts", "2")
+    launched = start(lab, lab.hostfile("a", "b"), recipe, *["--restarts", restarts][: 2 * bool(restarts)])
     wait_until(lambda: list(tmp_path.glob("run/checkpoints/main-*")), seconds=120)
     victims = [
         pid for pid in lab.pids("b") if "--world_info" not in (line := cmdline(pid)) and "-m slm.cli train" in line
@@ -120,10 +121,14 @@ def test_a_dead_rank_ends_the_run_everywhere(lab, tmp_path):
     assert victims
     assert "rank 1 (process" in said
     assert "was ended by SIGKILL" in said
-    assert "Restart 1 of 2" in said
-    assert "going on from" in said
-    assert code == 0
-    assert len(events(tmp_path / "run", "restart")) == 1
+    if restarts:
+        assert code == 0
+        assert "Restart 1 of 2" in said
+        assert "going on from" in said
+        assert len(events(tmp_path / "run", "restart")) == 1
+    else:
+        assert code == 5
+        assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 5
 
 
 def cmdline(pid: int) -> str:
