@@ -130,9 +130,8 @@ def is_live(members: list[tuple[str, str]]) -> bool:
 def in_words(members: list[tuple[str, str]]) -> str:
     """running on node[1-2]; 3 running, 1 pending (Priority)"""
     if len(members) == 1:
-        state, reason = members[0]
-        waits = state == "PENDING" or not reason.startswith("(")
-        return f"{state.lower()} {'on ' if state == 'RUNNING' else ''}{reason}" if waits and reason else state.lower()
+        (state, reason), nodes = members[0], not members[0][1].startswith("(")
+        return f"{state.lower()} {'on ' if nodes else ''}{reason}" if reason else state.lower()
     return ", ".join(f"{count} {state.lower()}" for state, count in Counter(state for state, _ in members).items())
 
 
