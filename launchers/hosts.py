@@ -59,6 +59,9 @@ def main() -> int:
     parser.add_argument("target", help="script or module to run on each rank")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what follows goes to the target")
     options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # until there are ranks that could save
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         if not 0 <= options.port < 1 << 16:
             raise UserError(f"--port is {options.port}, which is no port", fix="give 1024 to 65535, or leave it out")
@@ -78,6 +81,18 @@ def main() -> int:
         if waiting := os.environ.get("SLM_EXIT_FILE"):
             Path(waiting).write_text(json.dumps({"code": error.exit_code, "reason": str(error)}))
         return error.exit_code
+    except Interrupted as end:
+        return 128 + end.args[0]
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+class Interrupted(BaseException):
+    """By the signal of this number, before there were ranks."""
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
 
 
 # --------------------------------------------------------------------------------- what is given
@@ -237,27 +252,25 @@ def ask_all(hosts: dict[str, int], shared: Path, address: str, port: int) -> tup
     (shared / "token").write_text(token)
     say(f"asking {len(hosts)} machines: {', '.join(hosts)}")
     probes = [Probe(host) for host in hosts]
+    pool = ThreadPoolExecutor(len(hosts))
     try:
-        with ThreadPoolExecutor(len(hosts)) as pool:
-            answers = dict(zip(hosts, pool.map(lambda probe: first_look(probe, shared, token), probes), strict=True))
-            problems = [
-                f"{host}: {what}" for host, answer in answers.items() for what in problems_of(host, answer, hosts[host])
-            ]
-            problems += differences(
-                {host: answer["versions"] for host, answer in answers.items() if "versions" in answer}
+        answers = dict(zip(hosts, pool.map(lambda probe: first_look(probe, shared, token), probes), strict=True))
+        problems = [
+            f"{host}: {what}" for host, answer in answers.items() for what in problems_of(host, answer, hosts[host])
+        ]
+        problems += differences({host: answer["versions"] for host, answer in answers.items() if "versions" in answer})
+        if "lost" in answers[next(iter(hosts))]:  # nobody listens
+            raise not_ready(problems)
+        listening = probes[0].ask(listen=port, token=token)
+        if "error" in listening:
+            problems.append(
+                f"{probes[0].host}: port {port} cannot be used: {listening['error']} (leave --port out, or name another)"
             )
-            if "lost" in answers[next(iter(hosts))]:  # nobody listens
-                raise not_ready(problems)
-            listening = probes[0].ask(listen=port, token=token)
-            if "error" in listening:
-                problems.append(
-                    f"{probes[0].host}: port {port} cannot be used: {listening['error']} (leave --port out, or name another)"
-                )
-                raise not_ready(problems)
-            tried = [address] if address else [known_as(probes[0].host), *answers[probes[0].host]["addresses"]]
-            question = {"connect": list(dict.fromkeys(tried)), "port": listening["port"], "token": token}
-            here = [probe for probe in probes if "lost" not in answers[probe.host]]
-            reached = list(pool.map(lambda probe: probe.ask(**question)["reached"], here))
+            raise not_ready(problems)
+        tried = [address] if address else [known_as(probes[0].host), *answers[probes[0].host]["addresses"]]
+        question = {"connect": list(dict.fromkeys(tried)), "port": listening["port"], "token": token}
+        here = [probe for probe in probes if "lost" not in answers[probe.host]]
+        reached = list(pool.map(lambda probe: probe.ask(**question)["reached"], here))
     except Lost as error:
         raise EnvironmentProblem(
             f"a machine stopped answering: {error}", fix="see whether it is up, and start again"
@@ -265,6 +278,7 @@ def ask_all(hosts: dict[str, int], shared: Path, address: str, port: int) -> tup
     finally:
         for probe in probes:
             probe.close()
+        pool.shutdown()  # its threads have ended with what they asked
     common = [candidate for candidate in question["connect"] if all(candidate in found for found in reached)]
     if not common:
         cut_off = [probe.host for probe, found in zip(here, reached, strict=True) if not found]

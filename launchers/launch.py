@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -99,7 +100,6 @@ class Head:
     empty one at least every BEAT_SECONDS. A machine that is lost, the network, or a killed ssh are all silence to us."""
 
     def __init__(self) -> None:
-        os.set_blocking(0, False)
         self.is_gone = False
         self._unread, self._silent_seconds, self._looked_at = b"", 0.0, time.monotonic()
 
@@ -116,13 +116,13 @@ class Head:
         # While this process did not run itself (stopped, or the machine asleep), nobody was silent.
         self._silent_seconds += min(now - self._looked_at, 1.0)
         self._looked_at = now
-        try:
+        said = b""
+        # No O_NONBLOCK: where sshd makes a socket of stdin and stdout, what the ranks print would be cut short.
+        if select.select([0], [], [], 0)[0]:
             said = os.read(0, 1 << 20)
             self.is_gone = self.is_gone or not said
             self._silent_seconds = 0.0
-        except BlockingIOError:
-            said = b""
-            self.is_gone = self.is_gone or self._silent_seconds > LOST_SECONDS
+        self.is_gone = self.is_gone or self._silent_seconds > LOST_SECONDS
         *lines, self._unread = (self._unread + said).split(b"\n")
         return [line.decode() for line in lines if line]
 

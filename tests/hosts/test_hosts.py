@@ -278,3 +278,18 @@ def test_a_bad_recipe_is_refused_before_any_host_is_asked(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("none.yaml") == 1
     assert "asking" not in done.stderr
+
+
+def test_a_signal_while_hosts_are_asked_ends_it(tmp_path):
+    """One that never answers: nothing has started, so the command ends at once, and leaves no folder."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=1\n")
+    command = ["bash", SCRIPT, str(hosts), str(write_recipe(tmp_path))]
+    env = environment(SLM_SSH="bash -c 'sleep 600'")
+    with subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as launched:
+        wait_until(lambda: list(tmp_path.glob(".launch-*/token")))
+        launched.send_signal(signal.SIGTERM)
+        _, said = launched.communicate(timeout=20)
+    assert launched.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob(".launch-*"))
