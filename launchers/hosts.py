@@ -250,7 +250,7 @@ def ask_all(hosts: dict[str, int], shared: Path, address: str, port: int) -> tup
     """
     token = secrets.token_hex(16)
     (shared / "token").write_text(token)
-    say(f"asking {len(hosts)} machines: {', '.join(hosts)}")
+    say(f"asking {len(hosts)} machine{'s' * (len(hosts) > 1)}: {', '.join(hosts)}")
     probes = [Probe(host) for host in hosts]
     pool = ThreadPoolExecutor(len(hosts))
     try:

@@ -165,9 +165,10 @@ _QUERY = {
     "total_mib": "memory.total",
     "used_mib": "memory.used",
     "ecc_errors": "ecc.errors.uncorrected.volatile.total",
-    "throttled": "clocks_throttle_reasons.active",
     "celsius": "temperature.gpu",
+    "throttled": "clocks_event_reasons.active",
 }
+_OLDER_QUERY = _QUERY | {"throttled": "clocks_throttle_reasons.active"}  # its name before driver 535
 # Reasons that are no fault: idle, clocks asked for by applications, and the usual power cap (nvml.h).
 _HARMLESS_THROTTLING = 0x1 | 0x2 | 0x4 | 0x100
 
@@ -177,10 +178,13 @@ def gpus() -> list[Check]:
     if not shutil.which("nvidia-smi"):
         return [Check("GPUs", OK, "no nvidia-smi here: a CPU machine", "", {"num_gpus": 0})]
     try:
-        rows = _nvidia_smi("gpu", list(_QUERY.values()))
+        try:
+            rows = _nvidia_smi("gpu", list(_QUERY.values()))
+        except subprocess.CalledProcessError:
+            rows = _nvidia_smi("gpu", list(_OLDER_QUERY.values()))
         busy = _nvidia_smi("compute-apps", ["pid", "used_memory"])
     except (OSError, subprocess.SubprocessError) as error:
-        return [Check("GPUs", WRONG, f"nvidia-smi fails: {error}", "see whether the driver is loaded (dmesg)")]
+        return [Check("GPUs", WRONG, f"nvidia-smi fails: {_said(error)}", "see whether the driver is loaded (dmesg)")]
     checks = []
     for number, row in enumerate(rows):
         found: dict[str, Any] = dict(zip(_QUERY, row, strict=True))
@@ -198,6 +202,11 @@ def gpus() -> list[Check]:
         listed = ", ".join(f"process {pid} with {used}" for pid, used in busy)
         checks.append(Check("GPUs in use", WARNING, listed, "end what is not yours to keep, or take other GPUs"))
     return checks
+
+
+def _said(error: Exception) -> str:
+    output = f"{getattr(error, 'stdout', '') or ''}{getattr(error, 'stderr', '') or ''}".strip()
+    return output.splitlines()[0] if output else str(error)
 
 
 def _nvidia_smi(what: str, fields: list[str]) -> list[list[str]]:
