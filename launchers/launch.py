@@ -7,6 +7,7 @@ run that one rank has left, and exits with 0 when its own helper is killed. Here
 - SIGTERM, SIGUSR1 and SIGINT go to every rank, so that the run can save and stop (SIGHUP as SIGTERM; the
   third SIGINT ends it at once);
 - when a rank dies, the others get GRACE_SECONDS, then the whole run is ended; the same if this program dies;
+- what is wrong with a recipe is found before any rank is started, and said once;
 - the exit code is the one that the run wrote (see EXIT_CODES in slm/runtime.py), not DeepSpeed's.
 
     python launchers/launch.py --ranks 2 --module slm.cli train recipes/quickstart.yaml
@@ -54,6 +55,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="slm-launch-") as scratch:
         exit_file = Path(scratch) / "exit.json"
         env = rank_environment(num_ranks, num_gpus, exit_file)
+        if options.module and [options.target, *options.arguments][:2] == ["slm.cli", "train"]:
+            # What is wrong with a recipe is said once and at once, not by each rank after all of them have started.
+            check = [sys.executable, "-m", "slm.cli", *options.arguments, "--check", str(num_ranks)]
+            if code := subprocess.run(check, env=env).returncode:
+                pass_on_record(exit_file)
+                return code
         command = deepspeed_command(num_ranks, num_gpus) + ["--module"] * options.module
         return Launch([*command, options.target, *options.arguments], env, num_ranks, exit_file).wait()
 
@@ -194,8 +201,7 @@ class Launch:
     def exit_code(self) -> int:
         if self.exit_file.exists():
             record = json.loads(self.exit_file.read_text())
-            if waiting := os.environ.get("SLM_EXIT_FILE"):  # `slm train --restarts` wants to know as well
-                shutil.copy(self.exit_file, waiting)
+            pass_on_record(self.exit_file)
             if record["code"]:
                 say(f"the run ended with code {record['code']}: {record['reason'].partition(chr(10))[0]}")
             return record["code"]
@@ -203,6 +209,12 @@ class Launch:
             return 128 + self.arrived[-1]
         say("the run left no word of how it ended: it crashed or was killed")
         return 1  # DeepSpeed's own code depends on which of its processes ended first
+
+
+def pass_on_record(exit_file: Path) -> None:
+    """`slm train --restarts` wants to know as well."""
+    if (waiting := os.environ.get("SLM_EXIT_FILE")) and exit_file.exists():
+        shutil.copy(exit_file, waiting)
 
 
 def send(processes: list[psutil.Process], number: int) -> None:

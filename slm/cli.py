@@ -79,9 +79,17 @@ def _note_exit(code: int, reason: str) -> None:
 def _load(recipe: str | Path, overrides: list[str] | None) -> Recipe:
     """From here on messages name the recipe as it was given."""
     from slm.recipe import load_recipe
+    from slm.runtime import launched_ranks
 
     SLMError.recipe = shlex.join([str(recipe), *(overrides or [])])
-    return load_recipe(recipe, overrides)
+    try:
+        return load_recipe(recipe, overrides)
+    except UserError as error:
+        ranks = launched_ranks()
+        if ranks is None or ranks.local_rank == 0:
+            raise
+        _note_exit(error.exit_code, str(error))
+        sys.exit(error.exit_code)  # the ranks of a machine read the same file: it is said once
 
 
 @app.command()
@@ -145,10 +153,21 @@ def train(
     fresh_optimizer: Annotated[
         bool, typer.Option("--fresh-optimizer", help="go on from the checkpoint's weights alone; moments begin at zero")
     ] = False,
+    check: Annotated[
+        int,
+        typer.Option(
+            metavar="RANKS", min=0, help="begin nothing: say what would be refused, on so many ranks, at once"
+        ),
+    ] = 0,
 ) -> None:
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
     loaded = _load(recipe, overrides)
     steps = _steps(profile)
+    if check:
+        from slm.plan import check_before_start
+
+        check_before_start(loaded, check, until)
+        return
     from slm.resume import Resume
 
     if launcher and not restarts:

@@ -20,6 +20,7 @@ from slm.activations import POLICIES, ActivationMemory, activation_memory
 from slm.data.selection import selected_documents
 from slm.data.tokens import MANIFEST, TokenDataset
 from slm.distill.settings import describe_loss
+from slm.errors import UserError
 from slm.gate import ASKED, repetition
 from slm.layout import check_ranks, gradient_accumulation
 from slm.model.config import ModelConfig, effective_theta
@@ -97,6 +98,37 @@ def check_what_is_here(recipe: Recipe) -> None:
         for source in phase.filters:
             if (Path(recipe.data.sources[source]) / MANIFEST).exists():
                 selected_documents(recipe, phase, source, TokenDataset(recipe.data.sources[source]))
+
+
+def check_before_start(recipe: Recipe, world_size: int, until: str = "") -> None:
+    """What `slm train` on so many ranks would refuse, as far as that needs neither ranks nor torch: a launcher asks before it
+    starts them. Of a run that has checkpoints, part may be over, and no longer need what it needed: it is left to the ranks.
+
+    Raises UserError and CorruptArtefact.
+    """
+    names = [phase.name for phase in recipe.phases]
+    check_until(until, names)
+    if any((recipe.run_dir / "checkpoints").glob("*/manifest.json")):
+        return
+    phases = recipe.phases[: names.index(until) + 1] if until else recipe.phases
+    check_ranks(phases, world_size)
+    if recipe.init_from is not None and not Path(recipe.init_from.path).exists():
+        raise missing_origin(recipe.init_from.path)
+    sources = [recipe.data.sources[name] for phase in phases for name in phase.mixture or recipe.data.sources]
+    for path in dict.fromkeys([*sources, *recipe.data.validation.values()]):
+        TokenDataset(path)
+    check_what_is_here(recipe)
+
+
+def check_until(until: str, names: Sequence[str]) -> None:
+    if until and until not in names:
+        raise UserError(
+            f"--until is {until!r}, which is no phase of the recipe ({', '.join(names)})", fix="name one of them"
+        )
+
+
+def missing_origin(path: str) -> UserError:
+    return UserError(f"init_from.path {path} does not exist", fix="give a run, a checkpoint or a Hugging Face folder")
 
 
 def describe(recipe: Recipe, world_size: int | None, phases: Sequence[Phase] | None = None) -> str:

@@ -20,6 +20,7 @@ from slm import checkpoint, parallel
 from slm.errors import CorruptArtefact, UserError
 from slm.gate import is_at_an_end, parts, verdicts
 from slm.model.config import ModelConfig
+from slm.plan import check_until
 from slm.recipe import Phase, Recipe, recipe_from_tree
 
 log = logging.getLogger("slm")
@@ -233,10 +234,7 @@ def remaining_phases(recipe: Recipe, position: Position, until: str = "") -> lis
     Raises UserError if the checkpoint's phase, or `until`, is not in the recipe.
     """
     names = [phase.name for phase in recipe.phases]
-    if until and until not in names:
-        raise UserError(
-            f"--until is {until!r}, which is no phase of the recipe ({', '.join(names)})", fix="name one of them"
-        )
+    check_until(until, names)
     end = names.index(until) + 1 if until else len(names)
     if not position.phase:
         return recipe.phases[:end]
