@@ -181,6 +181,18 @@ def test_a_weight_that_changes_on_one_rank_is_found(runs, stage):
     assert checkpoint.choose(run_dir).name == "main-00000005"
 
 
+def test_most_ranks_agreeing_names_the_others():
+    """On 4 ranks: who is in the minority is named, one or several; two against two is nobody's majority; equal is equal. All
+    ranks say the same."""
+    cases = {"-": "the same", "2": "weight of rank 2", "0": "weight of rank 0", "1,2,3": "weight of rank 0",
+             "2,3": "weight (no majority: ranks 0, 1, 2, 3)"}  # fmt: skip
+    printed = run_ranks(Path(__file__).with_name("odd_replica.py"), [*cases], 4).stdout
+    said = dict(line.removeprefix("case ").split(": ", 1) for line in printed.splitlines() if line.startswith("case "))
+    assert list(said) == list(cases)
+    for case, words in cases.items():
+        assert said[case].endswith(words), said
+
+
 def test_a_slow_rank_is_named(runs):
     """A rank that takes 200 ms longer is named within 20 steps."""
     found = of_kind(runs[0] / "slow", "straggler")
