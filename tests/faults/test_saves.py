@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import slm.loop
+import slm.train
 from slm import checkpoint
+from slm.data.batches import PhaseData
 from slm.engine import Engine
 from slm.recipe import load_recipe
 from slm.train import train
-from tests.faults.digest import digest, state, steps
+from tests.faults.digest import digest, fed, record_what_is_fed, state, steps
 from tests.shards import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -86,8 +89,18 @@ def quick(tmp_path_factory):
     return {mode: (folders[mode], findings) for mode, findings in zip(folders, found, strict=True)}
 
 
-def test_control_the_same_run_twice_is_equal_and_another_is_not(tmp_path, one_rank, monkeypatch):
-    """What the other tests stand on: digests of two runs agree in every bit, and differ where one seed does."""
+@pytest.fixture
+def recorded(monkeypatch):
+    """Runs of this process leave word of what they were fed."""
+    monkeypatch.setattr(slm.train, "run_phase", slm.train.run_phase)
+    monkeypatch.setattr(slm.loop, "train_step", slm.loop.train_step)
+    monkeypatch.setattr(Engine, "forward", Engine.forward)
+    record_what_is_fed()
+
+
+def test_control_the_same_run_twice_is_equal_and_another_is_not(tmp_path, one_rank, monkeypatch, recorded):
+    """What the other tests stand on: digests of two runs agree in every bit, and differ where one seed does, and where the
+    tokens of one step do, whatever the recipe says of them."""
     monkeypatch.chdir(ROOT)
     path = write_recipe(tmp_path, 6, every_steps=3)
     one, two, other = (tmp_path / name for name in ("one", "two", "other"))
@@ -97,6 +110,16 @@ def test_control_the_same_run_twice_is_equal_and_another_is_not(tmp_path, one_ra
     assert len(steps(one)) == 6
     assert not set(steps(one).values()) & set(steps(other).values())
     assert sum(a != b for a, b in zip(state(one).values(), state(other).values(), strict=True)) > 10
+    draw = PhaseData.step_batches
+
+    def another_fourth_step(self, step, **kwargs):
+        return draw(self, 5 if step == 3 else step, **kwargs)
+
+    monkeypatch.setattr(PhaseData, "step_batches", another_fourth_step)
+    assert train(load_recipe(path, [f"output={tmp_path}/astray"])) == 0
+    right, astray = fed(one), fed(tmp_path / "astray")
+    assert [step for step in right if right[step] != astray[step]] == [4]
+    assert digest(tmp_path / "astray") != digest(one)
 
 
 def test_three_kills_in_saves(quick):
@@ -152,7 +175,7 @@ def events(run_dir, kind):
     return [line for line in lines if line["kind"] == kind]
 
 
-def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch):
+def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch, recorded):
     """Row 7: bytes needed and free are said before anything is written; what was committed stays whole. `stop` ends the run
     with code 3; `continue` ends it after three, and goes on where there is room again."""
     monkeypatch.chdir(ROOT)
