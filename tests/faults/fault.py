@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,10 @@ def place_of(place: str) -> tuple[object, str]:
         from slm import saving
 
         return saving, "write_tensors"
+    if place == "compile":  # by torch.compile, of the first block that is called
+        import torch._inductor.compile_fx
+
+        return torch._inductor.compile_fx, "compile_fx"
     if place == "start":
         import slm.train
 
@@ -118,8 +123,17 @@ def ask_twice() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def ask_soon() -> None:
-    threading.Timer(1.0, ask_to_stop).start()
+def ask_and_say_where() -> None:
+    """FAULT_WHERE gets the stack at which the signal's handler runs, and whether the run has heard it there."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def note(number, frame):
+        before(number, frame)
+        Path(os.environ["FAULT_WHERE"]).write_text("".join(traceback.format_stack(frame)))
+
+    signal.signal(signal.SIGTERM, note)
+    ask_to_stop()
+    signal.signal(signal.SIGTERM, before)
 
 
 def ask_the_launcher(times: int = 1) -> None:
@@ -175,7 +189,7 @@ FAULTS = {
     "crash": crash,
     "term": ask_to_stop,
     "term2": ask_twice,
-    "termsoon": ask_soon,
+    "termwhere": ask_and_say_where,
     "termlauncher": ask_the_launcher,
     "termlauncher2": ask_the_launcher_twice,
     "rest": rest,
