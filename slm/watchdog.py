@@ -25,6 +25,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -200,15 +201,21 @@ class _Watch:
         faulthandler.dump_traceback(self.stacks, all_threads=True)
         # Ranks on other machines look as seldom as this one, and want to be heard before a launcher ends them.
         time.sleep(self.poll_seconds + 1)
-        where = {rank: _innermost(self._path(rank)) for rank in sorted([self.rank, *siblings])}
+        places = {rank: _last_place(self._path(rank)) for rank in sorted([self.rank, *siblings])}
+        where = {rank: place.text for rank, place in places.items()}
         where |= {rank: f"stopped (SIGSTOP) in {where[rank]}" for rank in asleep}
+        hung = asleep or [rank for rank, place in places.items() if not place.waits]
+        if len(hung) == len(places) > 1:  # nobody was seen to wait for another
+            hung = []
+        told = "; ".join(f"rank {rank} hangs: {where[rank]}" for rank in hung) or "a rank hangs"
         field = "watchdog.step_seconds" if doing[0] == STEP else "watchdog.slow_seconds"
         reason = (
-            f"{title}, longer than {field} ({limit:g}): a rank hangs. Every rank's stack is in "
+            f"{told}. {title[0].upper()}{title[1:]}, longer than {field} ({limit:g}). Every rank's stack is in "
             f"{self.run_dir}/logs/rank-N.stacks"
         )
-        _attempt(lambda: write_exit(self.run_dir, EXIT_HUNG, reason, doing=what, seconds=round(seconds, 1)))
-        event = {"rank": self.rank, "doing": doing[0], "step": doing[1], "seconds": round(seconds, 1), "where": where}
+        fields = {"doing": doing[0], "step": doing[1], "seconds": round(seconds, 1), "hung": hung}
+        _attempt(lambda: write_exit(self.run_dir, EXIT_HUNG, reason, **fields))
+        event = {"rank": self.rank, **fields, "where": where}
         _attempt(lambda: append_event(self.run_dir, "hang", **event))
         # The rank may hang in writing to its terminal, with the lock that the next line wants.
         faulthandler.dump_traceback_later(10, exit=True, file=self.stacks)
@@ -287,18 +294,30 @@ def _headline(file: int, title: str) -> None:
     os.write(file, f"\n=== {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {title}\n".encode())
 
 
-def _innermost(path: Path) -> str:
-    """Where the main thread was at the last time: its innermost line, and the innermost of ours above it."""
+# A Python frame in which a rank waits for others: a collective call, or autograd's engine, in whose threads ZeRO makes its own.
+_WAITS = re.compile(r"/torch/distributed/distributed_c10d\.py$|/deepspeed/comm/|/torch/autograd/graph\.py$")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the main thread of a rank was at the last time."""
+
+    text: str  # its innermost line, and the innermost of ours above it
+    waits: bool  # in a collective call or a backward pass
+
+
+def _last_place(path: Path) -> _Place:
     try:
         text = path.read_text(errors="replace").rpartition("\n=== ")[2]
     except OSError as error:
-        return str(error)
+        return _Place(str(error), False)
     main = re.split(r"^(?:Current thread|Thread) .*\n", text, flags=re.MULTILINE)[-1]  # threads go newest first
     frames = [
         (f"{name} ({file}:{line})", file) for file, line, name in re.findall(r'File "(.*)", line (\d+) in (.*)', main)
     ]
     if not frames:
-        return "it did not answer (no interpreter, or no such process)"
+        return _Place("it did not answer (no interpreter, or no such process)", False)
     root = str(Path(__file__).parent) + os.sep
     ours = next((shown for shown, file in frames if file.startswith(root)), frames[0][0])
-    return frames[0][0] if ours == frames[0][0] else f"{frames[0][0]}, called by {ours}"
+    shown = frames[0][0] if ours == frames[0][0] else f"{frames[0][0]}, called by {ours}"
+    return _Place(shown, any(_WAITS.search(file) for _, file in frames))
