@@ -41,7 +41,6 @@ _PEERS_TIMEOUT_SECONDS = 1800.0
 _PEERS_STILL_SECONDS = 60.0  # without a new byte from ranks of other machines, after training has failed
 _WAIT_SAID_SECONDS = 1.0
 _FAILURES_IN_A_ROW = 3  # with on_failure: continue
-_FIX = "free disk space; the checkpoints before are whole"
 _CHUNK_BYTES = 8 << 20
 _SMALL_FILES_BYTES = 64 << 10  # manifest, done-files and their blocks
 
@@ -247,8 +246,12 @@ class Checkpointer:
         return EnvironmentProblem(
             f"the checkpoint {save.final.name} needs {needed:,} bytes and {self.root} has {free:,} free"
             + (f" (the {later:,} of older ones that it replaces are only removed once it is whole)" if later else ""),
-            fix=f"free {needed - free:,} bytes, or give the run (output) a larger disk; the checkpoints before are whole",
+            fix=f"free {needed - free:,} bytes, or give the run (output) a larger disk; {self._before()}",
         )
+
+    def _before(self) -> str:
+        folders = newest_first(self.root)
+        return f"the checkpoints before are whole, the newest {folders[0].name}" if folders else "none was saved before"
 
     # --- the thread --------------------------------------------------------------------------------------------
 
@@ -260,7 +263,8 @@ class Checkpointer:
             pass  # the rank that failed raises why, for all
         except Exception as error:
             problem = f"rank {rank} could not write the checkpoint {save.final.name}: {error}"
-            self._error = EnvironmentProblem(problem, fix=_FIX) if isinstance(error, OSError) else error
+            fix = f"free disk space; {self._before()}"
+            self._error = EnvironmentProblem(problem, fix=fix) if isinstance(error, OSError) else error
             log.error("%s", self._error)
             try:
                 # Its own part first: on a full disk it makes the room for saying so to rank 0.
@@ -268,7 +272,10 @@ class Checkpointer:
                 atomic_write(save.staging / f"rank-{rank:05d}.failed", problem)
             except OSError as second:
                 log.error("rank %d could not leave word that its save failed: %s", rank, second)
-        self._seconds = time.monotonic() - begun
+        else:
+            self._seconds = time.monotonic() - begun
+            if rank == 0:
+                log.info("saved %s in %.1f s%s", save.final.name, self._seconds, ", the best so far" * save.best)
 
     def _write_and_commit(self, save: _Save, rank: int, world: int) -> None:
         staging, final = save.staging, save.final
@@ -312,7 +319,7 @@ class Checkpointer:
             if not self._missing:
                 return [json.loads(p.read_text()) for p in paths]
             for failed in staging.glob("*.failed"):
-                raise EnvironmentProblem(failed.read_text(), fix=_FIX)
+                raise EnvironmentProblem(failed.read_text(), fix=f"free disk space; {self._before()}")
             if self._abandoned.is_set():
                 raise _Abandoned
             if lost := gone.intersection(self._missing):

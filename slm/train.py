@@ -79,6 +79,7 @@ def train(
     run_dir: Path | None = None
     lock: RunLock | None = None
     is_new = refused = joined = False
+    everyone: list[tuple[str, int, str]] = []
     setup_logging(ranks.rank, None)
     try:
         if recipe.deterministic:
@@ -100,7 +101,9 @@ def train(
         code, reason, refused = error.exit_code, str(error), True
         # Every rank finds the same mistake, or judges by the same numbers: it is said once.
         if ranks.rank == 0 or not isinstance(error, (UserError, gate.GateFailed)):
-            log.error("%s: %s", error.title, error)
+            log.error(
+                "%s", error if type(error).title == "Error" else f"{error.title}: {error}"
+            )  # "ERROR Error" says it twice
     except KeyboardInterrupt:
         code, reason = EXIT_CRASHED, "interrupted twice; the last save is the newest state"
         log.error(reason)
@@ -110,7 +113,8 @@ def train(
             code, reason = EnvironmentProblem.exit_code, f"{error.strerror}: {error.filename or recipe.run_dir}"
             log.error("%s. Fix: free space there, or give the run (output) another disk", reason)
         elif parallel.is_lost_peer(error):
-            reason = "another rank has gone (killed, out of memory, or crashed: see its log); the same command goes on"
+            who = watchdog.name_the_gone(everyone) or "another rank"
+            reason = f"{who} has gone (killed, out of memory, or crashed: see its log); the same command goes on"
             log.error("%s\n%s", reason, str(error).splitlines()[0])
         else:
             log.error("crashed\n%s", traceback.format_exc())

@@ -38,6 +38,7 @@ log = logging.getLogger("slm")
 
 EXIT_HUNG = 79
 STEP = "step"  # the one kind of work with the short limit
+_GONE_SECONDS = 2.0
 _END_SECONDS = 60  # for stacks, event and log of a hung run; then it is ended all the same
 
 # What this rank does, and of which step. A new tuple is the sign of life: at() may be called in any hot loop.
@@ -267,6 +268,17 @@ def is_gone(process: tuple[str, int, str]) -> bool:
     except OSError:
         return not psutil.pid_exists(pid)
     return fields[0] in "ZX" or fields[19] != began  # a zombie, for whose end its parent has not asked yet
+
+
+def name_the_gone(everyone: list[tuple[str, int, str]]) -> str:
+    """Which ranks of this machine have ended, in words; empty if none has. A process whose connections are closed is given a
+    moment to be gone."""
+    deadline = time.monotonic() + _GONE_SECONDS
+    while not (gone := [rank for rank, process in enumerate(everyone) if is_gone(process)]):
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(0.05)
+    return f"rank {gone[0]}" if len(gone) == 1 else f"one of the ranks {', '.join(map(str, gone))}"
 
 
 def _is_stopped(process: psutil.Process) -> bool:

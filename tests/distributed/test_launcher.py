@@ -95,6 +95,8 @@ def test_a_signal_reaches_every_rank_and_the_run_stops_in_order(run_dir, name):
     run.send_signal(getattr(signal, name))
     assert exit_code(run, run_dir) == 75
     assert [(run_dir / f"signal-{rank}").read_text() for rank in (0, 1)] == [name, name]
+    # Said by one rank, as the signal comes: before the loop has looked at it.
+    assert (run_dir / "stderr").read_text().count(f"{name}: stopping after this step, then saving") == 1
 
 
 def test_a_signal_before_the_ranks_exist_ends_the_launch(run_dir):

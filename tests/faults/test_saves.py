@@ -183,6 +183,7 @@ def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch, record
     path = write_recipe(tmp_path, 4, model=model, every_steps=2, output=str(small_disk / "run"))
     run, filler = small_disk / "run", small_disk / "filler"
     assert train(load_recipe(path)) == 0
+    assert re.search(r"saved main-00000002 in \d+\.\d s\n", caplog.text)  # for who looks at the screen
     num_bytes = checkpoint.Reader(run / "latest").num_bytes
     assert 4e6 < num_bytes < 6.4e6  # five fit: two newest, one that is a phase's end, one more, and the next
 
@@ -206,7 +207,7 @@ def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch, record
     needed = int(re.search(r"needs ([0-9,]+) bytes", message)[1].replace(",", ""))
     assert num_bytes < needed < num_bytes + 100_000
     assert re.search(r"has [0-9,]+ free", message)
-    assert "the checkpoints before are whole" in message
+    assert "the checkpoints before are whole, the newest main-00000004" in message
     assert whole() == before
     go_on = [*longer, "checkpoint.on_failure=continue"]
     assert train(load_recipe(path, go_on)) == 3
@@ -240,7 +241,9 @@ def test_one_rank_that_cannot_write_stops_or_holds_up_all(quick):
     said = "rank 1 could not write the checkpoint main-00000002: [Errno 27] File too large"
     for rank in (0, 1):
         assert said in (stopped / "logs" / f"rank-{rank}.log").read_text()
-    assert json.loads((stopped / "exit.json").read_text())["code"] == 3
+    record = json.loads((stopped / "exit.json").read_text())
+    assert record["code"] == 3
+    assert record["reason"].endswith("none was saved before")
     assert checkpoint.choose(stopped) is None
     assert [e["step"] for e in events(went_on, "save failed")] == [2, 4]
     assert [e["step"] for e in events(went_on, "saved")] == [6, 8]

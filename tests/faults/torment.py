@@ -144,6 +144,8 @@ def lose_one_in_a_save(recipe: Recipe, log: Path) -> float:
     begun = time.monotonic()
     codes = wait(pids)
     assert codes == [5, -signal.SIGKILL], codes
+    reason = json.loads((recipe.run_dir / "exit.json").read_text())["reason"]
+    assert reason.startswith("rank 1 has gone"), reason
     return time.monotonic() - begun
 
 
