@@ -382,10 +382,11 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Where a run's time went, over all its attempts: the share of it that was training, what was lost, and to what."""
-    from slm.ledger import describe, goodput, read_events
+    from slm.ledger import describe, goodput, how_it_ended, read_events
 
     found = goodput(read_events(run))
-    typer.echo(json.dumps(found, indent=2) if as_json else describe(found))
+    ended = how_it_ended(run)
+    typer.echo(json.dumps({**found, "ended": ended}, indent=2) if as_json else f"{describe(found)}\n{ended}")
 
 
 @app.command()
