@@ -49,7 +49,7 @@ from slm.recipe import Phase, Recipe, dump_recipe
 from slm.resume import Position, Resume, as_far_as_run, open_checkpoint, phases_to_run, position_of, recipe_changes
 from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
 from slm.safety import RollBack
-from slm.saving import Checkpointer, remove
+from slm.saving import Checkpointer, check_room, remove
 
 log = logging.getLogger("slm")
 
@@ -166,6 +166,8 @@ def _train(
     data, look_at, identities = parallel.together(_open_inputs, recipe, phases, ranks, device)
     position = position_of(reader, recipe, identities, resume.allow_change) if reader else Position()
     changes = recipe_changes(reader, recipe) if reader else []
+    if phases:
+        parallel.first_rank_decides(check_room, run_dir, recipe, phases)
     if ranks.rank == 0:
         if phases:  # where nothing is left to train, it stays the recipe of what was
             atomic_write(run_dir / "recipe.yaml", dump_recipe(recipe))

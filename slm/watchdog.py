@@ -193,7 +193,7 @@ class _Watch:
             os.close(file)
             if stopped := _is_stopped(process):
                 asleep.append(rank)
-            _send(process, signal.SIGUSR2)
+            _ask_for_stacks(process)
             if stopped:  # it wakes to write where it was stopped, and no longer: the run is over
                 _send(process, signal.SIGCONT)
                 time.sleep(0.2)
@@ -293,6 +293,17 @@ def _send(process: psutil.Process, number: int) -> None:
         process.send_signal(number)
     except psutil.Error:
         pass  # gone
+
+
+def _ask_for_stacks(process: psutil.Process) -> None:
+    """SIGUSR2 to the main thread itself (tgkill(2)): a process that is woken for it would else go on in that thread, while
+    another takes the signal."""
+    try:
+        if ctypes.CDLL(None).tgkill(process.pid, process.pid, signal.SIGUSR2) == 0:
+            return
+    except (OSError, AttributeError):  # not Linux, or a C library from before 2019
+        pass
+    _send(process, signal.SIGUSR2)
 
 
 def _attempt(write: Any) -> None:

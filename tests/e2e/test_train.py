@@ -65,8 +65,12 @@ def environment():
 
 
 def rows(run_dir):
+    return {line["step"]: line["loss"] for line in metrics_of(run_dir)}
+
+
+def metrics_of(run_dir):
     lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return [line for line in lines if "loss" in line]
 
 
 def refused(path, caplog, *overrides):
@@ -497,6 +501,32 @@ def test_changed_data_under_a_half_done_phase_is_refused(recipe, data, caplog, t
     assert "steps cannot be taken back" in refused(recipe(), caplog, f"phases.main.tokens={4 * 256}")
     assert train(load_recipe(recipe(), ["optim.lr=1e-2"]), resume=Resume(allow_change=True)) == 0
     assert "from here on optim.lr was 0.003, is 0.01" in caplog.text
+
+
+def test_another_length_of_a_half_done_phase(recipe, tmp_path, caplog):
+    """Fewer tokens press what is left of the schedule together, or cut it off: refused without --allow-change. More need no word,
+    and what they do to the learning rate is said with the numbers that the steps then have. A constant rate knows no end."""
+    assert train(load_recipe(recipe())) == 0
+    rates = {line["step"]: line["lr"] for line in metrics_of(tmp_path / "run")}
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "main-00000012")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "main-00000010")
+    for steps in (8, 5):  # it stands at 5: then it would be over, at once
+        message = refused(recipe(), caplog, f"phases.main.tokens={steps * 256}")
+        assert f"at step 5 its schedule (cosine) is pressed from 12 steps to {steps}" in message
+        assert "--allow-change" in message
+    longer = [f"phases.main.tokens={20 * 256}", "checkpoint.keep_last=9"]
+    assert train(load_recipe(recipe(), longer)) == 0
+    then = {line["step"]: line["lr"] for line in metrics_of(tmp_path / "run")}
+    said = f"stretched from 12 steps to 20, and the next learning rate is {then[6]:.3g} in place of {rates[6]:.3g}"
+    assert said in caplog.text
+    for name in ("main-00000020", "main-00000015", "main-00000010"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
+    assert train(load_recipe(recipe(), [f"phases.main.tokens={8 * 256}"]), resume=Resume(allow_change=True)) == 0
+    assert max(rows(tmp_path / "run")) == 8
+    steady = [f"output={tmp_path}/steady", "phases.main.schedule.type=constant"]
+    assert train(load_recipe(recipe(), steady)) == 0
+    shutil.rmtree(tmp_path / "steady" / "checkpoints" / "main-00000012")
+    assert train(load_recipe(recipe(), [*steady, f"phases.main.tokens={11 * 256}"])) == 0
 
 
 def test_a_damaged_shard_is_named(recipe, tmp_path, caplog):

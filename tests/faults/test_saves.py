@@ -176,8 +176,8 @@ def events(run_dir, kind):
 
 
 def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch, recorded):
-    """Row 7: bytes needed and free are said before anything is written; what was committed stays whole. `stop` ends the run
-    with code 3; `continue` ends it after three, and goes on where there is room again."""
+    """Row 7: bytes needed and free are said before the first step, and before anything is written; what was committed stays
+    whole. `stop` ends the run with code 3; `continue` ends it after three, and goes on where there is room again."""
     monkeypatch.chdir(ROOT)
     model = {"preset": "cpu-tiny", "hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 384}
     path = write_recipe(tmp_path, 4, model=model, every_steps=2, output=str(small_disk / "run"))
@@ -187,9 +187,12 @@ def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch, record
     num_bytes = checkpoint.Reader(run / "latest").num_bytes
     assert 4e6 < num_bytes < 6.4e6  # five fit: two newest, one that is a phase's end, one more, and the next
 
+    def free():
+        return os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+
     def fill():
-        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-        filler.write_bytes(bytes(free - num_bytes // 2))
+        filler.unlink(missing_ok=True)
+        filler.write_bytes(bytes(free() - num_bytes // 2))
 
     def whole():
         assert not [*run.glob("checkpoints/.staging-*")]
@@ -202,7 +205,28 @@ def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch, record
     assert before == ["main-00000004", "main-00000002"]
     fill()
     longer = ["phases.main.tokens=2560"]  # 20 steps
+    # Not even one fits: said before the first step, with 12 bytes for each parameter.
     assert train(load_recipe(path, longer)) == 3
+    message = caplog.records[-1].getMessage()
+    each = int(re.search(r"have ([0-9,]+) bytes each", message)[1].replace(",", ""))
+    assert 0.97 * num_bytes < each <= num_bytes
+    assert "0 of the 2 that are to lie there at once" in message
+    assert len(steps(run)) == 4
+    # Not as many as are to lie there: said, and no more. Then somebody else fills the disk.
+    filler.unlink()
+    filler.write_bytes(bytes(free() - num_bytes * 3 // 2))
+    caplog.clear()
+    step_itself = Engine.step
+
+    def with_another_user(self, lr):
+        fill()
+        return step_itself(self, lr)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "step", with_another_user)
+        assert train(load_recipe(path, longer)) == 3
+    assert "1 of the 2 that are to lie there at once" in caplog.text
+    assert "A save will fail" in caplog.text
     message = caplog.records[-1].getMessage()
     needed = int(re.search(r"needs ([0-9,]+) bytes", message)[1].replace(",", ""))
     assert num_bytes < needed < num_bytes + 100_000
@@ -214,8 +238,6 @@ def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch, record
     assert "3 saves in a row failed" in caplog.records[-1].getMessage()
     assert [e["step"] for e in events(run, "save failed")] == [6, 6, 8, 10]
     assert whole() == before
-
-    step_itself = Engine.step
 
     def with_room_after_two(self, lr):
         if len(events(run, "save failed")) == 6:
