@@ -12,10 +12,15 @@ Recomputation is never counted. Embedding look-up is free; the head, tied or not
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from slm import strict_yaml
 from slm.activations import POLICIES, ActivationMemory, activation_memory
 from slm.data.selection import selected_documents
 from slm.data.tokens import MANIFEST, TokenDataset
@@ -88,7 +93,8 @@ def plan_phase(recipe: Recipe, phase: Phase, world_size: int) -> PhasePlan:
 def check_what_is_here(recipe: Recipe) -> None:
     """Holds the recipe against its tokenizer and token shards, as far as they are here; the rest is `slm train`'s to check.
 
-    Raises UserError for lengths of recall that the needles do not fit in, and for filters that leave no document.
+    Raises UserError for lengths of recall that the needles do not fit in, for filters that leave no document, and for weights to
+    start from that are of another shape.
     """
     if recipe.eval.recall is not None and Path(recipe.tokenizer).exists():
         form = Form(recipe.eval.recall, load_tokenizer(recipe.tokenizer).encode)
@@ -98,6 +104,38 @@ def check_what_is_here(recipe: Recipe) -> None:
         for source in phase.filters:
             if (Path(recipe.data.sources[source]) / MANIFEST).exists():
                 selected_documents(recipe, phase, source, TokenDataset(recipe.data.sources[source]))
+    if recipe.init_from is not None:
+        _check_shape_of_origin(recipe, Path(recipe.init_from.path))
+
+
+def _check_shape_of_origin(recipe: Recipe, path: Path) -> None:
+    """Raises UserError if the weights of init_from, as far as they are here and say so, are of another shape."""
+    theirs: dict[str, Any] = {}
+    try:
+        if (path / "config.json").is_file():
+            theirs = json.loads((path / "config.json").read_text())
+        elif (path / "state.json").is_file():
+            theirs = json.loads((path / "state.json").read_text())["model"]
+        elif (path / "recipe.yaml").is_file():
+            theirs = strict_yaml.read(path / "recipe.yaml")[0]["model"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return  # slm train says what is wrong with it
+    fields = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    other = [name for name in fields if name in theirs and theirs[name] != getattr(recipe.model, name)]
+    if other:
+        raise UserError(
+            f"init_from: {path} has "
+            + ", ".join(f"{name} {theirs[name]} (the recipe's model {getattr(recipe.model, name)})" for name in other)
+            + ": its weights do not fit",
+            fix=f"set model.{other[0]} to {theirs[other[0]]}, or start from another model",
+        )
 
 
 def check_before_start(recipe: Recipe, world_size: int, until: str = "") -> None:
@@ -145,6 +183,9 @@ def describe(recipe: Recipe, world_size: int | None, phases: Sequence[Phase] | N
         f"model: {config.num_parameters():,} parameters ({config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"{config.num_attention_heads} heads over {config.num_key_value_heads} kv heads, vocabulary {config.vocab_size:,})",
     ]
+    if recipe.init_from is not None:
+        here = "" if Path(recipe.init_from.path).exists() else " (not here: nothing of it was looked at)"
+        lines.append(f"weights: from {recipe.init_from.path}{here}")
     for phase in phases:
         num_ranks = world_size or phase.sequence_parallel
         plan = plan_phase(recipe, phase, num_ranks)
