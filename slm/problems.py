@@ -91,12 +91,14 @@ def _meant(location: tuple[Any, ...], schema: type[BaseModel]) -> list[str]:
         section = _part_of(section, part)
     key = str(location[-1])
     siblings = list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
-    if near := difflib.get_close_matches(key, siblings, n=1):
-        return near
     by_name: dict[str, list[str]] = {}
     for path in _paths(schema):
         by_name.setdefault(path.rpartition(".")[2], []).append(path)
-    return [path for name in difflib.get_close_matches(key, by_name, n=1, cutoff=0.8) for path in by_name[name][:3]]
+    if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.8):
+        return near
+    if elsewhere := difflib.get_close_matches(key, by_name, n=1, cutoff=0.8):
+        return by_name[elsewhere[0]][:3]
+    return difflib.get_close_matches(key, siblings, n=1)
 
 
 def _part_of(kind: Any, part: Any) -> Any:
