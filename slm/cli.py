@@ -193,12 +193,17 @@ def train(
         command += ["--profile", profile] * bool(profile) + ["--until", until] * bool(until)
         command += ["--must-resume"] * must_resume + ["--allow-change"] * allow_change
         sys.exit(supervise(command, loaded.run_dir, restarts))
+    from slm import watchdog
     from slm.ledger import Ledger, process_age_seconds
+    from slm.runtime import discover_ranks
     from slm.train import train as run
 
     resume = Resume(must=must_resume, allow_change=allow_change, fresh_optimizer=fresh_optimizer)
     ledger = Ledger(process_age_seconds())
-    sys.exit(run(loaded, profile_steps=steps, until=until, resume=resume, ledger=ledger))
+    code = run(loaded, profile_steps=steps, until=until, resume=resume, ledger=ledger)
+    if any(loaded.watchdog.model_dump().values()):
+        watchdog.leave(loaded.run_dir, discover_ranks().rank)
+    sys.exit(code)
 
 
 def _steps(text: str) -> range:

@@ -39,6 +39,7 @@ log = logging.getLogger("slm")
 EXIT_HUNG = 79
 STEP = "step"  # the one kind of work with the short limit
 _GONE_SECONDS = 2.0
+LEAVE_SECONDS = 120
 _END_SECONDS = 60  # for stacks, event and log of a hung run; then it is ended all the same
 
 # What this rank does, and of which step. A new tuple is the sign of life: at() may be called in any hot loop.
@@ -85,6 +86,22 @@ def stop() -> None:
     if _watch is not None:
         _watch.close()
         _watch = None
+
+
+def leave(run_dir: Path, rank: int) -> None:
+    """The last call of a rank whose run is over and whose code is written down: what is left to do (finalizers, the libraries'
+    own, in which NCCL or gloo may wait for a rank that is gone) gets LEAVE_SECONDS. Then a timer in C writes the stack and
+    leaves with code 1; the kernel does by SIGALRM where the interpreter is gone already."""
+    try:
+        file = os.open(_stacks(run_dir, rank), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:  # of a run that was refused, the folder is removed
+        file = os.dup(2)
+    faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True, file=file)
+    _surely_end(LEAVE_SECONDS + 5)
+
+
+def _stacks(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank-{rank}.stacks"
 
 
 class _Watch:
@@ -161,7 +178,7 @@ class _Watch:
 
     def _end_run(self, doing: tuple[str, int | None], seconds: float, limit: float) -> None:
         try:
-            _surely_end()
+            _surely_end(_END_SECONDS)
             faulthandler.cancel_dump_traceback_later()
             # The lock of the machine's first file: one rank speaks for all, which see it at about the same time.
             first = self._open(min([self.rank, *self.siblings]))
@@ -224,7 +241,7 @@ class _Watch:
         log.error("%s. Where they are:\n%s\nThe same command goes on from the last checkpoint", reason, lines)
 
     def _path(self, rank: int) -> Path:
-        return self.run_dir / "logs" / f"rank-{rank}.stacks"
+        return _stacks(self.run_dir, rank)
 
     def _open(self, rank: int) -> int:
         try:
@@ -235,12 +252,12 @@ class _Watch:
             return os.dup(2)
 
 
-def _surely_end() -> None:
-    """The kernel ends this process after _END_SECONDS, by SIGALRM: what hangs may be the disk that we are about to write to.
-    Through C, as Python sets no signal's action in a thread."""
+def _surely_end(seconds: int) -> None:
+    """The kernel ends this process then, by SIGALRM: what hangs may be the disk that we are about to write to. Through C, as
+    Python sets no signal's action in a thread."""
     ctypes.CDLL(None).signal(signal.SIGALRM, None)  # the default action, whoever else uses it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    signal.alarm(_END_SECONDS)
+    signal.alarm(seconds)
 
 
 def _began(pid: int) -> str:

@@ -7,6 +7,7 @@ CALLth call of PLACE in an attempt, counted from 1, at most TIMES times over all
 COUNTS remembers how often it has. The product knows nothing of it: its functions are replaced here.
 """
 
+import atexit
 import logging
 import os
 import re
@@ -156,6 +157,14 @@ def ask_the_launcher_twice() -> None:
     ask_the_launcher(2)
 
 
+def stay() -> None:
+    """The process does not come to its end after the run."""
+    from slm import watchdog
+
+    watchdog.LEAVE_SECONDS = 2
+    atexit.register(sleep_for_ever)
+
+
 def rest() -> None:
     time.sleep(float(os.environ["FAULT_SECONDS"]))
 
@@ -192,6 +201,7 @@ FAULTS = {
     "termwhere": ask_and_say_where,
     "termlauncher": ask_the_launcher,
     "termlauncher2": ask_the_launcher_twice,
+    "stay": stay,
     "rest": rest,
     "wait": wait_for_the_word,
     "logfull": fill_the_disk_of_the_log,

@@ -48,6 +48,14 @@ def test_a_hang_of_one_rank_ends_the_run_with_both_stacks(recipe, what):
     assert "Where they are:" in printed
 
 
+def test_a_rank_that_does_not_leave_after_the_run_is_ended(recipe):
+    """The run is done and says so; the process is ended with its stack, and whoever waits for it goes on."""
+    assert run(recipe, "stay-start@0:1", 1)[0] == 1
+    run_dir = recipe.with_name("run")
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 0
+    assert "in sleep_for_ever" in (run_dir / "logs" / "rank-0.stacks").read_text()
+
+
 @pytest.mark.slow
 def test_slow_work_is_no_hang(recipe, straight):
     """A start, a first step, a save that rank 0 alone waits for, a batch of an evaluation, each twice as long as a step may

@@ -137,6 +137,24 @@ def test_slow_work_has_its_own_limit(tmp_path):
     assert (tmp_path / "ready").exists()
 
 
+@pytest.mark.parametrize("where", ["atexit.register(time.sleep, 1000)", "libc.__cxa_atexit(libc.pause, None, None)"])
+def test_a_rank_that_cannot_leave_is_ended(tmp_path, where):
+    """What hangs on the way out, in Python's finalizers or, after the interpreter is gone, in those of a library."""
+    code = f"""
+        import atexit
+        watchdog.LEAVE_SECONDS = 2
+        libc = ctypes.CDLL(None)
+        steps(0.3)
+        watchdog.stop()
+        {where}
+        watchdog.leave(run_dir, rank)
+    """
+    codes, said = outcome(start(tmp_path, code))
+    stack = (tmp_path / "logs" / "rank-0.stacks").read_text()
+    assert codes == ([1] if "sleep" in where else [-signal.SIGALRM]), said
+    assert ("Timeout (0:00:02)!" in stack) == ("sleep" in where)
+
+
 def test_a_limit_of_0_is_none(tmp_path):
     """With slow_seconds 0 a start may take for ever, a step may not."""
     codes, said = outcome(start(tmp_path, "time.sleep(2.5)\nreport()\nsteps(0.1)\nwait_for_others()", slow_seconds=0))
