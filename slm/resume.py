@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def open_checkpoint(run_dir: Path, resume: Resume) -> checkpoint.Reader | None:
                 fix="check the recipe's name and output, or leave --must-resume out to begin",
             )
         return None
-    return checkpoint.Reader(folder, weights_only=resume.fresh_optimizer)
+    return parallel.together(partial(checkpoint.Reader, folder, weights_only=resume.fresh_optimizer))
 
 
 def _tell_of_remains(run_dir: Path, chosen: Path | None) -> None:

@@ -303,7 +303,8 @@ def run_phases(
                 continue
             run.saver.wait()
             parallel.barrier()
-            reader = checkpoint.Reader(run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step))
+            folder = run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step)
+            reader = parallel.together(checkpoint.Reader, folder)
     run.metrics.event("done", step=position.global_step)
     parallel.barrier()
     if phases and phases[-1] != run.recipe.phases[-1]:
@@ -336,7 +337,7 @@ def _roll_back(run: Run, phase: Phase, bad: Position) -> tuple[checkpoint.Reader
             f"{bad.skipped_in_a_row} steps in a row were skipped, and none of the checkpoints is from before them",
             fix=f"keep more of them (checkpoint.keep_last {run.recipe.checkpoint.keep_last}), or start anew with a lower lr",
         )
-    reader = checkpoint.Reader(folder) if folder else None
+    reader = parallel.together(checkpoint.Reader, folder) if folder else None
     to = Position.of(reader.state) if reader else Position()
     if to.phase != phase.name:
         to = to.at_start_of(phase.name)
