@@ -395,6 +395,21 @@ def report(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Where a run stands: its phases as saved, how the last attempt ended, and what SLURM says of the jobs of its chain."""
+    from slm.status import print_status
+    from slm.status import status as find
+
+    if as_json:
+        typer.echo(json.dumps(find(run), indent=2))
+    else:
+        print_status(run)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors (recipes/recipe.schema.json is this)."""
     from slm.recipe import json_schema

@@ -319,8 +319,9 @@ def write_exit(run_dir: str | Path | None, code: int, reason: str, **extra: Any)
     record |= {"rank": int(os.environ.get("RANK", 0)), "host": socket.gethostname(), "pid": os.getpid()}
     record["time"] = time.time()
     targets = [Path(run_dir) / "exit.json"] if run_dir is not None and not _is_left_over(Path(run_dir)) else []
-    if EXIT_FILE_VARIABLE in os.environ:
-        targets.append(Path(os.environ[EXIT_FILE_VARIABLE]))
+    waiting = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
+    if EXIT_FILE_VARIABLE in os.environ and waiting.parent.is_dir():  # on another machine nobody waits for it
+        targets.append(waiting)
     for path in targets:
         try:
             if not (path.exists() and _json_or_empty(path.read_text()).get("code")):
