@@ -120,14 +120,7 @@ def _check_shape_of_origin(recipe: Recipe, path: Path) -> None:
             theirs = strict_yaml.read(path / "recipe.yaml")[0]["model"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return  # slm train says what is wrong with it
-    fields = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
+    fields = [name for name in ModelConfig.model_fields if name.endswith("_size") or name.startswith("num_")]
     other = [name for name in fields if name in theirs and theirs[name] != getattr(recipe.model, name)]
     if other:
         raise UserError(

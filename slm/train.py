@@ -79,7 +79,7 @@ def train(
     run_dir: Path | None = None
     lock: RunLock | None = None
     is_new = refused = joined = False
-    everyone: list[tuple[str, int, str]] = []
+    everyone: list[watchdog.Process] = []
     setup_logging(ranks.rank, None)
     try:
         if recipe.deterministic:

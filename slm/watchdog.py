@@ -42,12 +42,14 @@ _GONE_SECONDS = 2.0
 LEAVE_SECONDS = 120
 _END_SECONDS = 60  # for stacks, event and log of a hung run; then it is ended all the same
 
+Process = tuple[str, int, str]  # machine, id, and when it began
+
 # What this rank does, and of which step. A new tuple is the sign of life: at() may be called in any hot loop.
 _doing: tuple[str, int | None] = ("start-up", None)
 _watch: _Watch | None = None
 
 
-def myself() -> tuple[str, int, str]:
+def myself() -> Process:
     """This process, for its siblings: machine, id, and when it began (ids are used again)."""
     try:  # host names are not unique, and containers on one machine do not see each other's processes
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
@@ -56,20 +58,13 @@ def myself() -> tuple[str, int, str]:
     return machine, os.getpid(), _began(os.getpid())
 
 
-def start(
-    run_dir: Path,
-    rank: int,
-    *,
-    step_seconds: float,
-    slow_seconds: float,
-    everyone: list[tuple[str, int, str]],
-) -> None:
+def start(run_dir: Path, rank: int, *, step_seconds: float, slow_seconds: float, everyone: list[Process]) -> None:
     """Watches this process from now on. everyone: what `myself` says on each rank. A limit of 0 is none."""
     global _watch
     stop()
     at("start-up")
     if step_seconds or slow_seconds:
-        _watch = _Watch(run_dir, rank, step_seconds, slow_seconds, everyone)
+        _watch = _Watch(run_dir, rank, (step_seconds, slow_seconds), everyone)
 
 
 def at(what: str, step: int | None = None) -> None:
@@ -105,19 +100,12 @@ def _stacks(run_dir: Path, rank: int) -> Path:
 
 
 class _Watch:
-    def __init__(
-        self,
-        run_dir: Path,
-        rank: int,
-        step_seconds: float,
-        slow_seconds: float,
-        everyone: list[tuple[str, int, str]],
-    ) -> None:
-        self.run_dir, self.rank, self.step_seconds, self.slow_seconds = run_dir, rank, step_seconds, slow_seconds
+    def __init__(self, run_dir: Path, rank: int, limits: tuple[float, float], everyone: list[Process]) -> None:
+        self.run_dir, self.rank, (self.step_seconds, self.slow_seconds) = run_dir, rank, limits
         here, mine = everyone[rank][0], everyone[rank][1:]
         # By number, those on this machine beside this one. Ranks elsewhere watch themselves.
         self.siblings = {number: who[1:] for number, who in enumerate(everyone) if who[0] == here and who[1:] != mine}
-        shortest = min(seconds for seconds in (step_seconds, slow_seconds) if seconds)
+        shortest = min(seconds for seconds in limits if seconds)
         self.poll_seconds = min(5.0, shortest / 20)
         self.stacks = self._open(rank)
         self.suspended = False
@@ -275,7 +263,7 @@ def _process(pid: int, began: str) -> psutil.Process | None:
         return None
 
 
-def is_gone(process: tuple[str, int, str]) -> bool:
+def is_gone(process: Process) -> bool:
     """Whether a process that once said `myself` is known to have ended: of one on another machine nothing is known."""
     machine, pid, began = process
     if machine != myself()[0]:
@@ -287,7 +275,7 @@ def is_gone(process: tuple[str, int, str]) -> bool:
     return fields[0] in "ZX" or fields[19] != began  # a zombie, for whose end its parent has not asked yet
 
 
-def name_the_gone(everyone: list[tuple[str, int, str]]) -> str:
+def name_the_gone(everyone: list[Process]) -> str:
     """Which ranks of this machine have ended, in words; empty if none has. A process whose connections are closed is given a
     moment to be gone."""
     deadline = time.monotonic() + _GONE_SECONDS

@@ -208,9 +208,7 @@ def submit(chain: list[Stage], run_dir: Path, cluster: Cluster, run: str, *, dry
             say(f"{stage.name}: would submit\n    {shlex.join(command)}")
             continue
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            command, env=environment(cluster), capture_output=True, text=True
-        )
+        done = subprocess.run(command, env=environment(cluster), capture_output=True, text=True)
         if done.returncode:
             raise EnvironmentProblem(
                 f"sbatch refused {stage.name}: {done.stderr.strip()}",

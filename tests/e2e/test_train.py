@@ -19,7 +19,8 @@ from slm.errors import UserError
 from slm.recipe import load_recipe
 from slm.resume import Resume
 from slm.train import train
-from tests.shards import make_dataset
+from tests.faults.runs import environment
+from tests.shards import make_dataset, recipe_tree
 from tests.unit.test_rope import KINDS, scaling
 
 ROOT = Path(__file__).parents[2]
@@ -41,27 +42,14 @@ def recipe(data, tmp_path, monkeypatch, one_rank):
     monkeypatch.chdir(ROOT)
 
     def write(**changes):
-        tree = {
-            "name": "t",
-            "output": str(tmp_path / "run"),
-            "model": "cpu-tiny",
-            "data": {"sources": {"a": str(data / "a")}, "validation": {"val": str(data / "val")}},
-            "optim": {"lr": 3e-3},
-            "phases": [{"name": "main", "tokens": 12 * 256, "seq_len": 64, "batch_tokens": 256, "micro_batch": 4}],
-            "checkpoint": {"every_steps": 5},
-            **changes,
-        }
+        tree = recipe_tree(data, tmp_path / "run", checkpoint={"every_steps": 5})
+        tree["phases"][0]["micro_batch"] = 4
+        tree |= changes
         path = tmp_path / f"{tree['name']}.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path
 
     return write
-
-
-def environment():
-    """This process's, without the ranks that it plays itself."""
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {**{k: v for k, v in os.environ.items() if k not in ranks}, "OMP_NUM_THREADS": "1"}
 
 
 def rows(run_dir):
@@ -413,19 +401,12 @@ def test_gradients_that_are_not_finite(recipe, tmp_path, caplog, monkeypatch):
 
 def test_out_of_memory_says_what_to_turn(recipe, tmp_path):
     """A real failed allocation (address space limited): code 77, the settings, a snapshot, no traceback."""
-    code = (
-        "import resource, sys; from slm.recipe import load_recipe; from slm.train import train\n"
-        "import slm.engine as e; build = e.Engine.write_weights\n"
-        "def limited(self, value):\n"
-        "    build(self, value); used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (used + (48 << 20), -1))\n"
-        "e.Engine.write_weights = limited\n"
-        f"sys.exit(train(load_recipe({str(recipe())!r}, ['phases.main.batch_tokens=32Ki', 'phases.main.tokens=64Ki',"
-        " 'phases.main.seq_len=256', 'phases.main.micro_batch=128', 'model.hidden_size=256', 'model.intermediate_size=2048'])))"
-    )
     make_dataset(tmp_path / "big", lengths=[256] * 200)
-    code = code.replace("['phases", f"['data.sources.a={tmp_path}/big', 'phases")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    options = [f"data.sources.a={tmp_path}/big", "phases.main.batch_tokens=32Ki", "phases.main.tokens=64Ki",
+               "phases.main.seq_len=256", "phases.main.micro_batch=128", "model.hidden_size=256",
+               "model.intermediate_size=2048"]  # fmt: skip
+    command = [sys.executable, ROOT / "tests/little_memory.py", recipe(), *options]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
     assert result.returncode == 77, result.stderr[-3000:]
     assert "phases.main.micro_batch 128 -> 64" in result.stderr
     assert "Traceback" not in result.stderr

@@ -20,17 +20,10 @@ from slm.engine import Engine
 from slm.recipe import load_recipe
 from slm.train import train
 from tests.faults.digest import digest, fed, record_what_is_fed, state, steps
+from tests.faults.runs import environment
 from tests.shards import make_dataset
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    **{
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    },
-    **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
-}
 BIG = {
     "preset": "cpu-tiny",
     "hidden_size": 256,
@@ -63,7 +56,7 @@ def torment(arguments, timeout_seconds):
     """Runs torment.py in a session of its own, of which nothing is left afterwards; its findings."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.faults.torment", *map(str, arguments)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT, start_new_session=True,
+        stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT, start_new_session=True,
     )  # fmt: skip
     try:
         out, err = process.communicate(timeout=timeout_seconds)
