@@ -614,7 +614,7 @@ def test_command_line_mistakes_have_no_traceback(tmp_path, recipe):
         (["plan", str(recipe()), "--ranks", "0"], "--ranks"),
         (["plan", str(recipe()), "optim.lr=[1"], "not valid YAML"),
         (["plan", str(recipe()), "optim.lr=.inf"], "finite"),
-        (["plan", str(recipe()), "optim.betas=[1.5,0.9]"], "less than 1"),
+        (["plan", str(recipe()), "optim.betas=[1.5,0.9]"], "optim.betas.0 is 1.5, and has to be below 1"),
         (["plan", str(recipe()), "phases.main.mixture={a: 1, b: 1}"], "not among data.sources"),
         (["eval", str(tmp_path), "--micro-batch", "0"], "--micro-batch"),
         (["eval", str(tmp_path / "nothing")], "does not exist"),
