@@ -43,12 +43,12 @@ from slm.inputs import (
 from slm.layout import check_ranks
 from slm.ledger import Ledger
 from slm.loop import Diverged, Run, StepData, Stopped, run_phase
-from slm.metrics import MetricsLogger
+from slm.metrics import MetricsLogger, append_event
 from slm.model.llama import Objective
 from slm.recipe import Phase, Recipe, dump_recipe
 from slm.resume import Position, Resume, as_far_as_run, open_checkpoint, phases_to_run, position_of, recipe_changes
 from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
-from slm.safety import RollBack
+from slm.safety import ReplicasDiffer, RollBack
 from slm.saving import Checkpointer, check_room, remove
 
 log = logging.getLogger("slm")
@@ -99,6 +99,8 @@ def train(
         log.info("%s; saved. The same command goes on from there (exit code %d)", error, code)
     except SLMError as error:
         code, reason, refused = error.exit_code, str(error), True
+        if isinstance(error, ReplicasDiffer) and error.suspect_node and ranks.rank == 0:
+            append_event(recipe.run_dir, "replicas differ", suspect_node=error.suspect_node, why=error.problem)
         # Every rank finds the same mistake, or judges by the same numbers: it is said once.
         if ranks.rank == 0 or not isinstance(error, (UserError, gate.GateFailed)):
             log.error(

@@ -222,6 +222,8 @@ class _Watch:
         fields = {"doing": doing[0], "step": doing[1], "seconds": round(seconds, 1), "hung": hung}
         _attempt(lambda: write_exit(self.run_dir, EXIT_HUNG, reason, **fields))
         event = {"rank": self.rank, **fields, "where": where}
+        if node := next((_node(processes.get(rank)) for rank in hung), ""):
+            event["suspect_node"] = node
         _attempt(lambda: append_event(self.run_dir, "hang", **event))
         # The rank may hang in writing to its terminal, with the lock that the next line wants.
         faulthandler.dump_traceback_later(10, exit=True, file=self.stacks)
@@ -291,6 +293,16 @@ def _is_stopped(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_STOPPED
     except psutil.Error:
         return False
+
+
+def _node(process: psutil.Process | None) -> str:
+    """As SLURM calls the node that it is on, empty without SLURM. None: this process."""
+    if process is None:
+        return os.environ.get("SLURMD_NODENAME", "")
+    try:
+        return process.environ().get("SLURMD_NODENAME", "")
+    except psutil.Error:
+        return ""
 
 
 def _send(process: psutil.Process, number: int) -> None:
