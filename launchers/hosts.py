@@ -30,7 +30,7 @@ from types import FrameType
 from typing import Any
 
 from host_probe import SIGN
-from launch import BEAT_SECONDS, GRACE_SECONDS, LOST_SECONDS, POLL_SECONDS, ROOT, say
+from launch import BEAT_SECONDS, GRACE_SECONDS, LOST_SECONDS, POLL_SECONDS, ROOT, check_recipe, pass_on_record, say
 
 from slm.errors import EnvironmentProblem, SLMError, UserError
 from slm.names import shortened
@@ -59,13 +59,16 @@ def main() -> int:
     parser.add_argument("target", help="script or module to run on each rank")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what follows goes to the target")
     options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # until there are ranks that could save
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # until there are ranks that could save
+        if signal.getsignal(ending) is not signal.SIG_IGN:
+            signal.signal(ending, interrupt)
     try:
         if not 0 <= options.port < 1 << 16:
             raise UserError(f"--port is {options.port}, which is no port", fix="give 1024 to 65535, or leave it out")
         hosts = read_hostfile(options.hostfile)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])}
+        if code := check_recipe([options.target, *options.arguments], sum(hosts.values()), env):
+            return code
         with SharedFolder(shared_folder(options.arguments)) as shared:
             address, port, interfaces = ask_all(hosts, shared, options.address, options.port)
             order = {"hosts": hosts, "address": address, "port": port, "exit_file": str(shared / "exit.json")}
@@ -416,8 +419,7 @@ class Run:
     def exit_code(self, ended: dict[str, int]) -> int:
         if self.exit_file.exists():
             record = json.loads(self.exit_file.read_text())
-            if waiting := os.environ.get("SLM_EXIT_FILE"):  # `slm train --restarts` wants to know as well
-                shutil.copy(self.exit_file, waiting)
+            pass_on_record(self.exit_file)
             if record["code"]:
                 say(f"the run ended with code {record['code']}: {record['reason'].partition(chr(10))[0]}")
             return record["code"]

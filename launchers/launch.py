@@ -7,6 +7,7 @@ run that one rank has left, and exits with 0 when its own helper is killed. Here
 - SIGTERM, SIGUSR1 and SIGINT go to every rank, so that the run can save and stop (SIGHUP as SIGTERM; the
   third SIGINT ends it at once);
 - when a rank dies, the others get GRACE_SECONDS, then the whole run is ended; the same if this program dies;
+- what is wrong with a recipe is found before any rank is started, and said once;
 - the exit code is the one that the run wrote (see EXIT_CODES in slm/runtime.py), not DeepSpeed's.
 
     python launchers/launch.py --ranks 2 --module slm.cli train recipes/quickstart.yaml
@@ -65,9 +66,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="slm-launch-") as scratch:
         exit_file = Path(scratch) / "exit.json"
         env = rank_environment(num_ranks, num_gpus, exit_file)
+        if code := check_recipe([options.target, *options.arguments], num_ranks, env):
+            pass_on_record(exit_file)
+            return code
         command = deepspeed_command(num_ranks, num_gpus) + ["--module"] * options.module
         command += [options.target, *options.arguments]
         return Launch(command, env, num_ranks, exit_file, Path(scratch)).wait()
+
+
+def check_recipe(words: list[str], num_ranks: int, env: dict[str, str]) -> int:
+    """What is wrong with a recipe is said once and at once, not by each rank after all of them have started: the code."""
+    if words[:2] != ["slm.cli", "train"]:
+        return 0
+    return subprocess.run([sys.executable, "-m", *words, "--check", str(num_ranks)], env=env).returncode
 
 
 def run_node() -> int:
@@ -108,6 +119,7 @@ class Head:
             if self.is_gone:
                 raise SystemExit(1)
             time.sleep(POLL_SECONDS)
+        self._unread = "".join(f"{line}\n" for line in lines[1:]).encode() + self._unread
         return json.loads(lines[0])
 
     def lines(self) -> list[str]:
@@ -297,8 +309,7 @@ class Launch:
             record = json.loads(self.exit_file.read_text())
             if self.head is not None:  # who says it once, for all machines
                 return record["code"]
-            if waiting := os.environ.get("SLM_EXIT_FILE"):  # `slm train --restarts` wants to know as well
-                shutil.copy(self.exit_file, waiting)
+            pass_on_record(self.exit_file)
             if record["code"]:
                 say(f"the run ended with code {record['code']}: {record['reason'].partition(chr(10))[0]}")
             return record["code"]
@@ -307,6 +318,12 @@ class Launch:
         if self.head is None:
             say("the run left no word of how it ended: it crashed or was killed")
         return 1  # DeepSpeed's own code depends on which of its processes ended first
+
+
+def pass_on_record(exit_file: Path) -> None:
+    """`slm train --restarts` wants to know as well."""
+    if (waiting := os.environ.get("SLM_EXIT_FILE")) and exit_file.exists():
+        shutil.copy(exit_file, waiting)
 
 
 def send(processes: list[psutil.Process], number: int) -> None:

@@ -79,9 +79,17 @@ def _note_exit(code: int, reason: str) -> None:
 def _load(recipe: str | Path, overrides: list[str] | None) -> Recipe:
     """From here on messages name the recipe as it was given."""
     from slm.recipe import load_recipe
+    from slm.runtime import launched_ranks
 
     SLMError.recipe = shlex.join([str(recipe), *(overrides or [])])
-    return load_recipe(recipe, overrides)
+    try:
+        return load_recipe(recipe, overrides)
+    except UserError as error:
+        ranks = launched_ranks()
+        if ranks is None or ranks.local_rank == 0:
+            raise
+        _note_exit(error.exit_code, str(error))
+        sys.exit(error.exit_code)  # the ranks of a machine read the same file: it is said once
 
 
 @app.command()
@@ -145,10 +153,21 @@ def train(
     fresh_optimizer: Annotated[
         bool, typer.Option("--fresh-optimizer", help="go on from the checkpoint's weights alone; moments begin at zero")
     ] = False,
+    check: Annotated[
+        int,
+        typer.Option(
+            metavar="RANKS", min=0, help="begin nothing: say what would be refused, on so many ranks, at once"
+        ),
+    ] = 0,
 ) -> None:
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
     loaded = _load(recipe, overrides)
     steps = _steps(profile)
+    if check:
+        from slm.plan import check_before_start
+
+        check_before_start(loaded, check, until)
+        return
     from slm.resume import Resume
 
     if launcher and not restarts:
@@ -174,12 +193,17 @@ def train(
         command += ["--profile", profile] * bool(profile) + ["--until", until] * bool(until)
         command += ["--must-resume"] * must_resume + ["--allow-change"] * allow_change
         sys.exit(supervise(command, loaded.run_dir, restarts))
+    from slm import watchdog
     from slm.ledger import Ledger, process_age_seconds
+    from slm.runtime import discover_ranks
     from slm.train import train as run
 
     resume = Resume(must=must_resume, allow_change=allow_change, fresh_optimizer=fresh_optimizer)
     ledger = Ledger(process_age_seconds())
-    sys.exit(run(loaded, profile_steps=steps, until=until, resume=resume, ledger=ledger))
+    code = run(loaded, profile_steps=steps, until=until, resume=resume, ledger=ledger)
+    if any(loaded.watchdog.model_dump().values()):
+        watchdog.leave(loaded.run_dir, discover_ranks().rank)
+    sys.exit(code)
 
 
 def _steps(text: str) -> range:
@@ -363,10 +387,11 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Where a run's time went, over all its attempts: the share of it that was training, what was lost, and to what."""
-    from slm.ledger import describe, goodput, read_events
+    from slm.ledger import describe, goodput, how_it_ended, read_events
 
     found = goodput(read_events(run))
-    typer.echo(json.dumps(found, indent=2) if as_json else describe(found))
+    ended = how_it_ended(run)
+    typer.echo(json.dumps({**found, "ended": ended}, indent=2) if as_json else f"{describe(found)}\n{ended}")
 
 
 @app.command()

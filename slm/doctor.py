@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
 import urllib.error
@@ -159,10 +160,22 @@ def _needed_by(recipe: Recipe) -> list[Check]:
     for kind, datasets in {"data": recipe.data.sources, "validation": recipe.data.validation}.items():
         for name, path in datasets.items():
             opened(f"{kind} {name}", path, lambda path=path: tokens(path))
+    checks.append(_room_for_checkpoints(recipe))
     wandb = recipe.log.wandb
     if wandb is not None and wandb.mode == "online":
         checks.append(_reaches(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")))
     return checks
+
+
+def _room_for_checkpoints(recipe: Recipe) -> Check:
+    """As a run asks before its first step, too: 12 bytes a parameter, keep_last of them and the one that is being written."""
+    one = 12 * recipe.model.num_parameters()
+    num = recipe.checkpoint.keep_last + 1
+    where = next(folder for folder in recipe.run_dir.absolute().parents if folder.exists())
+    free = shutil.disk_usage(where).free
+    told = f"{free / 2**30:.1f} GiB free in {where}; {num} checkpoints (keep_last + 1) of {one / 2**30:.3g} GiB"
+    state = WRONG if free < one else WARNING if free < num * one else OK
+    return Check("room for checkpoints", state, told, "free space there, give output another disk, or keep fewer")
 
 
 def _reaches(url: str) -> Check:

@@ -39,6 +39,7 @@ def test_alone_it_measures_this_machine(tmp_path):
     assert checks["disk speed"]["values"]["write_bytes_per_second"] > 0
     assert "tokens in 2 shards" in checks["data a"]["measured"]
     assert checks["rename"]["state"] == checks["flock"]["state"] == checks["ports"]["state"] == "ok"
+    assert "of 0.0014 GiB" in checks["room for checkpoints"]["measured"]  # 12 x 125,248 parameters
     assert not list(tmp_path.glob(".doctor*"))
     shown = run(sys.executable, "-m", "slm", "doctor")
     assert "0 wrong" in shown.stdout

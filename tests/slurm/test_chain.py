@@ -13,6 +13,7 @@ import yaml
 
 from slm import SLMForCausalLM, SLMTokenizer
 from slm.model.config import ModelConfig
+from tests.distributed.test_launcher import processes_of
 from tests.shards import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -310,3 +311,28 @@ def test_without_slurm_it_says_where_to_run_it(tmp_path):
     assert done.returncode == 3
     assert "login node" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(400)
+def test_a_node_on_which_a_rank_hangs_is_left_out(lab):
+    """The rank on node2 is stopped, as by a device that hangs: the watchdog names it, the job is requeued without that node, and
+    a chain that is submitted for this run keeps off it too. (Two nodes are all there are, so the job then waits.)"""
+    lab.datasets()
+    phase = {"name": "main", "tokens": 5000 * 256, "batch_tokens": 256, "micro_batch": 2, "seq_len": 64}
+    recipe = lab.recipe(phases=[phase], watchdog={"step_seconds": 5, "slow_seconds": 120})
+    lab.environment["SLM_RESTARTS"] = "0"
+    job = lab.sbatch("--nodes=2", "--ntasks-per-node=1", f"--output={lab.folder}/job.log", TRAIN, str(recipe))
+    lab.cluster.wait_until(lambda: lab.steps(), seconds=90)
+    (rank,) = [
+        p for p in processes_of(recipe) if p.environ().get("SLURM_PROCID") == "1" and "SLURM_STEP_ID" in p.environ()
+    ]
+    rank.suspend()
+    lab.cluster.wait_until(
+        lambda: "ExcNodeList=node2" in lab.cluster.run("scontrol", "show", "job", job).stdout, seconds=90
+    )
+    (requeued,) = lab.events("requeue")
+    assert (requeued["code"], requeued["exclude"]) == (79, "node2")
+    assert "rank 1 hangs" in json.loads((lab.run_dir / "exit.json").read_text())["reason"]
+    told = lab.submit("--dry-run", train={"nodes": 1, "tasks_per_node": 1})
+    assert "not on node2" in told.stdout
+    assert told.stdout.count("--exclude=node2") == 2
