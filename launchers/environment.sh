@@ -1,10 +1,10 @@
 # Sourced by quickstart.sh and tests/run.sh: makes .venv with the pinned versions, once for each constraints.txt.
 
-# ensure_system_packages NAME…: Debian packages, if apt and root are there; else names what is missing.
+# ensure_system_packages COMMAND[:PACKAGE]…: Debian packages of commands, if apt and root are there; else names what is missing.
 ensure_system_packages() {
   local missing=() name
   for name in "$@"; do
-    command -v "$name" >/dev/null || missing+=("$name")
+    PATH="$PATH:/usr/sbin" command -v "${name%%:*}" >/dev/null || missing+=("${name#*:}")
   done
   [ ${#missing[@]} -eq 0 ] && return 0
   if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then

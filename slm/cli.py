@@ -1,4 +1,4 @@
-"""The `slm` command: plan, train, eval, generate, export, report, schema.
+"""The `slm` command: plan, train, eval, generate, export, report, status, doctor, schema.
 
 Owns the arguments and what is printed; each command is one call into the module that does the work. Heavy imports
 are inside the commands, so that `slm plan` and `slm --help` answer at once.
@@ -80,9 +80,17 @@ def _note_exit(code: int, reason: str) -> None:
 def _load(recipe: str | Path, overrides: list[str] | None) -> Recipe:
     """From here on messages name the recipe as it was given."""
     from slm.recipe import load_recipe
+    from slm.runtime import launched_ranks
 
     SLMError.recipe = shlex.join([str(recipe), *(overrides or [])])
-    return load_recipe(recipe, overrides)
+    try:
+        return load_recipe(recipe, overrides)
+    except UserError as error:
+        ranks = launched_ranks()
+        if ranks is None or ranks.local_rank == 0:
+            raise
+        _note_exit(error.exit_code, str(error))
+        sys.exit(error.exit_code)  # the ranks of a machine read the same file: it is said once
 
 
 @app.command()
@@ -205,10 +213,21 @@ def train(
     fresh_optimizer: Annotated[
         bool, typer.Option("--fresh-optimizer", help="go on from the checkpoint's weights alone; moments begin at zero")
     ] = False,
+    check: Annotated[
+        int,
+        typer.Option(
+            metavar="RANKS", min=0, help="begin nothing: say what would be refused, on so many ranks, at once"
+        ),
+    ] = 0,
 ) -> None:
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
     loaded = _load(recipe, overrides)
     steps = _steps(profile)
+    if check:
+        from slm.plan import check_before_start
+
+        check_before_start(loaded, check, until)
+        return
     from slm.resume import Resume
 
     if launcher and not restarts:
@@ -234,12 +253,17 @@ def train(
         command += ["--profile", profile] * bool(profile) + ["--until", until] * bool(until)
         command += ["--must-resume"] * must_resume + ["--allow-change"] * allow_change
         sys.exit(supervise(command, loaded.run_dir, restarts))
+    from slm import watchdog
     from slm.ledger import Ledger, process_age_seconds
+    from slm.runtime import discover_ranks
     from slm.train import train as run
 
     resume = Resume(must=must_resume, allow_change=allow_change, fresh_optimizer=fresh_optimizer)
     ledger = Ledger(process_age_seconds())
-    sys.exit(run(loaded, profile_steps=steps, until=until, resume=resume, ledger=ledger))
+    code = run(loaded, profile_steps=steps, until=until, resume=resume, ledger=ledger)
+    if any(loaded.watchdog.model_dump().values()):
+        watchdog.leave(loaded.run_dir, discover_ranks().rank)
+    sys.exit(code)
 
 
 def _steps(text: str) -> range:
@@ -423,10 +447,44 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Where a run's time went, over all its attempts: the share of it that was training, what was lost, and to what."""
-    from slm.ledger import describe, goodput, read_events
+    from slm.ledger import describe, goodput, how_it_ended, read_events
 
     found = goodput(read_events(run))
-    typer.echo(json.dumps(found, indent=2) if as_json else describe(found))
+    ended = how_it_ended(run)
+    typer.echo(json.dumps({**found, "ended": ended}, indent=2) if as_json else f"{describe(found)}\n{ended}")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="also what this recipe needs")] = None,
+    overrides: Overrides = None,
+    folder: Annotated[Path | None, typer.Option(help="where runs are written (runs, or where the recipe's is)")] = None,
+    limit: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="of one measurement between ranks")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Measure what a run will need of this machine or, under any launcher, of all its machines and the network between."""
+    from slm.doctor import examine
+
+    loaded = _load(recipe, overrides) if recipe is not None else None
+    folder = folder or (loaded.run_dir.parent if loaded else Path("runs"))
+    code = examine(loaded, folder, try_seconds=limit, as_json=as_json)
+    _note_exit(code, "something is wrong; see the table" if code else "done")
+    sys.exit(code)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Where a run stands: its phases as saved, how the last attempt ended, and what SLURM says of the jobs of its chain."""
+    from slm.status import print_status
+    from slm.status import status as find
+
+    if as_json:
+        typer.echo(json.dumps(find(run), indent=2))
+    else:
+        print_status(run)
 
 
 @app.command()

@@ -59,7 +59,9 @@ def _supervise(child: _Child, command: list[str], run_dir: Path, restarts: int) 
         record = _record(child.exit_file) or _record(run_dir / "exit.json")
         record = {} if record == earlier else record
         code = record.get("code", code)
-        if code in _FINAL_CODES or child.arrived:
+        # A rank that is told to stop saves and says so (75), but in its first seconds, when it just ends.
+        told_to_stop = not record and code in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+        if code in _FINAL_CODES or child.arrived or told_to_stop:
             return code
         reason = _why(code, record)
         step = last_step(run_dir)

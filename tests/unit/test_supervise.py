@@ -56,6 +56,12 @@ def test_what_the_same_command_would_not_mend_is_not_tried_again(tmp_path, signa
     assert not (tmp_path / "events.jsonl").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_told_to_stop_in_its_first_seconds_is_not_started_again(tmp_path, signals, number):
+    """By somebody else than us, as SLURM tells its tasks: there is nothing to save yet, so it ends by the signal."""
+    assert attempt(tmp_path, str(-number)) == (128 + number, 1)
+
+
 def test_what_can_pass_is_tried_again(tmp_path, signals):
     """A crash, SIGKILL; then done. Each restart is an event with why and how long, and in the log."""
     assert attempt(tmp_path, "5,-9,0") == (0, 3)

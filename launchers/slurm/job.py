@@ -1,0 +1,230 @@
+"""What a batch job does: starts its tasks with srun, sees them through, and puts itself back into the queue when its time is up.
+
+Owns the requeue, which must happen once: SLURM itself does it for a job that it preempts or whose node fails; a job that has
+only been told to save (its time limit is near, or it is in the grace time before a preemption) does it here. scancel ends it.
+The job scripts beside this file start it, inside of a job and with the environment of environment.sh.
+
+    python launchers/slurm/job.py train recipes/demo.yaml --until main
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from slm.errors import SLMError, UserError
+from slm.metrics import append_event
+from slm.recipe import load_recipe
+from slm.runtime import atomic_write
+from slm.status import CHECKED
+from slm.supervise import last_step
+
+RESTARTS = os.environ.get("SLM_RESTARTS", "3")  # within one job, of a run that crashed or hung
+MOST_REQUEUES = 1000  # SLURM counts them; a job that never ends by itself is a mistake
+# After one task has ended, the others may take so long: rank 0 may still be uploading to W&B.
+WAIT_SECONDS = 120
+STOPPED = 75
+TIME_IS_UP = (STOPPED, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)  # what does not save leaves by the signal itself
+HARDWARE_CODES = (79, 80)  # a rank hung; ranks held different weights
+
+
+def main(arguments: list[str]) -> int:
+    stage, rest = arguments[0], arguments[1:]
+    check_tasks()
+    environment = step_environment()
+    if stage == "train":
+        run_dir, command = run_of(rest), [*srun(), *slm(), "train", *rest]
+        if RESTARTS != "0":
+            again = ["--restarts", RESTARTS, "--launcher", shlex.join([*srun(), *slm()])]
+            command = [sys.executable, "-m", "slm", "train", *rest, *again]
+    elif stage == "teacher":
+        run_dir, command = None, [*srun(), *slm(), "teacher", *rest]
+    elif stage == "data":
+        run_dir, command = None, [*srun(), python(), "-m", "data_prep.cli", "shards", *rest]
+    elif stage == "check":
+        run_dir, command = None, [*srun(), *slm(), "doctor", "--folder", str(Path(rest[0]).parent)]
+    else:
+        run_dir, command = None, [*srun(), *slm(), "eval", *rest, "--json"]
+    say(f"{os.environ['SLURM_JOB_ID']} on {os.environ.get('SLURM_JOB_NODELIST')}: {shlex.join(command)}")
+    began = time.time()
+    code = run(command, environment, Path(rest[0]) / "eval" / "final.json" if stage == "eval" else None)
+    if (
+        run_dir is not None
+    ):  # srun says the largest of the tasks' codes, such as that of one which the watchdog had to kill
+        code = written_code(run_dir, began) or code
+    if stage == "check" and code == 0:
+        (Path(rest[0]) / CHECKED).touch()
+    if code in TIME_IS_UP and stage not in ("eval", "check"):
+        return requeue(code, run_dir)
+    if code in HARDWARE_CODES and run_dir is not None:
+        return requeue(code, run_dir, exclude=suspect(run_dir))
+    return code
+
+
+# ---------------------------------------------------------------------------------- what is started
+def srun() -> list[str]:
+    """One step with all tasks of the job. --mpi=none: ranks meet through torch, and no PMI library need be there."""
+    options = ["--mpi=none", "--export=ALL", f"--wait={WAIT_SECONDS}", "--input=none"]
+    if per_task := os.environ.get("SLURM_CPUS_PER_TASK"):  # which srun no longer takes from the job, since SLURM 22.05
+        options.append(f"--cpus-per-task={per_task}")
+    if image := os.environ.get("SLM_CONTAINER"):
+        mounts = os.environ.get("SLM_CONTAINER_MOUNTS", f"{os.environ['SLM_ROOT']}:{os.environ['SLM_ROOT']}")
+        options += [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={os.getcwd()}"]
+    return ["srun", *options]
+
+
+def python() -> str:
+    return os.environ.get("SLM_CONTAINER_PYTHON", "python3") if "SLM_CONTAINER" in os.environ else sys.executable
+
+
+def slm() -> list[str]:
+    return [python(), "-m", "slm"]
+
+
+def check_tasks() -> None:
+    """Raises UserError unless each GPU has a task of its own."""
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    tasks = re.match(r"\d+", os.environ.get("SLURM_TASKS_PER_NODE", "1"))
+    assert tasks
+    if gpus.isdigit() and int(gpus) and int(tasks[0]) != int(gpus):
+        raise UserError(
+            f"the job has {tasks[0]} tasks and {gpus} GPUs on a node: one task drives one GPU, and the others would be paid for "
+            "and idle, or missing",
+            fix=f"sbatch --ntasks-per-node {gpus} --gpus-per-node {gpus} ...",
+        )
+
+
+def step_environment() -> dict[str, str]:
+    """Where ranks meet: SLURM knows the address of this node, which is the step's first, even where no name server does."""
+    env = dict(os.environ)
+    found = tell("scontrol", "show", "node", "-o", env.get("SLURMD_NODENAME", ""))
+    if address := re.search(r"\bNodeAddr=(\S+)", found):
+        env.setdefault("MASTER_ADDR", address[1])
+    tasks = re.match(r"\d+", env.get("SLURM_TASKS_PER_NODE", "1"))
+    cores = int(env.get("SLURM_CPUS_ON_NODE", "1")) // int(tasks[0] if tasks else 1)
+    env.setdefault("OMP_NUM_THREADS", env.get("SLURM_CPUS_PER_TASK", str(max(1, cores))))
+    return env
+
+
+def run_of(words: list[str]) -> Path:
+    """The run's folder, of the arguments of `slm train`."""
+    takes_value = ("--until", "--profile")
+    values = [w for before, w in zip(["", *words], words, strict=False) if before not in takes_value]
+    recipe, *overrides = [w for w in values if not w.startswith("--")]
+    return load_recipe(recipe, overrides).run_dir
+
+
+# -------------------------------------------------------------------------------------- seen through
+def run(command: list[str], env: dict[str, str], answer: Path | None = None) -> int:
+    """Runs it to its end; a signal for this script goes to it. answer: a file that gets what it prints, if it succeeds."""
+    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE if answer else None)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if child.returncode is None:
+            child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, pass_on)
+    printed, _ = child.communicate()
+    if answer and child.returncode == 0:
+        answer.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(answer, printed)
+        say(f"wrote {answer}")
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def requeue(code: int, run_dir: Path | None, exclude: str = "") -> int:
+    """Puts this job back into the queue, unless SLURM is ending it anyway or nothing was gained since the last time."""
+    job = os.environ["SLURM_JOB_ID"]
+    state = job_state(job)
+    if state != "RUNNING":
+        say(f"job {job} is {state}: SLURM ends it (scancel), or requeues it by itself (preemption)")
+        return code
+    if code in HARDWARE_CODES and not exclude:
+        say("which node is to blame is not known, so the job is not started again by itself")
+        return code
+    count = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if count >= MOST_REQUEUES:
+        say(f"requeued {count} times already: no further")
+        return code
+    step = last_step(run_dir) if run_dir else None
+    if run_dir and not exclude and last_requeues(run_dir) == [{"job": job, "step": step}] * 2:
+        say(
+            f"job {job} has come no further than step {step} in three starts: its time limit leaves no room to train.\n"
+            "  Fix: give it more time, or warn it later (sbatch --signal=USR1@SECONDS); it is not requeued"
+        )
+        return code
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until it is written down
+    done = subprocess.run(["scontrol", "requeue", job], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        say(f"scontrol requeue: {done.stderr.strip()}\n  Fix: submit the same job again; it goes on from what is saved")
+        return code
+    if run_dir:
+        append_event(run_dir, "requeue", job=job, step=step, restart=count + 1, code=code, exclude=exclude)
+    if exclude:  # only now: of a running job it cannot be changed
+        say(
+            f"not on {exclude} again: {tell('scontrol', 'update', f'JobId={job}', f'ExcNodeList={exclude}') or 'noted'}"
+        )
+    say(f"job {job} goes back into the queue, to go on from what is saved")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)  # as SLURM does now, or has already
+    return code
+
+
+def job_state(job: str) -> str:
+    found = re.search(r"\bJobState=(\S+)", tell("scontrol", "show", "job", "-o", job))
+    return found[1] if found else "unknown"
+
+
+def written_code(run_dir: Path, since: float) -> int:
+    """What the run itself has written of how it ended; 0 if that is how, or if it has not."""
+    try:
+        record = json.loads((run_dir / "exit.json").read_text())
+    except (OSError, ValueError):
+        return 0
+    return record["code"] if record["time"] >= since else 0
+
+
+def events(run_dir: Path) -> list[dict[str, object]]:
+    try:
+        return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def last_requeues(run_dir: Path) -> list[dict[str, object]]:
+    """Of the last two, which job it was and after which step."""
+    found = [event for event in events(run_dir) if event.get("kind") == "requeue"]
+    return [{name: event.get(name) for name in ("job", "step")} for event in found[-2:]]
+
+
+def suspect(run_dir: Path) -> str:
+    """The node that the last attempt has named as the one to blame, as SLURM calls it; empty if none."""
+    found = ""
+    for event in events(run_dir):
+        found = "" if event.get("kind") == "start" else str(event.get("suspect_node") or found)
+    return found
+
+
+def tell(*command: str) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+
+def say(text: str) -> None:
+    print(f"job: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SLMError as error:
+        print(f"{error.title}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

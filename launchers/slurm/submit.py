@@ -1,0 +1,333 @@
+"""Submit a recipe to SLURM as a chain of jobs: token shards, a check of the nodes, the teacher's caches, one job for each phase,
+the evaluation.
+
+Owns what depends on what, what is already there, and that nothing is submitted twice. Each job runs a script beside this file.
+Run again, it submits what is missing: a job that is still in the queue is left alone, a stage that is complete is left out,
+and one that has failed is submitted again with all that waited for it. RUN/jobs.json holds the jobs; `slm status RUN` shows them.
+
+    python launchers/slurm/submit.py recipes/llama3.2-1b.yaml --cluster my-cluster.yaml --dry-run
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from cluster import Cluster, Job, load_cluster  # noqa: E402
+
+from slm.data.tokens import MANIFEST  # noqa: E402
+from slm.distill.wanted import cached_teachers, wanted_caches  # noqa: E402
+from slm.errors import EnvironmentProblem, SLMError, UserError  # noqa: E402
+from slm.layout import check_ranks  # noqa: E402
+from slm.names import shortened  # noqa: E402
+from slm.recipe import Recipe, load_recipe  # noqa: E402
+from slm.status import CHECKED, PHASE, is_live, queue, read_jobs, standings, write_jobs  # noqa: E402
+
+# What a job needs of the shell that submits it; others only by cluster.yaml's `environment`, so that no secret travels unasked.
+ENVIRONMENT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "DS_ACCELERATOR",
+               "HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")  # fmt: skip
+
+
+CHECK_SECONDS = 24 * 3600  # a check of the nodes is good for a day
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of the chain. script: beside this file. after: stages that must have succeeded."""
+
+    name: str
+    script: str
+    arguments: list[str]
+    job: Job
+    after: tuple[str, ...]
+    is_done: bool
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe, as for slm train")
+    parser.add_argument(
+        "--cluster", type=Path, required=True, help="what the cluster is like; see launchers/slurm/cluster.yaml"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be submitted, after all checks, and do nothing"
+    )
+    options = parser.parse_args(arguments)
+    for program in ("sbatch", "squeue"):
+        if shutil.which(program) is None:
+            raise EnvironmentProblem(
+                f"there is no {program} here", fix="run this where jobs are submitted: a login node"
+            )
+    recipe = load_recipe(options.recipe, options.overrides)
+    cluster = load_cluster(options.cluster)
+    words = [str(options.recipe.resolve()), *options.overrides]
+    chain = stages(recipe, cluster, words)
+    check(recipe, cluster, chain)
+    with locked(recipe.run_dir, write=not options.dry_run):
+        submit(chain, recipe.run_dir, cluster, recipe.name, dry_run=options.dry_run)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ the chain
+def stages(recipe: Recipe, cluster: Cluster, words: list[str]) -> list[Stage]:
+    """In order. words: the recipe and its overrides, as each job gets them."""
+    found = []
+    for corpus, arguments in cluster.data.shards.items():
+        job = cluster.job(cluster.data).model_copy(update={"array": cluster.data.array})
+        found.append(Stage(f"data {corpus}", "data.sbatch", arguments, job, (), _shards_are_there(corpus, arguments)))
+    data = tuple(stage.name for stage in found)
+    cached = [phase.name for phase in recipe.phases if cached_teachers(recipe, phase)]
+    if cached:
+        job = cluster.job(cluster.teacher).model_copy(update={"array": cluster.teacher.array})
+        found.append(Stage("teacher", "teacher.sbatch", words, job, data, _caches_are_there(recipe)))
+    where = standings(recipe.run_dir, recipe)
+    if cluster.check:
+        largest = max((cluster.of_phase(phase.name) for phase in recipe.phases), key=lambda job: job.ranks)
+        job = largest.model_copy(update={"time": "15"})
+        found.append(Stage("check", "check.sbatch", [str(recipe.run_dir)], job, (), _was_checked(recipe.run_dir)))
+    before = data + (("check",) if cluster.check else ())
+    for phase in recipe.phases:
+        after = before + (("teacher",) if phase.name in cached else ())
+        arguments = [*words, "--until", phase.name]
+        name = PHASE + phase.name
+        found.append(
+            Stage(name, "train.sbatch", arguments, cluster.of_phase(phase.name), after, where[phase.name].is_over)
+        )
+        before = (name,)
+    arguments = [str(recipe.run_dir), *cluster.eval.arguments]
+    if recipe.data.validation:
+        is_done = found[-1].is_done and (recipe.run_dir / "eval" / "final.json").exists()
+        found.append(Stage("evaluation", "eval.sbatch", arguments, cluster.job(cluster.eval), before, is_done))
+    return found
+
+
+def _was_checked(run_dir: Path) -> bool:
+    """Of late: nodes change."""
+    file = run_dir / CHECKED
+    return file.exists() and time.time() - file.stat().st_mtime < CHECK_SECONDS
+
+
+def _shards_are_there(corpus: str, arguments: list[str]) -> bool:
+    if "--output" not in arguments[:-1]:
+        raise UserError(
+            f"data.shards.{corpus} has no --output, so nobody could tell whether its shards are there",
+            fix="end the list with --output and a folder",
+        )
+    output = Path(arguments[arguments.index("--output") + 1])
+    return any((folder / MANIFEST).exists() for folder in (output, output / "train"))
+
+
+def _caches_are_there(recipe: Recipe) -> bool:
+    try:
+        return all(w.path.exists() for w in wanted_caches(recipe))
+    except SLMError:  # their token shards are still to come
+        return False
+
+
+# ----------------------------------------------------------------------------------- what is wrong with it
+def check(recipe: Recipe, cluster: Cluster, chain: list[Stage]) -> None:
+    """Raises UserError with everything that would fail later: ranks that do not divide, what is not there, what SLURM refuses."""
+    problems = []
+    if unknown := sorted(set(cluster.phases) - {phase.name for phase in recipe.phases}):
+        problems.append(f"phases of the cluster that the recipe does not have: {', '.join(unknown)}")
+    for phase in recipe.phases:
+        job = cluster.of_phase(phase.name)
+        if job.gpus_per_node and job.gpus_per_node != (job.tasks_per_node or 1):
+            problems.append(
+                f"phase {phase.name}: gpus_per_node is {job.gpus_per_node} and tasks_per_node {job.tasks_per_node or 1}; one "
+                "task drives one GPU: make them equal"
+            )
+        try:
+            check_ranks([phase], job.ranks)
+        except UserError as error:
+            problems.append(
+                f"{error.problem}. {error.fix}. (Its job has {job.nodes or 1} nodes x {job.tasks_per_node or 1} tasks.)"
+            )
+    if not cluster.data.shards:
+        missing = [path for path in recipe.data.sources.values() if not (Path(path) / MANIFEST).exists()]
+        if missing:
+            problems.append(
+                f"no token shards in {', '.join(missing)}, and data.shards of the cluster does not make them"
+            )
+    if cluster.setup and not Path(cluster.setup).is_file():
+        problems.append(f"setup {cluster.setup} does not exist")
+    unset = [name for name in cluster.environment if name not in os.environ]
+    if unset:
+        problems.append(f"environment names {', '.join(unset)}, which is not set in this shell")
+    for stage in chain:
+        if not stage.is_done and (refusal := refused_by_slurm(stage, recipe, cluster)):
+            problems.append(f"SLURM refuses {stage.name} ({' '.join(stage.job.options())}): {refusal}")
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise UserError(f"nothing is submitted, because of:{listed}", fix="mend the recipe or the cluster's file")
+
+
+def refused_by_slurm(stage: Stage, recipe: Recipe, cluster: Cluster) -> str:
+    """What sbatch says against a job without submitting it: its partition, account, limits, nodes."""
+    command = ["sbatch", "--test-only", *sbatch_options(stage, recipe.run_dir, cluster, recipe.name), script(stage)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode == 0:
+        return ""
+    lines = [line.removeprefix("sbatch: error: ") for line in done.stdout.splitlines() if line.strip()]
+    return "; ".join(dict.fromkeys(lines)) or f"code {done.returncode}"
+
+
+# ------------------------------------------------------------------------------------------------ submitting
+def submit(chain: list[Stage], run_dir: Path, cluster: Cluster, run: str, *, dry_run: bool) -> None:
+    """Submits what is missing, in order, and says so a line each. Each job is on the disk before the next is submitted."""
+    jobs, known = read_jobs(run_dir), queue() or {}
+    at_work: dict[str, str] = {}  # stage: its job, of those that are not done
+    again: set[str] = set()
+    excluded = excluded_nodes(run_dir, cluster)
+    if set(excluded) - set(cluster.exclude):
+        say(
+            f"not on {', '.join(sorted(set(excluded) - set(cluster.exclude)))}: a rank hung there, or held other weights"
+        )
+    for stage in chain:
+        before = [name for name in stage.after if name in at_work]
+        old = jobs.get(stage.name, {}).get("job", "")
+        is_in_queue = is_live(known.get(old, []))
+        if stage.is_done and not before:
+            say(f"{stage.name}: done")
+            continue
+        if is_in_queue and not again.intersection(stage.after):
+            at_work[stage.name] = old
+            say(f"{stage.name}: job {old} is in the queue")
+            continue
+        if is_in_queue:  # it waits for a job that has failed
+            say(f"{stage.name}: job {old} waits for one that is submitted again; it is too")
+            if not dry_run:
+                subprocess.run(["scancel", old], check=True)
+        options = sbatch_options(stage, run_dir, cluster, run, [at_work[name] for name in before], excluded)
+        command = ["sbatch", "--parsable", *options, script(stage), *stage.arguments]
+        again.add(stage.name)
+        if dry_run:
+            at_work[stage.name] = f"<{stage.name}>"
+            say(f"{stage.name}: would submit\n    {shlex.join(command)}")
+            continue
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(command, env=environment(cluster), capture_output=True, text=True)
+        if done.returncode:
+            raise EnvironmentProblem(
+                f"sbatch refused {stage.name}: {done.stderr.strip()}",
+                fix="mend that, and run this again: it submits the rest",
+            )
+        job = done.stdout.strip().partition(";")[0]  # JOB;CLUSTER
+        jobs[stage.name] = {"job": job, "submitted": time.time(), "command": command}
+        write_jobs(run_dir, jobs)
+        at_work[stage.name] = job
+        after = f", after {', '.join(before)}" if before else ""
+        say(f"{stage.name}: job {job}{after}")
+    if not dry_run:
+        say(f"slm status {shlex.quote(str(run_dir))} shows where it stands; its jobs write to {run_dir}/logs")
+
+
+def sbatch_options(
+    stage: Stage,
+    run_dir: Path,
+    cluster: Cluster,
+    run: str,
+    after: list[str] | None = None,
+    exclude: list[str] | None = None,
+) -> list[str]:
+    """One word each; values were checked by cluster.py and by the recipe."""
+    name = f"slm-{run}-{stage.name.replace(' ', '-')}"
+    member = "%A_%a" if stage.job.array else "%j"
+    options = [*stage.job.options(), f"--job-name={name}", f"--output={run_dir.resolve()}/logs/{name}-{member}.log"]
+    options.append(f"--chdir={Path.cwd()}")
+    names = [name for name in (*ENVIRONMENT, *cluster.environment) if name in os.environ]
+    options.append(f"--export={','.join([*names, 'SLM_ROOT', 'SLM_RESTARTS', *container(cluster), *setup(cluster)])}")
+    if stage.script == "train.sbatch":
+        options.append(f"--signal=USR1@{cluster.warn_seconds}")
+    if after:
+        options += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+    if exclude:
+        options.append(f"--exclude={','.join(exclude)}")
+    return options
+
+
+def script(stage: Stage) -> str:
+    return str(ROOT / "launchers" / "slurm" / stage.script)
+
+
+def environment(cluster: Cluster) -> dict[str, str]:
+    return {
+        **os.environ,
+        "SLM_ROOT": str(ROOT),
+        "SLM_RESTARTS": str(cluster.restarts),
+        **container(cluster),
+        **setup(cluster),
+    }
+
+
+def setup(cluster: Cluster) -> dict[str, str]:
+    return {"SLM_SETUP": str(Path(cluster.setup).resolve())} if cluster.setup else {}
+
+
+def container(cluster: Cluster) -> dict[str, str]:
+    if cluster.container is None:
+        return {}
+    given = {"SLM_CONTAINER": cluster.container.image, "SLM_CONTAINER_PYTHON": cluster.container.python}
+    return given | ({"SLM_CONTAINER_MOUNTS": cluster.container.mounts} if cluster.container.mounts else {})
+
+
+def excluded_nodes(run_dir: Path, cluster: Cluster) -> list[str]:
+    """The cluster's, and those that an attempt at this run has named as suspect."""
+    found = list(cluster.exclude)
+    if cluster.exclude_suspects:
+        try:
+            lines = (run_dir / "events.jsonl").read_text().splitlines()
+        except OSError:
+            lines = []
+        found += [node for line in lines if '"suspect_node"' in line and (node := _event(line).get("suspect_node"))]
+    return list(dict.fromkeys(found))
+
+
+def _event(line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
+
+
+@contextmanager
+def locked(run_dir: Path, *, write: bool) -> Iterator[None]:
+    """Two of these at once would submit everything twice."""
+    if not write:
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".submitting", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another submit.py is at work on {shortened(str(run_dir))}", fix="wait for it") from None
+        yield
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SLMError as error:
+        print(f"{error.title}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
