@@ -24,6 +24,7 @@ from slm.errors import SLMError, UserError
 from slm.metrics import append_event
 from slm.recipe import load_recipe
 from slm.runtime import atomic_write
+from slm.status import CHECKED
 from slm.supervise import last_step
 
 RESTARTS = os.environ.get("SLM_RESTARTS", "3")  # within one job, of a run that crashed or hung
@@ -48,6 +49,8 @@ def main(arguments: list[str]) -> int:
         run_dir, command = None, [*srun(), *slm(), "teacher", *rest]
     elif stage == "data":
         run_dir, command = None, [*srun(), python(), "-m", "data_prep.cli", "shards", *rest]
+    elif stage == "check":
+        run_dir, command = None, [*srun(), *slm(), "doctor", "--folder", str(Path(rest[0]).parent)]
     else:
         run_dir, command = None, [*srun(), *slm(), "eval", *rest, "--json"]
     say(f"{os.environ['SLURM_JOB_ID']} on {os.environ.get('SLURM_JOB_NODELIST')}: {shlex.join(command)}")
@@ -57,7 +60,9 @@ def main(arguments: list[str]) -> int:
         run_dir is not None
     ):  # srun says the largest of the tasks' codes, such as that of one which the watchdog had to kill
         code = written_code(run_dir, began) or code
-    if code in TIME_IS_UP and stage != "eval":
+    if stage == "check" and code == 0:
+        (Path(rest[0]) / CHECKED).touch()
+    if code in TIME_IS_UP and stage not in ("eval", "check"):
         return requeue(code, run_dir)
     if code in HARDWARE_CODES and run_dir is not None:
         return requeue(code, run_dir, exclude=suspect(run_dir))
