@@ -1,6 +1,7 @@
-"""Memory of one rank in training against the prediction of `slm plan`: real engines, real steps, on a CPU.
+"""Memory of one rank in training against the prediction of `slm plan`: real engines, real steps.
 
     python benchmarks/training_memory.py                    # the whole grid, on 1 and on 2 ranks: some ten minutes
+    python benchmarks/training_memory.py --device cuda      # Llama 3.2 1B's shape on one GPU, by the allocator's own peak
     python benchmarks/training_memory.py --case '{"zero": "zero2", "precision": "bfloat16", "world_size": 2}'
 
 Each case builds slm's engine on DeepSpeed and takes steps of slm's train_step on gloo. Measured is the largest resident set
@@ -55,7 +56,9 @@ DEFAULTS: dict[str, Any] = dict(
     sequence_parallel=1,
     tile_tokens=None,
     options={},  # of the JSON's "zero_optimization", instead of the file's
+    preset="cpu-small",
     model=SHAPE,
+    device="cpu",
 )
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_PERTURB_": "165"}
 
@@ -84,6 +87,13 @@ def grid() -> list[dict[str, Any]]:
     return cases
 
 
+def gpu_grid() -> list[dict[str, Any]]:
+    """Not run yet: no GPU was at hand."""
+    shape = dict(preset="llama3.2-1b", model={}, device="cuda", precision="bfloat16", tokens=8192)
+    cases = [dict(zero=zero, policy=policy, **shape) for zero in ("zero1", "zero2") for policy in ("none", "selective")]
+    return [*cases, dict(zero="zero2", accumulation=2, **shape), dict(zero="zero2_offload", policy="full", **shape)]
+
+
 # --- in a rank ------------------------------------------------------------------------------------------------
 
 
@@ -95,10 +105,19 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def _resident() -> int:
+def _now(device: torch.device) -> int:
+    """Bytes that are held; the peak begins again."""
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
     return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
 
 
 def _phase(case: dict[str, Any], folder: Path) -> Phase:
@@ -130,23 +149,24 @@ def _batch(config: ModelConfig, case: dict[str, Any]) -> Batch:
 
 
 def measure(case: dict[str, Any], folder: Path) -> dict[str, int]:
-    """The largest resident set of a step, and that between steps, over what was there before the engine, in bytes."""
-    config, phase = ModelConfig.preset("cpu-small", **case["model"]), _phase(case, folder)
-    before = _resident()
-    engine = Engine(config, phase, Optim(), precision=case["precision"], device=torch.device("cpu"))
+    """The most that a step holds, and what is held between steps, over what was there before the engine, in bytes."""
+    config, phase = ModelConfig.preset(case["preset"], **case["model"]), _phase(case, folder)
+    device = parallel.local_device(discover_ranks().local_rank)
+    before = _now(device)
+    engine = Engine(config, phase, Optim(), precision=case["precision"], device=device)
     engine.write_weights(lambda _, shape: torch.zeros(shape))
-    timer = StepTimer()
+    timer = StepTimer(device.type)
     peaks = []
     for _ in range(3):  # the first is not counted: stage 3 fetches ahead from the second on
-        resting = _resident() - before
-        train_step(engine, [_batch(config, case) for _ in range(case["accumulation"])], 1e-4, timer)
-        peaks.append(_status("VmHWM") - before)
+        resting = _now(device) - before
+        train_step(engine, [_batch(config, case).to(device) for _ in range(case["accumulation"])], 1e-4, timer)
+        peaks.append(_peak(device) - before)
     engine.close()
     return {"rest": resting, "peak": min(peaks[1:])}
 
 
 def predict(case: dict[str, Any]) -> RankMemory:
-    config = ModelConfig.preset("cpu-small", **case["model"])
+    config = ModelConfig.preset(case["preset"], **case["model"])
     strategy = read_deepspeed(str(ROOT / "ds_configs" / f"{case['zero']}.json"))["zero_optimization"]
     return rank_memory(
         config,
@@ -156,7 +176,7 @@ def predict(case: dict[str, Any]) -> RankMemory:
         case["policy"],
         tile_tokens=case["tile_tokens"],
         value_bytes=4 if case["precision"] == "float32" else 2,
-        device="cpu",
+        device=case["device"],
     )
 
 
@@ -166,7 +186,8 @@ def run_rank(cases: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # Once without measuring, to load libraries: the same on all ranks, in the same order.
         for precision in sorted({case["precision"] for case in cases}):
-            measure({**DEFAULTS, "precision": precision, "world_size": cases[0]["world_size"]}, Path(folder))
+            first = {"precision": precision, "world_size": cases[0]["world_size"]}
+            measure({**DEFAULTS, **first}, Path(folder))
         for case in cases:
             found = measure(case, Path(folder))
             if parallel.rank() == 0:
@@ -189,7 +210,7 @@ def run(cases: list[dict[str, Any]], timeout_seconds: int = 3600) -> list[dict[s
             **ALLOCATOR,
             "SLM_MEMORY_CASES": json.dumps(here),
             "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
+            "DS_ACCELERATOR": here[0]["device"],
             "PYTHONPATH": str(ROOT),
         }
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_seconds)
@@ -200,7 +221,7 @@ def run(cases: list[dict[str, Any]], timeout_seconds: int = 3600) -> list[dict[s
             found, plan = json.loads(line.removeprefix("MEASURED ")), predict(case)
             rows.append({
                 "case": case, "measured": found["peak"], "rest": found["rest"], "moment": plan.peak.moment,
-                "predicted": plan.peak.total_bytes + plan.host_bytes,
+                "predicted": plan.peak.total_bytes + (plan.host_bytes if case["device"] == "cpu" else 0),
             })  # fmt: skip
     return rows
 
@@ -210,26 +231,29 @@ def main() -> int:
     parser.add_argument(
         "--case", action="append", type=json.loads, help="JSON of one case, fields as in DEFAULTS; repeatable"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="which grid, without --case")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     parser.add_argument("--in-rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.in_rank:
         run_rank(json.loads(os.environ["SLM_MEMORY_CASES"]))
         return 0
-    if not Path("/proc/self/clear_refs").exists():
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here: nothing is measured", file=sys.stderr)
+        return 3
+    if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         print("needs Linux's /proc: nothing is measured", file=sys.stderr)
         return 3
-    rows = run([{**DEFAULTS, **case} for case in args.case or grid()])
-    parameters = ModelConfig.preset("cpu-small", **SHAPE).num_parameters()
+    rows = run([{**DEFAULTS, **case} for case in args.case or (grid() if args.device == "cpu" else gpu_grid())])
     table = Table("case", "at rest", "peak", "measured / predicted", "fullest at (predicted)")
-    table.title = f"bytes a parameter on one rank ({parameters:,} parameters); torch {torch.__version__}, gloo"
+    table.title = f"bytes a parameter on one rank; torch {torch.__version__}"
     for row in rows:
         told = " ".join(
             f"{k}={v}" if k != "zero" else v
             for k, v in row["case"].items()
             if v != DEFAULTS[k] or k in ("zero", "precision", "world_size")
         )
-        P = ModelConfig.preset("cpu-small", **row["case"]["model"]).num_parameters()
+        P = ModelConfig.preset(row["case"]["preset"], **row["case"]["model"]).num_parameters()
         ratio = row["measured"] / row["predicted"]
         table.add_row(told, f"{row['rest'] / P:.2f}", f"{row['measured'] / P:.2f}", f"{ratio:.3f}", row["moment"])
     Console(width=150).print(table)
