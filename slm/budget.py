@@ -8,6 +8,7 @@ Owns what `slm plan RECIPE --gpus N --gpu NAME` shows; the figures are from choo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,17 +67,18 @@ class Budget:
     phases: tuple[PhaseBudget, ...]
 
 
-def budget(recipe: Recipe, gpu: GPU, gpus: GPUs, assumed: Assumptions) -> Budget:
-    """Raises UserError if so many GPUs cannot share the work of the phases as they are."""
-    check_ranks(recipe.phases, gpus.count)
+def budget(recipe: Recipe, gpu: GPU, gpus: GPUs, assumed: Assumptions, phases: Sequence[Phase] | None = None) -> Budget:
+    """Of these of its phases, or of all. Raises UserError if so many GPUs cannot share their work as it is."""
+    planned = recipe.phases if phases is None else phases
+    check_ranks(planned, gpus.count)
     stall = assumed.save_stall_seconds
     if stall is None:
         stall = save_stall_seconds(recipe.model, gpu, gpus.count)
     between_failures = mtbf_seconds(gpus.count, assumed.mtbf_hours_per_gpu)
-    phases = []
-    for phase in recipe.phases:
+    parts = []
+    for phase in planned:
         found = candidates(recipe, phase, gpu, gpus)
-        phases.append(
+        parts.append(
             PhaseBudget(
                 phase,
                 found.rows,
@@ -87,7 +89,7 @@ def budget(recipe: Recipe, gpu: GPU, gpus: GPUs, assumed: Assumptions) -> Budget
                 save_interval_seconds(stall, between_failures),
             )
         )
-    return Budget(recipe, gpu, gpus, assumed, stall, between_failures, tuple(phases))
+    return Budget(recipe, gpu, gpus, assumed, stall, between_failures, tuple(parts))
 
 
 def check_fits(found: Budget) -> None:
