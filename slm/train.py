@@ -91,7 +91,7 @@ def train(
         run_dir = recipe.run_dir
         setup_logging(ranks.rank, run_dir)
         limits, everyone = recipe.watchdog.model_dump(), parallel.gather_objects(watchdog.myself())
-        watchdog.start(run_dir, ranks.rank, **limits, everyone=everyone)
+        watchdog.start(run_dir, ranks.rank, **limits, everyone=everyone, on_gpu=device.type == "cuda")
         _train(recipe, ranks, device, run_dir, stop, profile_steps, until, resume or Resume(), ledger or Ledger())
         code, reason = 0, "done"
     except Stopped as error:
