@@ -307,10 +307,11 @@ def run_phases(
             parallel.barrier()
             folder = run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step)
             reader = parallel.together(checkpoint.Reader, folder)
-    run.metrics.event("done", step=position.global_step)
+    left = [phase.name for phase in phases_to_run(run.recipe, reader)]
+    run.metrics.event("done", step=position.global_step, phases_left=left)
     parallel.barrier()
-    if phases and phases[-1] != run.recipe.phases[-1]:
-        log.info("phase %s is over (--until); the next job goes on with the one after it", phases[-1].name)
+    if phases and left:
+        log.info("phase %s is over (--until); the next job goes on with %s", phases[-1].name, left[0])
     elif not phases:
         log.info("there is nothing left to train here")
     log.info("done: %d steps, %s document tokens; %s", position.global_step, f"{position.tokens:,}", run.run_dir)
