@@ -10,8 +10,8 @@ Owns the arithmetic of time; who writes it down is train.py (events of the kind 
 Categories: init (start-up, opening data, building and filling engines), compile (the first step of a phase whose blocks are
 compiled), data (waiting for it), step, save (what training waits for), eval, check (comparing replicas), finish; and between
 attempts: lost (steps that a later attempt, or a rollback, computed again), hang (a rank hung until the watchdog ended the
-run), restart (from the last sign of life of an attempt to the first step of the next; also where the one before had done its phase,
-and the next phase's job waited in a queue), idle (between the end of the last phase and the start of the next attempt:
+run), restart (from the last sign of life of an attempt to the first step of the next; also where the one before had done its
+phase, and the next phase's job waited in a queue), idle (between the end of the last phase and the start of the next attempt:
 nobody wanted the run to go on, until it was given more to do).
 """
 
