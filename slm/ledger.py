@@ -70,15 +70,17 @@ class Ledger:
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of events.jsonl, without one that a kill cut short. Raises UserError where there is no such file."""
+    """The lines of events.jsonl that are events: not one that a kill cut short. Raises UserError where there is no such file."""
     path, events = run_dir / "events.jsonl", []
     if not path.is_file():
         raise UserError(f"{run_dir} has no events.jsonl, so it is no run that has begun", fix="give runs/NAME")
     for line in path.read_text(errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except ValueError:
             continue
+        if isinstance(event, dict) and isinstance(event.get("kind"), str) and isinstance(event.get("time"), int | float):
+            events.append(event)
     return events
 
 
