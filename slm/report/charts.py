@@ -67,17 +67,17 @@ def text(value: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ numbers
-def number(value: float) -> str:
+def number(value: float, digits: int = 4) -> str:
     """Short, for axes and tables: 1,234 · 12.5k · 3.2M · 0.0015 · 3e-06"""
     if not math.isfinite(value):
         return "-"
     size = abs(value)
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if size >= unit:
-            return f"{value / (1000 if letter == 'k' else unit):.4g}{letter}"
-    if size >= 1000:
+            return f"{value / (1000 if letter == 'k' else unit):.{digits}g}{letter}"
+    if size >= 1000 and value == round(value):
         return f"{value:,.0f}"
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}" if size < 1000 or digits > 4 else f"{value:,.0f}"
 
 
 def smooth(y: np.ndarray, half_width: int) -> np.ndarray:
@@ -137,9 +137,18 @@ class Axis:
         else:
             step = _step((self.high - self.low) / most)
             first = math.ceil(self.low / step - 1e-9)
-            found = [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
-        slack = 1e-9 * (self.high - self.low)
+            found = [float(f"{i * step:.12g}") for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        slack = 1e-9 * (self.low if self.log else self.high - self.low)
         return [tick for tick in found if self.low - slack <= tick <= self.high + slack]
+
+    def labels(self) -> list[tuple[float, str]]:
+        """(tick, how it is written): with as many digits as tell them apart."""
+        ticks = self.ticks()
+        for digits in (4, 6, 8, 12):
+            names = [number(tick, digits) for tick in ticks]
+            if len(set(names)) == len(names):
+                break
+        return list(zip(ticks, names, strict=True))
 
 
 def _step(least: float) -> float:
@@ -178,9 +187,10 @@ def line_chart(
     bands: Sequence[Band] = (),
     marks: Sequence[Mark] = (),
     tall: bool = False,
+    legend: bool = False,
     note: str = "",
 ) -> str:
-    """A figure; "" if no line has a number to show. log_x: base 2. zero: the y axis begins there."""
+    """A figure; "" if no line has a number to show. log_x: base 2. zero: the y axis begins there. legend: also of one line."""
     lines = [line for line in lines if np.isfinite(line.y).any()]
     # The margin keeps dots at the ends whole.
     xs = axis([line.x for line in lines] + [np.array([b.first, b.last]) for b in bands], log=log_x, margin=0.015)
@@ -199,17 +209,17 @@ def line_chart(
         curves.append(_path(*thinned(line.x, line.y), xs, ys, f"{style} c{line.colour % COLOURS}"))
         if line.dots and len(line.x) <= 200:
             curves.append(_path(line.x, line.y, xs, ys, f"dots c{line.colour % COLOURS}", dots=True))
-    y_labels = "".join(_y_label(tick, ys) for tick in ys.ticks())
+    y_labels = "".join(_y_label(tick, label, ys) for tick, label in ys.labels())
     drawn = [*_bands(bands, xs), *_grid(x_ticks, xs, ys), *curves, *_marks(marks, xs)]
-    legend = [
+    names = [
         f'<li class="c{line.colour % COLOURS}{" dashed" if line.dashed else ""}">{text(line.label)}</li>'
         for line in lines
     ]
     parts = [
         f'<figure class="chart{" tall" if tall else ""}">',
         f"<figcaption>{text(title)}{f' <small>{text(unit)}</small>' if unit else ''}</figcaption>",
-        f'<ul class="legend">{"".join(legend)}</ul>' if len(lines) > 1 else "",
-        f'<div class="plot{" named" if bands else ""}"><div class="y">{y_labels}</div><div class="area">',
+        f'<ul class="legend">{"".join(names)}</ul>' if legend or len(lines) > 1 else "",
+        f'<div class="plot{" phases" if bands else ""}"><div class="y">{y_labels}</div><div class="area">',
         f'<svg viewBox="0 0 {_UNITS:g} {_UNITS:g}" preserveAspectRatio="none" role="img" '
         f'aria-label="{text(_in_words(title, lines, x_label))}">{"".join(drawn)}</svg>',
         "".join(_band_label(band, xs) for band in bands),
@@ -273,8 +283,8 @@ def _band_label(band: Band, xs: Axis) -> str:
     )
 
 
-def _y_label(tick: float, ys: Axis) -> str:
-    return f'<span style="top:{100 * (1 - float(ys.places(np.array(tick)))):.2f}%">{number(tick)}</span>'
+def _y_label(tick: float, label: str, ys: Axis) -> str:
+    return f'<span style="top:{100 * (1 - float(ys.places(np.array(tick)))):.2f}%">{label}</span>'
 
 
 def _x_label(tick: float, xs: Axis) -> str:

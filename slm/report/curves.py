@@ -130,8 +130,10 @@ class View:
         )  # a gap stands where the phase ended
         return [Line(label, self.places(record, steps), values, colour, dots=True)]
 
-    def chart(self, title: str, lines: list[Line], **options: object) -> str:
-        return line_chart(title, lines, x_label=self.x_label, bands=self.bands(), **options)  # type: ignore[arg-type]
+    def chart(self, title: str, lines: list[Line], *, legend: bool = False, **options: object) -> str:
+        return line_chart(
+            title, lines, x_label=self.x_label, bands=self.bands(), legend=legend or not self.is_one, **options
+        )  # type: ignore[arg-type]
 
 
 def grid(charts: Sequence[str], otherwise: str) -> str:
@@ -176,7 +178,7 @@ def _held_out(view: View) -> str:
             for i, at in enumerate(other)
             for line in view.evaluated(record, f"{at}/{_sum_of(record)}/loss", f"{_length(at):,} tokens", i)
         ]
-        charts.append(view.chart("Held-out loss at other lengths", lines, unit="nats a token", log_y=True))
+        charts.append(view.chart("Held-out loss at other lengths", lines, unit="nats a token", log_y=True, legend=True))
     else:
         for source in dict.fromkeys(s for record in view.records for s in _sources(record)):
             lines = [
@@ -317,7 +319,7 @@ def _varies(line: Line) -> bool:
 
 def recall_over_time(view: View) -> list[str]:
     """Share of exact answers by length over training; of several runs a chart for each length."""
-    pattern = re.compile(r"eval/([^/]+)/(\d+)/mean")
+    pattern = re.compile(r"eval/(.+)/(\d+)/mean")
     names = [[m for name in record.columns if (m := pattern.fullmatch(name))] for record in view.records]
     if view.is_one:
         record = view.records[0]

@@ -11,18 +11,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from slm import __version__
 from slm.errors import EnvironmentProblem, SLMError
 from slm.report import curves, sections
-from slm.report.charts import table, text
+from slm.report.charts import Html, number, swatch, table, text
 from slm.report.curves import FIGURES, View
 from slm.report.record import Record, read_record
 from slm.runtime import atomic_write
 
+UNREADABLE = "This cannot be shown: a file of the run is not as a run writes it."
 SECTIONS = [
     ("loss", "Loss", curves.losses),
     ("optimisation", "Optimisation", curves.optimisation),
@@ -59,7 +60,7 @@ def build_page(records: Sequence[Record], x: Literal["steps", "tokens"] | None =
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
     title = text(" · ".join(view.labels))
-    parts = [(anchor, name, show(view)) for anchor, name, show in SECTIONS]
+    parts = [(anchor, name, _shown(show, view)) for anchor, name, show in SECTIONS]
     links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in parts)
     body = "".join(f'<section id="{anchor}"><h2>{name}</h2>{shown}</section>' for anchor, name, shown in parts)
     return (
@@ -72,47 +73,53 @@ def build_page(records: Sequence[Record], x: Literal["steps", "tokens"] | None =
     )
 
 
+def _shown(show: Callable[[View], str], view: View) -> str:
+    """A section; where a file that it reads is JSON or YAML but not what a run writes, the rest of the page stays."""
+    try:
+        return show(view)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        return f'<p class="soft">{UNREADABLE} ({text(f"{type(error).__name__}: {error}")})</p>'
+
+
 def _summary(view: View) -> str:
     """Of one run how it ended and its figures as tiles; of several a table."""
     if not view.is_one:
         rows = [
-            [label, sections.Html(_state(record)), *(show(record) for _, show in FIGURES)]
-            for record, label in zip(view.records, view.labels, strict=True)
+            [swatch(i, label), Html(_ended(record)), _heard(record), *(show(record) for _, show in FIGURES)]
+            for i, (record, label) in enumerate(zip(view.records, view.labels, strict=True))
         ]
-        columns = ["run", "", *(name for name, _ in FIGURES)]
+        columns = ["run", "", "last heard of (UTC)", *(name for name, _ in FIGURES)]
         return f'<div class="card">{table(columns, rows, numeric=range(2, len(columns)))}</div>'
     record = view.records[0]
-    figures = [(name, show(record)) for name, show in FIGURES]
-    if (parameters := _parameters(record)) is not None:
-        figures.insert(0, ("parameters", parameters))
+    figures = [("parameters", _parameters(record)), *((name, show(record)) for name, show in FIGURES)]
     tiles = "".join(f"<div><dt>{name}</dt><dd>{text(value)}</dd></div>" for name, value in figures)
-    return f'<p>{_state(record)}</p><dl class="tiles">{tiles}</dl>'
+    reason = str(record.exit.get("reason") or "").partition("\n")[0]
+    why = text(reason) if reason != record.exit.get("meaning") else ""
+    heard = f'<span class="soft">last heard of {_heard(record)} UTC</span>'
+    return f'<p>{_ended(record)} {why} {heard}</p><dl class="tiles">{tiles}</dl>'
 
 
-def _state(record: Record) -> str:
-    """How the last attempt ended, and when something was last heard."""
-    heard = (
-        f'<span class="soft">last heard of {sections.moment(record.events[-1].get("time"))} UTC</span>'
-        if record.events
-        else ""
-    )
+def _ended(record: Record) -> str:
+    """How the last attempt ended."""
     if not record.exit:
-        return f'<span class="pill note">going on, or killed</span> {heard}'
+        return '<span class="pill note">going on, or killed</span>'
     code = record.exit.get("code")
     style = "good" if code == 0 else "note" if code == 75 else "bad"
-    reason = str(record.exit.get("reason") or "").partition("\n")[0]
-    more = f" {text(reason)}" if reason != record.exit.get("meaning") else ""
-    return f'<span class="pill {style}">{text(record.exit.get("meaning") or f"code {code}")}</span>{more} {heard}'
+    return f'<span class="pill {style}">{text(record.exit.get("meaning") or f"code {code}")}</span>'
 
 
-def _parameters(record: Record) -> str | None:
-    """None where the recipe is one that this version does not know."""
+def _heard(record: Record) -> str:
+    return sections.moment(record.events[-1]["time"]) if record.events else "-"
+
+
+def _parameters(record: Record) -> str:
+    """ "-" where the recipe is one that this version does not know."""
     from slm.recipe import load_recipe
 
     try:
-        return curves.number(load_recipe(record.folder / "recipe.yaml").model.num_parameters())
+        return number(load_recipe(record.folder / "recipe.yaml").model.num_parameters())
     except (SLMError, OSError):
-        return None
+        return "-"
 
 
 def _made_from(view: View) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,7 @@ def positions(view: View) -> str:
             x_label="tokens seen, up to",
             unit="nats a token",
             log_x=True,
+            legend=True,
             tall=len(lines_of) == 1,
         )
         for source, lines in lines_of.items()
@@ -212,32 +214,21 @@ def _caches(record: Record) -> str:
         return f'<p class="soft">The caches cannot be looked at from here: {text(str(error).partition(chr(10))[0])}</p>'
     rows, lines = [], []
     for i, r in enumerate(found):
-        missing = r["missing_tokens"] / max(1, r["tokens"])
+        path, missing = "/".join(Path(r["path"]).parts[-2:]), r["missing_tokens"] / max(1, r["tokens"])
+        held = ", ".join(f"{list(masses.values())[-1]:.1%} at T={t}" for t, masses in r["head_mass"].items())
         rows.append([
-            swatch(i, r["path"]), r["teacher"], f"{r['kind']} {r['k']}", f"{r['piece_length']:,}", number(r["tokens"]),
-            f"{missing:.1%}", r["bytes_per_token"], f"{r['teacher_loss']:.4f}", f"{r['entropy']:.4f}",
+            swatch(i, path), r["teacher"], r["kind"], str(r["k"]), held, f"{r['piece_length']:,}", number(r["tokens"]),
+            f"{missing:.1%}", str(r["bytes_per_token"]), f"{r['teacher_loss']:.4f}", f"{r['entropy']:.4f}",
         ])  # fmt: skip
-        for temperature, masses in r["head_mass"].items():
-            label = f"{r['teacher']}, T={temperature}" + (f", cache {i + 1}" if len(found) > 1 else "")
+        for j, (temperature, masses) in enumerate(r["head_mass"].items()):
+            label = f"{r['teacher']}, {path}, T={temperature}"
             x, y = np.array(list(masses), dtype=float), np.array(list(masses.values()))
-            if len(x) > 1:
-                lines.append(Line(label, x, y, i, dots=True))
-            else:
-                rows[-1][2] += f" (exact: {x[0]:g} entries, {y[0]:.1%} of the mass)"
-    columns = [
-        "cache",
-        "teacher",
-        "kind",
-        "pieces of, at most",
-        "tokens",
-        "missing",
-        "bytes a token",
-        "teacher's loss",
-        "entropy",
-    ]
-    chart = line_chart("Mass of the teacher's likeliest k", lines, x_label="k", log_x=True, zero=True)
+            lines += [Line(label, x, y, i, dots=True, dashed=j > 0)] if len(x) > 1 else []
+    columns = ["cache", "teacher", "kind", "k", "mass of exact entries", "pieces up to", "tokens", "missing", "bytes a token",
+               "teacher's loss", "entropy"]  # fmt: skip
+    chart = line_chart("Mass of the teacher's likeliest k", lines, x_label="k", log_x=True, zero=True, legend=True)
     more = f'<p class="note">The first {_MOST_CACHES} caches.</p>' if len(found) == _MOST_CACHES else ""
-    return f'<div class="card">{table(columns, rows, numeric=range(3, 9))}{more}</div>{chart}'
+    return f'<div class="card">{table(columns, rows, numeric=[3, *range(5, 11)])}{more}</div>{chart}'
 
 
 def data(view: View) -> str:
