@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -130,10 +131,10 @@ class View:
         )  # a gap stands where the phase ended
         return [Line(label, self.places(record, steps), values, colour, dots=True)]
 
-    def chart(self, title: str, lines: list[Line], *, legend: bool = False, **options: object) -> str:
+    def chart(self, title: str, lines: list[Line], *, legend: bool = False, **options: Any) -> str:
         return line_chart(
             title, lines, x_label=self.x_label, bands=self.bands(), legend=legend or not self.is_one, **options
-        )  # type: ignore[arg-type]
+        )
 
 
 def grid(charts: Sequence[str], otherwise: str) -> str:

@@ -60,35 +60,38 @@ def each(view: View, show: Callable[[Record], str]) -> str:
 
 # ------------------------------------------------------------------------------------------ where time went
 def time_spent(view: View) -> str:
-    def show(record: Record) -> str:
-        found = record.seconds
-        wall = found.get("wall")
-        if not wall:
-            return '<p class="soft">No attempt of this run has told its time.</p>'
-        names = [name for name in CATEGORIES if name in found["seconds"]]  # in a fixed order: a colour each
-        rows = [
-            [
-                swatch(_colour(name), name),
-                duration(found["seconds"][name]),
-                f"{found['seconds'][name] / wall:.2%}",
-                CATEGORIES[name],
-            ]
-            for name in sorted(names, key=lambda name: -found["seconds"][name])
-        ]
+    """A bar for each run, and its seconds by category."""
+    known = [(label, r.seconds) for r, label in zip(view.records, view.labels, strict=True) if r.seconds.get("wall")]
+    if not known:
+        return '<p class="soft">No attempt has told its time.</p>'
+    parts = []
+    for label, found in known:
+        attempts = f"{found['attempts']} attempt{'s' * (found['attempts'] != 1)}"
         told = (
-            f"Of {duration(wall)} over {found['attempts']} attempt{'s' * (found['attempts'] != 1)}, {found['goodput']:.1%} was "
+            f"of {duration(found['wall'])} over {attempts}, {found['goodput']:.1%} was "
             f"steps that count; {found['steps_lost']} steps computed again, {found['skipped']} skipped, "
             f"{found['rollbacks']} rollbacks."
         )
-        bar = stacked_bar([(n, found["seconds"][n] / wall, _colour(n)) for n in names], "where time went")
-        return f'<div class="card"><p>{told}</p>{bar}{table(["", "time", "share", "what"], rows, numeric=[1, 2])}</div>'
+        shares = [(name, found["seconds"].get(name, 0.0) / found["wall"], _colour(name)) for name in CATEGORIES]
+        parts.append(f"<p>{told.capitalize() if view.is_one else text(f'{label}: {told}')}</p>")
+        parts.append(stacked_bar([part for part in shares if part[1]], "where time went"))
+    rows = [
+        [swatch(_colour(name), name), *(_spent(found, name) for _, found in known), what]
+        for name, what in CATEGORIES.items()
+        if any(found["seconds"].get(name) for _, found in known)
+    ]
+    columns = ["", *(label if not view.is_one else "time" for label, _ in known), "what"]
+    return f'<div class="card">{"".join(parts)}{table(columns, rows, numeric=range(1, len(known) + 1))}</div>'
 
-    return each(view, show)
+
+def _spent(found: dict[str, Any], category: str) -> str:
+    seconds = found["seconds"].get(category, 0.0)
+    return f"{duration(seconds)} ({seconds / found['wall']:.1%})" if seconds else "-"
 
 
 def _colour(category: str) -> int:
     """Of a few, by what it says: green counts, red is lost, the rest is apart from each other."""
-    return {"step": 2, "data": 5, "init": 0, "compile": 6, "save": 4, "eval": 1, "check": 7, "finish": 0, "lost": 3,
+    return {"step": 2, "data": 5, "init": 0, "compile": 6, "save": 4, "eval": 1, "check": 7, "finish": 6, "lost": 3,
             "hang": 3, "restart": 6}[category]  # fmt: skip
 
 
