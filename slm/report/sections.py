@@ -34,7 +34,7 @@ CATEGORIES = {
     "restart": "from an attempt's end to the next one's first step",
 }
 _MOST_ROWS = 400  # of the table of events
-_MOST_CACHES = 6  # whose statistics are read again: each is up to a GB with its checksums
+_MOST_CACHES = 4  # whose statistics are read again: each is up to a GB with its checksums
 
 
 def moment(seconds: Any) -> str:
