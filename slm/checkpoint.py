@@ -292,13 +292,13 @@ class Reader:
         self.weights_only = weights_only
         self.bytes_read = 0
         self.manifest = read_manifest(folder)
-        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        self.state: dict[str, Any] = self._read_state()
         self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
         # {"kind/name": [(start, length, file, place of its first byte there)]}. Nothing but what the manifest names is read.
         self._where: dict[str, list[tuple[int, int, FileIO, int]]] = defaultdict(list)
         for entry in self.manifest["files"]:
             if entry["file"].endswith(".safetensors"):
-                self._read_header(folder / entry["file"])
+                self._read_header(folder / entry["file"], entry["bytes"])
         for key, pieces in self._where.items():
             # Elements that are there twice would be counted for others that are not there at all.
             pieces.sort(key=lambda piece: piece[:2])
@@ -306,11 +306,26 @@ class Reader:
                 if at + size > after:
                     raise CorruptArtefact(f"{folder}: two pieces of {key} overlap at element {after}")
 
-    def _read_header(self, path: Path) -> None:
+    def _read_state(self) -> dict[str, Any]:
+        """Verified here, as sizes of the large files are below: all that is cheap, where nobody has done it, as after a phase."""
+        path = self.folder / "state.json"
+        digest = next(entry["sha256"] for entry in self.manifest["files"] if entry["file"] == path.name)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CorruptArtefact(f"{path} is not readable ({error})") from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise CorruptArtefact(f"{path} is not what was saved: its checksum is of another text")
+        return json.loads(data)
+
+    def _read_header(self, path: Path, num_bytes_promised: int) -> None:
         """https://github.com/huggingface/safetensors#format: u64 N, N bytes of JSON, then the values."""
         try:
             file = open(path, "rb", buffering=0)
-            rest = os.fstat(file.fileno()).st_size - 8
+            found = os.fstat(file.fileno()).st_size
+            if found != num_bytes_promised:
+                raise ValueError(f"it has {found} bytes, and the manifest says {num_bytes_promised}")
+            rest = found - 8
             num_bytes = int.from_bytes(file.read(8), "little")
             if num_bytes > rest:
                 raise ValueError(f"it says that its header has {num_bytes} bytes, and {rest} are left")

@@ -1,4 +1,4 @@
-"""The `slm` command: plan, train, eval, generate, export, report, schema.
+"""The `slm` command: plan, train, eval, generate, export, report, status, doctor, schema.
 
 Owns the arguments and what is printed; each command is one call into the module that does the work. Heavy imports
 are inside the commands, so that `slm plan` and `slm --help` answer at once.
@@ -79,9 +79,17 @@ def _note_exit(code: int, reason: str) -> None:
 def _load(recipe: str | Path, overrides: list[str] | None) -> Recipe:
     """From here on messages name the recipe as it was given."""
     from slm.recipe import load_recipe
+    from slm.runtime import launched_ranks
 
     SLMError.recipe = shlex.join([str(recipe), *(overrides or [])])
-    return load_recipe(recipe, overrides)
+    try:
+        return load_recipe(recipe, overrides)
+    except UserError as error:
+        ranks = launched_ranks()
+        if ranks is None or ranks.local_rank == 0:
+            raise
+        _note_exit(error.exit_code, str(error))
+        sys.exit(error.exit_code)  # the ranks of a machine read the same file: it is said once
 
 
 @app.command()
@@ -145,10 +153,21 @@ def train(
     fresh_optimizer: Annotated[
         bool, typer.Option("--fresh-optimizer", help="go on from the checkpoint's weights alone; moments begin at zero")
     ] = False,
+    check: Annotated[
+        int,
+        typer.Option(
+            metavar="RANKS", min=0, help="begin nothing: say what would be refused, on so many ranks, at once"
+        ),
+    ] = 0,
 ) -> None:
     """Train, or go on with, the run of a recipe. Under deepspeed, torchrun, mpirun or srun on many ranks, or alone."""
     loaded = _load(recipe, overrides)
     steps = _steps(profile)
+    if check:
+        from slm.plan import check_before_start
+
+        check_before_start(loaded, check, until)
+        return
     from slm.resume import Resume
 
     if launcher and not restarts:
@@ -174,12 +193,17 @@ def train(
         command += ["--profile", profile] * bool(profile) + ["--until", until] * bool(until)
         command += ["--must-resume"] * must_resume + ["--allow-change"] * allow_change
         sys.exit(supervise(command, loaded.run_dir, restarts))
+    from slm import watchdog
     from slm.ledger import Ledger, process_age_seconds
+    from slm.runtime import discover_ranks
     from slm.train import train as run
 
     resume = Resume(must=must_resume, allow_change=allow_change, fresh_optimizer=fresh_optimizer)
     ledger = Ledger(process_age_seconds())
-    sys.exit(run(loaded, profile_steps=steps, until=until, resume=resume, ledger=ledger))
+    code = run(loaded, profile_steps=steps, until=until, resume=resume, ledger=ledger)
+    if any(loaded.watchdog.model_dump().values()):
+        watchdog.leave(loaded.run_dir, discover_ranks().rank)
+    sys.exit(code)
 
 
 def _steps(text: str) -> range:
@@ -359,7 +383,9 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="runs' folders; several are laid over each other")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="runs' folders; several are laid over each other")
+    ],
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="where the page goes; RUN/report.html if it is of one run")
     ] = None,
@@ -371,7 +397,7 @@ def report(
 ) -> None:
     """Where a run's time went, over all its attempts: the share of it that was training, what was lost, and to what. And all
     that it measured as one HTML page, which opens without a network."""
-    from slm.ledger import describe, goodput, read_events
+    from slm.ledger import describe, goodput, how_it_ended, read_events
 
     if over not in ("", "steps", "tokens"):
         raise UserError(f"--over is {over!r}, which no curve is drawn over", fix="give steps or tokens")
@@ -380,19 +406,39 @@ def report(
         option = "--output" if output else "--over"
         raise UserError(f"{option} has no effect without a page", fix=f"leave {option} or --no-page and --json out")
     if has_page and output is None and len(runs) > 1:
-        raise UserError(f"the page of {len(runs)} runs has no place of its own", fix="give --output FILE.html, or --no-page")
-    found = {str(run): goodput(read_events(run)) for run in runs}
+        raise UserError(
+            f"the page of {len(runs)} runs has no place of its own", fix="give --output FILE.html, or --no-page"
+        )
+    found = {str(run): goodput(read_events(run)) | {"ended": how_it_ended(run)} for run in runs}
     if as_json:
         typer.echo(json.dumps(found if len(runs) > 1 else found[str(runs[0])], indent=2))
         return
     for run, seconds in found.items():
-        typer.echo(f"{run}:" * (len(runs) > 1) + "\n" * (len(runs) > 1) + describe(seconds))
+        typer.echo((f"{run}:\n" if len(runs) > 1 else "") + f"{describe(seconds)}\n{seconds['ended']}")
     if has_page:
         from slm.report.page import write_page
 
         path = output or runs[0] / "report.html"
         write_page(runs, path, over or None)  # type: ignore[arg-type]
         typer.echo(f"\nwrote {path} (open it in a browser)")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="also what this recipe needs")] = None,
+    overrides: Overrides = None,
+    folder: Annotated[Path | None, typer.Option(help="where runs are written (runs, or where the recipe's is)")] = None,
+    limit: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="of one measurement between ranks")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Measure what a run will need of this machine or, under any launcher, of all its machines and the network between."""
+    from slm.doctor import examine
+
+    loaded = _load(recipe, overrides) if recipe is not None else None
+    folder = folder or (loaded.run_dir.parent if loaded else Path("runs"))
+    code = examine(loaded, folder, try_seconds=limit, as_json=as_json)
+    _note_exit(code, "something is wrong; see the table" if code else "done")
+    sys.exit(code)
 
 
 @app.command()

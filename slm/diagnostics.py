@@ -10,14 +10,14 @@ import os
 import platform
 import socket
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slm import __version__, parallel
+from slm import parallel
 from slm.errors import EnvironmentProblem, SLMError
+from slm.installed import facts
 from slm.metrics import memory_stats
 from slm.recipe import Phase
 from slm.runtime import atomic_write
@@ -36,8 +36,7 @@ class OutOfMemory(SLMError):
 def surroundings(device: torch.device) -> dict[str, Any]:
     """What an attempt runs on and with, for who looks at the run later. Collective: hosts is {name: its ranks}."""
     found = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-    found |= {"slm": __version__, **{name: version(name) for name in ("torch", "deepspeed", "numpy")}}
-    found |= {"python": platform.python_version(), "system": platform.platform(), "cpus": str(os.cpu_count())}
+    found |= {**facts(), "system": platform.platform(), "cpus": str(os.cpu_count())}
     return {"hosts": Counter(parallel.gather_objects(socket.gethostname())), **found}
 
 

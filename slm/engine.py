@@ -383,15 +383,19 @@ class Engine:
             yield Fragment(name, start, {k: t.view(-1)[offset : offset + length] for k, t in tensors.items()})
 
     def write_state(self, read: Callable[[str, str, int, int], torch.Tensor | None]) -> None:
-        """Fills what this rank holds: read(kind, name, start, length) -> 1-D tensor, or None to leave it."""
+        """Fills what this rank holds: read(kind, name, start, length) -> 1-D tensor, or None to leave it. By all ranks: what
+        one of them cannot read is raised on all, before they wait for each other's weights."""
         if self.stage == 3:
             self._optimizer._partition_all_parameters()
+        parallel.together(self._fill, read)
+        self._push_weights()
+
+    def _fill(self, read: Callable[[str, str, int, int], torch.Tensor | None]) -> None:
         for fragment in self._owned():
             for kind, target in fragment.values.items():
                 value = read(kind, fragment.name, fragment.start, fragment.length)
                 if value is not None:
                     target.copy_(value)
-        self._push_weights()
 
     def write_weights(self, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
         """Sets the weights from value(name, shape) -> whole tensor; one parameter exists at a time."""

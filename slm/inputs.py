@@ -30,6 +30,7 @@ from slm.model.config import ModelConfig
 from slm.model.hf import config_to_hf, read_config, refuse_pickles
 from slm.model.llama import initial_value
 from slm.parallel import Share
+from slm.plan import missing_origin
 from slm.recall.samples import Filler, Form, Grid
 from slm.recall.score import RecallBatches
 from slm.recipe import Phase, Recipe
@@ -209,9 +210,7 @@ def check_init_from(recipe: Recipe) -> None:
             fix="set init_from.optimizer to false",
         )
     if not is_hugging_face and not Path(start.path).exists():
-        raise UserError(
-            f"init_from.path {start.path} does not exist", fix="give a run, a checkpoint or a Hugging Face folder"
-        )
+        raise missing_origin(start.path)
     refuse_pickles(start.path)
 
 

@@ -10,7 +10,8 @@ Owns the arithmetic of time; who writes it down is train.py (events of the kind 
 Categories: init (start-up, opening data, building and filling engines), compile (the first step of a phase whose blocks are
 compiled), data (waiting for it), step, save (what training waits for), eval, check (comparing replicas), finish; and between
 attempts: lost (steps that a later attempt, or a rollback, computed again), hang (a rank hung until the watchdog ended the
-run), restart (from the last sign of life of an attempt to the first step of the next).
+run), restart (from the last sign of life of an attempt to the first step of the next), idle (the same after one that was done:
+nobody wanted it to run, until it was given more to do).
 """
 
 from __future__ import annotations
@@ -72,23 +73,36 @@ class Ledger:
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of events.jsonl that are events: not one that a kill cut short. Raises UserError where there is no such file."""
     path, events = run_dir / "events.jsonl", []
+    if not run_dir.is_dir():
+        what = "is a file, and a run is a folder" if run_dir.exists() else "does not exist"
+        raise UserError(f"{run_dir} {what}", fix="give runs/NAME, a run's `output`")
     if not path.is_file():
-        raise UserError(f"{run_dir} has no events.jsonl, so it is no run that has begun", fix="give runs/NAME")
+        runs = sorted(str(events.parent) for events in run_dir.glob("*/events.jsonl"))
+        raise UserError(
+            f"{run_dir} has no events.jsonl, so it is no run that has begun",
+            fix=f"give one of {', '.join(runs[:9])}" if runs else "give runs/NAME, a run's `output`",
+        )
     for line in path.read_text(errors="replace").splitlines():
         try:
             event = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and isinstance(event.get("kind"), str) and isinstance(event.get("time"), int | float):
+        if (
+            isinstance(event, dict)
+            and isinstance(event.get("kind"), str)
+            and isinstance(event.get("time"), int | float)
+        ):
             events.append(event)
     return events
 
 
 def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """{"wall", "seconds" by category, "goodput", "attempts", "steps_lost", "skipped", "rollbacks"}. Times in seconds.
+    """{"wall", "seconds" by category, "goodput", "attempts", "longest_gap", "steps_lost", "skipped", "rollbacks"}. Times in
+    seconds.
 
-    wall: from the start of the first process to the last event. The categories sum to it. goodput: the share of the wall
-    in steps that were not computed again.
+    wall: from the start of the first process to the last event. The categories sum to it. goodput: the share in steps that
+    were not computed again, of the wall without what was idle. longest_gap: between an attempt's last word and the next one's
+    start, and the step there; None with one attempt.
     """
     attempts: list[list[dict[str, Any]]] = []
     for event in events:
@@ -97,7 +111,7 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
         if attempts:
             attempts[-1].append(event)
     total: dict[str, float] = defaultdict(float)
-    hung_in_steps = 0.0
+    hung_in_steps, gaps = 0.0, []
     for i, attempt in enumerate(attempts):
         told = [event for event in attempt if event["kind"] == "seconds"]
         spent = defaultdict(float, told[-1]["seconds"] if told else {})
@@ -117,7 +131,10 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
         total["step"] -= as_step
         total["hang"] += min(hung, gap) + as_step
         hung_in_steps += as_step
-        total["restart" if following else "finish"] += gap - min(hung, gap)
+        between = "idle" if any(event["kind"] == "done" for event in attempt) else "restart"
+        total[between if following else "finish"] += gap - min(hung, gap)
+        if following:
+            gaps.append({"seconds": gap - min(hung, gap), "step": following["step"]})
     lost, steps_lost = _lost([event for attempt in attempts for event in attempt])
     lost["step"] = max(0.0, lost["step"] - hung_in_steps)  # the last steps of an attempt, that is, those lost
     for category in WORK:
@@ -128,8 +145,9 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "wall": wall,
         "seconds": dict(sorted(seconds.items(), key=lambda item: -item[1])),
-        "goodput": total["step"] / wall if wall else 0.0,
+        "goodput": total["step"] / (wall - total["idle"]) if wall else 0.0,
         "attempts": len(attempts),
+        "longest_gap": max(gaps, key=lambda gap: gap["seconds"], default=None),
         "steps_lost": steps_lost,
         "skipped": sum(event["kind"] == "skip" for event in events),
         "rollbacks": sum(event["kind"] == "rollback" for event in events),
@@ -142,24 +160,46 @@ def describe(found: dict[str, Any]) -> str:
     if not wall:
         return "no attempt of this run has told its time"
     lines = [
-        f"goodput {found['goodput']:.1%}: of {_duration(wall)} over {found['attempts']} attempts, so much was steps that count",
+        f"goodput {found['goodput']:.1%}: of {duration(wall - found['seconds'].get('idle', 0.0))} "
+        f"{'in' if found['attempts'] == 1 else 'over'} {counted(found['attempts'], 'attempt')}, so much was steps that count",
         "",
     ]
     for name, seconds in found["seconds"].items():
         bar = "#" * round(40 * seconds / wall)
-        lines.append(f"  {name:8} {_duration(seconds):>10} {seconds / wall:7.2%}  {bar}")
-    lines += [
-        "",
-        f"{found['steps_lost']} steps computed again, {found['skipped']} skipped, {found['rollbacks']} rollbacks",
-    ]
+        lines.append(f"  {name:8} {duration(seconds):>10} {seconds / wall:7.2%}  {bar}")
+    lines.append("")
+    if gap := found["longest_gap"]:
+        lines.append(
+            f"longest time between two attempts: {duration(gap['seconds'])}, before the one from step {gap['step']}"
+        )
+    again = counted(found["steps_lost"], "step")
+    lines.append(f"{again} computed again, {found['skipped']} skipped, {counted(found['rollbacks'], 'rollback')}")
     return "\n".join(lines)
 
 
-def _duration(seconds: float) -> str:
+def how_it_ended(run_dir: Path) -> str:
+    """The run's last attempt, in words, by exit.json, which one that is still going on does not have."""
+    try:
+        record = json.loads((run_dir / "exit.json").read_text())
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["time"]))
+        reason = str(record["reason"]).partition("\n")[0]
+        return f"the last attempt ended at {when} with code {record['code']}: {reason}"
+    except OSError:
+        return "it is still running, or was killed without a word (there is no exit.json)"
+    except (ValueError, KeyError, TypeError):
+        return f"how the last attempt ended is not known: {run_dir / 'exit.json'} is damaged"
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+    days = f"{counted(hours // 24, 'day')} " if hours >= 48 else ""
+    return f"{days}{hours % 24 if days else hours}:{rest // 60:02}:{rest % 60:02}"
 
 
 def _lost(events: list[dict[str, Any]]) -> tuple[dict[str, float], int]:

@@ -26,6 +26,7 @@ from slm.evaluate import Findings, HeldOut, examine
 from slm.model.config import ModelConfig
 from slm.model.hf import refuse_pickles
 from slm.model.llama import SLMForCausalLM, Visit
+from slm.problems import readable
 from slm.recall.samples import Filler, Form, Grid
 from slm.recall.score import RecallBatches
 from slm.recall.settings import Recall
@@ -177,9 +178,7 @@ def _recall_grid(
     try:
         settings = Recall.model_validate(fields)
     except ValidationError as error:
-        raise UserError(
-            "; ".join(f"recall: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())
-        ) from None
+        raise UserError("; ".join(f"recall: {line}" for line in readable(error, fields, Recall))) from None
     if too_long := [length for length in settings.lengths if length > context]:
         raise UserError(
             f"--lengths has {', '.join(map(str, too_long))}, beyond the model's context of {context} "

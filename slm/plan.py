@@ -12,14 +12,20 @@ Recomputation is never counted. Embedding look-up is free; the head, tied or not
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from slm import strict_yaml
 from slm.activations import POLICIES, ActivationMemory, activation_memory
 from slm.data.selection import selected_documents
 from slm.data.tokens import MANIFEST, TokenDataset
 from slm.distill.settings import describe_loss
+from slm.errors import UserError
 from slm.gate import ASKED, repetition
 from slm.layout import check_ranks, gradient_accumulation
 from slm.model.config import ModelConfig, effective_theta
@@ -87,7 +93,8 @@ def plan_phase(recipe: Recipe, phase: Phase, world_size: int) -> PhasePlan:
 def check_what_is_here(recipe: Recipe) -> None:
     """Holds the recipe against its tokenizer and token shards, as far as they are here; the rest is `slm train`'s to check.
 
-    Raises UserError for lengths of recall that the needles do not fit in, and for filters that leave no document.
+    Raises UserError for lengths of recall that the needles do not fit in, for filters that leave no document, and for weights to
+    start from that are of another shape.
     """
     if recipe.eval.recall is not None and Path(recipe.tokenizer).exists():
         form = Form(recipe.eval.recall, load_tokenizer(recipe.tokenizer).encode)
@@ -97,6 +104,62 @@ def check_what_is_here(recipe: Recipe) -> None:
         for source in phase.filters:
             if (Path(recipe.data.sources[source]) / MANIFEST).exists():
                 selected_documents(recipe, phase, source, TokenDataset(recipe.data.sources[source]))
+    if recipe.init_from is not None:
+        _check_shape_of_origin(recipe, Path(recipe.init_from.path))
+
+
+def _check_shape_of_origin(recipe: Recipe, path: Path) -> None:
+    """Raises UserError if the weights of init_from, as far as they are here and say so, are of another shape."""
+    theirs: dict[str, Any] = {}
+    try:
+        if (path / "config.json").is_file():
+            theirs = json.loads((path / "config.json").read_text())
+        elif (path / "state.json").is_file():
+            theirs = json.loads((path / "state.json").read_text())["model"]
+        elif (path / "recipe.yaml").is_file():
+            theirs = strict_yaml.read(path / "recipe.yaml")[0]["model"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return  # slm train says what is wrong with it
+    fields = [name for name in ModelConfig.model_fields if name.endswith("_size") or name.startswith("num_")]
+    other = [name for name in fields if name in theirs and theirs[name] != getattr(recipe.model, name)]
+    if other:
+        raise UserError(
+            f"init_from: {path} has "
+            + ", ".join(f"{name} {theirs[name]} (the recipe's model {getattr(recipe.model, name)})" for name in other)
+            + ": its weights do not fit",
+            fix=f"set model.{other[0]} to {theirs[other[0]]}, or start from another model",
+        )
+
+
+def check_before_start(recipe: Recipe, world_size: int, until: str = "") -> None:
+    """What `slm train` on so many ranks would refuse, as far as that needs neither ranks nor torch: a launcher asks before it
+    starts them. Of a run that has checkpoints, part may be over, and no longer need what it needed: it is left to the ranks.
+
+    Raises UserError and CorruptArtefact.
+    """
+    names = [phase.name for phase in recipe.phases]
+    check_until(until, names)
+    if any((recipe.run_dir / "checkpoints").glob("*/manifest.json")):
+        return
+    phases = recipe.phases[: names.index(until) + 1] if until else recipe.phases
+    check_ranks(phases, world_size)
+    if recipe.init_from is not None and not Path(recipe.init_from.path).exists():
+        raise missing_origin(recipe.init_from.path)
+    sources = [recipe.data.sources[name] for phase in phases for name in phase.mixture or recipe.data.sources]
+    for path in dict.fromkeys([*sources, *recipe.data.validation.values()]):
+        TokenDataset(path)
+    check_what_is_here(recipe)
+
+
+def check_until(until: str, names: Sequence[str]) -> None:
+    if until and until not in names:
+        raise UserError(
+            f"--until is {until!r}, which is no phase of the recipe ({', '.join(names)})", fix="name one of them"
+        )
+
+
+def missing_origin(path: str) -> UserError:
+    return UserError(f"init_from.path {path} does not exist", fix="give a run, a checkpoint or a Hugging Face folder")
 
 
 def describe(recipe: Recipe, world_size: int | None, phases: Sequence[Phase] | None = None) -> str:
@@ -113,6 +176,9 @@ def describe(recipe: Recipe, world_size: int | None, phases: Sequence[Phase] | N
         f"model: {config.num_parameters():,} parameters ({config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"{config.num_attention_heads} heads over {config.num_key_value_heads} kv heads, vocabulary {config.vocab_size:,})",
     ]
+    if recipe.init_from is not None:
+        here = "" if Path(recipe.init_from.path).exists() else " (not here: nothing of it was looked at)"
+        lines.append(f"weights: from {recipe.init_from.path}{here}")
     for phase in phases:
         num_ranks = world_size or phase.sequence_parallel
         plan = plan_phase(recipe, phase, num_ranks)

@@ -13,6 +13,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from slm.runtime import terminal
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -28,11 +30,10 @@ class _Progress:
         self._title, self._total, self._enabled = title, total, enabled
         self._bar: Progress | None = None
         if enabled and sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=terminal())
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
             self._bar.start()
 

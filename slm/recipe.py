@@ -12,7 +12,6 @@ Precedence: defaults < YAML < overrides. Unknown and duplicate keys are errors; 
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +25,8 @@ from slm.errors import UserError
 from slm.fields import Count, Real, Section
 from slm.gate import Gate
 from slm.model.config import PRESETS, ModelConfig, RopeScaling
-from slm.names import NAME_PATTERN, Name, Output, PhaseName, Text, shortened
+from slm.names import Name, Output, PhaseName, Text, shortened
+from slm.problems import readable
 from slm.recall.settings import Recall
 from slm.safety import Safety
 from slm.strategy import deepspeed_problems, resolve_deepspeed
@@ -319,7 +319,7 @@ def _validated(tree: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
     try:
         return Recipe.model_validate(tree), []
     except ValidationError as error:
-        problems = _readable(error, tree)
+        problems = readable(error, tree, Recipe)
         rest = _without(tree, [item["loc"] for item in error.errors()])
         in_doubt = sections_in_doubt(error.errors(), tree)
     try:
@@ -351,37 +351,6 @@ def _without(tree: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str
 def _listing(where: str, problems: list[str]) -> str:
     count = f"{len(problems)} problem" + "s" * (len(problems) != 1)
     return f"{where}: {count}\n" + "\n".join(f"  - {p}" for p in problems)
-
-
-def _readable(error: ValidationError, tree: dict[str, Any]) -> list[str]:
-    lines = []
-    for item in error.errors():
-        parts = [part for part in _named(item["loc"], tree) if not part.startswith("function-") and part != "[key]"]
-        field = ".".join(part if part.isprintable() else ascii(part) for part in parts) or "recipe"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{field} is not a field of a recipe, so it would have no effect: remove it or mend its name")
-        elif item["type"] == "missing":
-            lines.append(f"{field} is missing: it has no default")
-        elif item["loc"] and item["type"] != "value_error":
-            lines.append(f"{field} is {shortened(item['input'])}: {message}")
-        elif item["loc"] and item["loc"] != ():
-            lines.append(f"{field}: {message}")
-        else:
-            lines.extend(message.split("\n"))
-    return lines
-
-
-def _named(location: tuple[Any, ...], tree: dict[str, Any]) -> list[str]:
-    """As it is written: a phase by its name, a lone teacher without one."""
-    parts = [str(part) for part in location]
-    if parts[:2] == ["teacher", "teacher"] and "teacher" not in tree["teacher"]:
-        del parts[1]  # one alone
-    if parts[:1] == ["phases"] and len(parts) > 1:
-        phase = tree["phases"][location[1]]
-        if isinstance(phase, dict) and re.fullmatch(NAME_PATTERN, str(phase.get("name"))) and parts[2:] != ["name"]:
-            parts[1] = str(phase["name"])
-    return parts
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -8,6 +8,7 @@ memory, or an update that went wrong on one of them, before it is saved and befo
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 
@@ -31,7 +32,9 @@ def check(replicated: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
     of_ranks = parallel.gather(mine)
     if all(torch.equal(mine, other) for other in of_ranks):
         return
+    nodes = parallel.gather_objects(os.environ.get("SLURMD_NODENAME", ""))
     told = []
+    minority: list[int] = []
     for i, name in enumerate(sums):
         values = [int(of_rank[i]) for of_rank in of_ranks]
         ((most, count), *others) = Counter(values).most_common()
@@ -39,6 +42,7 @@ def check(replicated: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
             continue
         odd = [rank for rank, value in enumerate(values) if value != most]
         if count > len(values) / 2:
+            minority += odd
             told.append(f"{name} of rank {', '.join(map(str, odd))}")
         else:
             told.append(f"{name} (no majority: ranks {', '.join(map(str, range(len(values))))})")
@@ -47,6 +51,7 @@ def check(replicated: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
         + (f"; and {len(told) - 5} tensors more" if len(told) > 5 else ""),
         fix="the same command goes on from the last checkpoint, before which they were compared too; if it happens again on "
         "the same rank, its machine has bad memory or a bad device: leave it out",
+        suspect_node=next((nodes[rank] for rank in minority), ""),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from slm import checkpoint, parallel
 from slm.errors import CorruptArtefact, UserError
 from slm.gate import is_at_an_end, parts, verdicts
 from slm.model.config import ModelConfig
+from slm.optim import learning_rate
+from slm.plan import check_until
 from slm.recipe import Phase, Recipe, recipe_from_tree
 
 log = logging.getLogger("slm")
@@ -68,7 +71,7 @@ def open_checkpoint(run_dir: Path, resume: Resume) -> checkpoint.Reader | None:
                 fix="check the recipe's name and output, or leave --must-resume out to begin",
             )
         return None
-    return checkpoint.Reader(folder, weights_only=resume.fresh_optimizer)
+    return parallel.together(partial(checkpoint.Reader, folder, weights_only=resume.fresh_optimizer))
 
 
 def _tell_of_remains(run_dir: Path, chosen: Path | None) -> None:
@@ -110,6 +113,10 @@ def position_of(
             f"the run's checkpoints are of another model: {'; '.join(changed)}",
             fix="put it back, or start a new run (another `name`)",
         )
+    other_length = _other_length(reader, recipe)
+    # One that was over is made longer on purpose: what it is from here on is said, as of a new phase.
+    was_over = reader.state["permanent"]
+    shortened = [other_length.text] if other_length is not None and other_length.is_shorter and not was_over else []
     if phase is not None and phase.name in identities and 0 < position.step < parts(phase)[-1].stop:
         at = f"phases.{phase.name} is at step {position.step} of {phase.num_steps}"
         fields = _changed_fields(reader, recipe)
@@ -119,14 +126,14 @@ def position_of(
                 f"{at}, but what it trains on has changed: " + "; ".join(other_run),
                 fix="put it back, or start a new run (another `name`) with init_from",
             )
-        steering = [change for field, change in fields.items() if _steers(field, phase.name)]
-        # One that was over is made longer on purpose: what it is from here on is said, as of a new phase.
-        was_over = reader.state["permanent"]
+        steering = shortened + [change for field, change in fields.items() if _steers(field, phase.name)]
         if steering and not allow_change and not was_over:
             raise UserError(
                 f"{at}, and its other steps would be taken otherwise than those before: " + "; ".join(steering),
                 fix="put it back, or say --allow-change to go on so",
             )
+    elif shortened and not allow_change:  # to where it stands
+        raise UserError(shortened[0], fix="put it back, or say --allow-change to end the phase here")
     return position
 
 
@@ -154,11 +161,46 @@ def _of_another_run(was: dict[str, Any], now: dict[str, Any], fields: dict[str, 
 
 
 def _steers(field: str, phase: str) -> bool:
-    """Whether a field of the recipe changes what a step of the phase computes, beyond the order of additions. (Its tokens do
-    too, by the schedule: but a phase is made longer on purpose, and that is said in the log.)"""
+    """Whether a field of the recipe changes what a step of the phase computes, beyond the order of additions. (For its tokens see
+    _other_length.)"""
     steering = ("lr", "schedule", "loss", "mixture", "repeats", "filters", "rope_scaling")
     own = field.startswith(tuple(f"phases.{phase}.{name}" for name in steering))
     return own or field.startswith("optim.") or field == "precision"
+
+
+@dataclass(frozen=True)
+class _OtherLength:
+    text: str
+    is_shorter: bool
+
+
+def _other_length(reader: checkpoint.Reader, recipe: Recipe) -> _OtherLength | None:
+    """What another number of tokens does to the schedule of the phase that the checkpoint is of; None if nothing."""
+    position = Position.of(reader.state)
+    then = next((p for p in reader.state["recipe"]["phases"] if p["name"] == position.phase), None)
+    now = next((p for p in recipe.phases if p.name == position.phase), None)
+    if then is None or now is None or not position.step:
+        return None
+    steps_then = -(-then["tokens"] // then["batch_tokens"])
+    # A constant rate does not know where the phase ends, nor does a loss with one value for all of it.
+    follows = now.schedule.type != "constant" or any(
+        isinstance(v, dict) for v in (now.loss.alpha, now.loss.temperature)
+    )
+    if steps_then == now.num_steps or not follows or then["batch_tokens"] != now.batch_tokens:
+        return None
+    peak = now.lr or recipe.optim.lr
+    was, is_now = (learning_rate(now.schedule, peak, position.step, steps) for steps in (steps_then, now.num_steps))
+    shorter = now.num_steps < steps_then
+    return _OtherLength(
+        f"phases.{now.name}.tokens was {then['tokens']}, is {now.tokens}: at step {position.step} its schedule "
+        f"({now.schedule.type}) is {'pressed' if shorter else 'stretched'} from {steps_then} steps to {now.num_steps}"
+        + (
+            f", and the next learning rate is {is_now:.3g} in place of {was:.3g}"
+            if position.step < now.num_steps
+            else ""
+        ),
+        shorter,
+    )
 
 
 def _gate_then(reader: checkpoint.Reader, name: str) -> bool:
@@ -168,7 +210,10 @@ def _gate_then(reader: checkpoint.Reader, name: str) -> bool:
 
 def recipe_changes(reader: checkpoint.Reader, recipe: Recipe) -> list[str]:
     """What the recipe says otherwise than when the checkpoint was made, one change an entry, also written to the log."""
-    changes = [*_changed_fields(reader, recipe).values()]
+    found = _changed_fields(reader, recipe)
+    if other_length := _other_length(reader, recipe):
+        found[f"phases.{reader.state['position']['phase']}.tokens"] = other_length.text
+    changes = [*found.values()]
     for change in changes:
         log.info("from here on %s", change)
     return changes
@@ -233,10 +278,7 @@ def remaining_phases(recipe: Recipe, position: Position, until: str = "") -> lis
     Raises UserError if the checkpoint's phase, or `until`, is not in the recipe.
     """
     names = [phase.name for phase in recipe.phases]
-    if until and until not in names:
-        raise UserError(
-            f"--until is {until!r}, which is no phase of the recipe ({', '.join(names)})", fix="name one of them"
-        )
+    check_until(until, names)
     end = names.index(until) + 1 if until else len(names)
     if not position.phase:
         return recipe.phases[:end]

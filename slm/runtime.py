@@ -27,12 +27,16 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from slm.errors import UserError
 from slm.redact import redact_record, redacted
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EXIT_CODES = {
     0: "done",
@@ -204,6 +208,11 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in wanted}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is None and os.environ.get("RANK", "0") == "0":
+            text = f"{signal.Signals(number).name}: stopping after this step, then saving"
+            text += " (Ctrl-C once more gives up at once, without saving)" * (number == signal.SIGINT)
+            with suppress(OSError):  # not through logging or print, which this may interrupt
+                os.write(2, f"\n{text}\n".encode())
         self.signal_name = signal.Signals(number).name
         self._num_interrupts += number == signal.SIGINT
         if self._num_interrupts > 1:
@@ -383,12 +392,19 @@ class _LogFile(logging.FileHandler):
             log.warning("%s cannot be written, the run goes on without: %s", self.baseFilename, sys.exc_info()[1])
 
 
+@cache
+def terminal() -> Console:
+    """The one that log lines and progress bars share: a line then goes above the bar, and not through it."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def _screen(rank: int) -> logging.Handler:
     if rank == 0 and sys.stderr.isatty():  # rich folds lines at 80 columns where there is no terminal
-        from rich.console import Console
         from rich.logging import RichHandler
 
-        return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="[%X]")
+        return RichHandler(console=terminal(), show_path=False, log_time_format="[%X]")
     handler = logging.StreamHandler(sys.stderr)
     who = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(levelname)s %(message)s", datefmt="%H:%M:%S"))

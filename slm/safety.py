@@ -49,10 +49,15 @@ class Safety(Section):
 
 
 class ReplicasDiffer(SLMError):
-    """Ranks hold different values of what should be the same."""
+    """Ranks hold different values of what should be the same. suspect_node: of a rank that most others differ from, as SLURM
+    calls it; empty if unknown."""
 
     exit_code = 80
     title = "Replicas differ"
+
+    def __init__(self, problem: str, *, fix: str = "", suspect_node: str = "") -> None:
+        super().__init__(problem, fix=fix)
+        self.suspect_node = suspect_node
 
 
 class RollBack(Exception):

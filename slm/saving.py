@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from slm import parallel, watchdog
 from slm.checkpoint import FORMAT, OPTIMIZER, file_digest, manifest_or_none, manifest_text, newest_first, recover
 from slm.engine import Fragment
 from slm.errors import EnvironmentProblem, SLMError
-from slm.recipe import Checkpoint
+from slm.recipe import Checkpoint, Phase, Recipe
 from slm.runtime import atomic_write, fsync_folder
 
 log = logging.getLogger("slm")
@@ -40,8 +40,8 @@ log = logging.getLogger("slm")
 _PEERS_TIMEOUT_SECONDS = 1800.0
 _PEERS_STILL_SECONDS = 60.0  # without a new byte from ranks of other machines, after training has failed
 _WAIT_SAID_SECONDS = 1.0
+BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and its two moments, in float32
 _FAILURES_IN_A_ROW = 3  # with on_failure: continue
-_FIX = "free disk space; the checkpoints before are whole"
 _CHUNK_BYTES = 8 << 20
 _SMALL_FILES_BYTES = 64 << 10  # manifest, done-files and their blocks
 
@@ -247,8 +247,12 @@ class Checkpointer:
         return EnvironmentProblem(
             f"the checkpoint {save.final.name} needs {needed:,} bytes and {self.root} has {free:,} free"
             + (f" (the {later:,} of older ones that it replaces are only removed once it is whole)" if later else ""),
-            fix=f"free {needed - free:,} bytes, or give the run (output) a larger disk; the checkpoints before are whole",
+            fix=f"free {needed - free:,} bytes, or give the run (output) a larger disk; {self._before()}",
         )
+
+    def _before(self) -> str:
+        folders = newest_first(self.root)
+        return f"the checkpoints before are whole, the newest {folders[0].name}" if folders else "none was saved before"
 
     # --- the thread --------------------------------------------------------------------------------------------
 
@@ -260,7 +264,8 @@ class Checkpointer:
             pass  # the rank that failed raises why, for all
         except Exception as error:
             problem = f"rank {rank} could not write the checkpoint {save.final.name}: {error}"
-            self._error = EnvironmentProblem(problem, fix=_FIX) if isinstance(error, OSError) else error
+            fix = f"free disk space; {self._before()}"
+            self._error = EnvironmentProblem(problem, fix=fix) if isinstance(error, OSError) else error
             log.error("%s", self._error)
             try:
                 # Its own part first: on a full disk it makes the room for saying so to rank 0.
@@ -268,7 +273,10 @@ class Checkpointer:
                 atomic_write(save.staging / f"rank-{rank:05d}.failed", problem)
             except OSError as second:
                 log.error("rank %d could not leave word that its save failed: %s", rank, second)
-        self._seconds = time.monotonic() - begun
+        else:
+            self._seconds = time.monotonic() - begun
+            if rank == 0:
+                log.info("saved %s in %.1f s%s", save.final.name, self._seconds, ", the best so far" * save.best)
 
     def _write_and_commit(self, save: _Save, rank: int, world: int) -> None:
         staging, final = save.staging, save.final
@@ -312,7 +320,7 @@ class Checkpointer:
             if not self._missing:
                 return [json.loads(p.read_text()) for p in paths]
             for failed in staging.glob("*.failed"):
-                raise EnvironmentProblem(failed.read_text(), fix=_FIX)
+                raise EnvironmentProblem(failed.read_text(), fix=f"free disk space; {self._before()}")
             if self._abandoned.is_set():
                 raise _Abandoned
             if lost := gone.intersection(self._missing):
@@ -333,6 +341,29 @@ class Checkpointer:
         # A folder that cannot be read is neither counted nor removed: somebody may want to look at it.
         passing = [f for f, manifest in manifests.items() if manifest and not manifest.get("permanent", True)]
         return [folder for folder in passing[keep_last:] if folder.resolve() not in kept and folder != best]
+
+
+def check_room(run_dir: Path, recipe: Recipe, phases: Sequence[Phase]) -> None:
+    """Before the first of these phases: whether the disk has room for the checkpoints that will lie there at once, whatever the
+    number of ranks. Warns; raises EnvironmentProblem if not even one fits and a failed save would end the run."""
+    settings, root = recipe.checkpoint, run_dir / "checkpoints"
+    each = BYTES_PER_PARAMETER * recipe.model.num_parameters()
+    here = [manifest_or_none(folder) for folder in newest_first(root)]
+    passing = sum(manifest is not None and not manifest.get("permanent", True) for manifest in here)
+    # The newest keep_last, the next one before any of them goes, and the ends of the phases before the last.
+    more = max(1, settings.keep_last + 1 + len(phases) - 1 - min(passing, settings.keep_last))
+    free = shutil.disk_usage(run_dir).free
+    if free >= more * each:
+        return
+    problem = (
+        f"checkpoints of this model have {each:,} bytes each, and {run_dir} has {free:,} free: "
+        f"{free // each} of the {more} that are to lie there at once (checkpoint.keep_last {settings.keep_last}, the next one"
+        f"{', ends of phases' if len(phases) > 1 else ''})"
+    )
+    fix = f"free {more * each - free:,} bytes, give the run (output) a larger disk, or lower checkpoint.keep_last"
+    if free < each and settings.on_failure == "stop":
+        raise EnvironmentProblem(problem, fix=fix)
+    log.warning("%s. A save will fail. Fix: %s", problem, fix)
 
 
 def _raise(error: Exception | None) -> None:

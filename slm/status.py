@@ -22,6 +22,7 @@ from slm.recipe import Phase, Recipe, load_recipe
 from slm.runtime import atomic_write
 
 JOBS = "jobs.json"
+CHECKED = "checked"  # an empty file, as old as the last check of the nodes that found nothing wrong
 PHASE = "phase "  # a stage's name begins with it
 # What squeue says of jobs that are still to come or going on; anything else has ended.
 LIVE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING",

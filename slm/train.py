@@ -43,13 +43,13 @@ from slm.inputs import (
 from slm.layout import check_ranks
 from slm.ledger import Ledger
 from slm.loop import Diverged, Run, StepData, Stopped, run_phase
-from slm.metrics import MetricsLogger
+from slm.metrics import MetricsLogger, append_event
 from slm.model.llama import Objective
 from slm.recipe import Phase, Recipe, dump_recipe
 from slm.resume import Position, Resume, as_far_as_run, open_checkpoint, phases_to_run, position_of, recipe_changes
 from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
-from slm.safety import RollBack
-from slm.saving import Checkpointer, remove
+from slm.safety import ReplicasDiffer, RollBack
+from slm.saving import Checkpointer, check_room, remove
 
 log = logging.getLogger("slm")
 
@@ -79,6 +79,7 @@ def train(
     run_dir: Path | None = None
     lock: RunLock | None = None
     is_new = refused = joined = False
+    everyone: list[watchdog.Process] = []
     setup_logging(ranks.rank, None)
     try:
         if recipe.deterministic:
@@ -98,9 +99,13 @@ def train(
         log.info("%s; saved. The same command goes on from there (exit code %d)", error, code)
     except SLMError as error:
         code, reason, refused = error.exit_code, str(error), True
+        if isinstance(error, ReplicasDiffer) and error.suspect_node and ranks.rank == 0:
+            append_event(recipe.run_dir, "replicas differ", suspect_node=error.suspect_node, why=error.problem)
         # Every rank finds the same mistake, or judges by the same numbers: it is said once.
         if ranks.rank == 0 or not isinstance(error, (UserError, gate.GateFailed)):
-            log.error("%s: %s", error.title, error)
+            log.error(
+                "%s", error if type(error).title == "Error" else f"{error.title}: {error}"
+            )  # "ERROR Error" says it twice
     except KeyboardInterrupt:
         code, reason = EXIT_CRASHED, "interrupted twice; the last save is the newest state"
         log.error(reason)
@@ -110,7 +115,8 @@ def train(
             code, reason = EnvironmentProblem.exit_code, f"{error.strerror}: {error.filename or recipe.run_dir}"
             log.error("%s. Fix: free space there, or give the run (output) another disk", reason)
         elif parallel.is_lost_peer(error):
-            reason = "another rank has gone (killed, out of memory, or crashed: see its log); the same command goes on"
+            who = watchdog.name_the_gone(everyone) or "another rank"
+            reason = f"{who} has gone (killed, out of memory, or crashed: see its log); the same command goes on"
             log.error("%s\n%s", reason, str(error).splitlines()[0])
         else:
             log.error("crashed\n%s", traceback.format_exc())
@@ -162,6 +168,8 @@ def _train(
     data, look_at, identities = parallel.together(_open_inputs, recipe, phases, ranks, device)
     position = position_of(reader, recipe, identities, resume.allow_change) if reader else Position()
     changes = recipe_changes(reader, recipe) if reader else []
+    if phases:
+        parallel.first_rank_decides(check_room, run_dir, recipe, phases)
     if ranks.rank == 0:
         if phases:  # where nothing is left to train, it stays the recipe of what was
             atomic_write(run_dir / "recipe.yaml", dump_recipe(recipe))
@@ -301,7 +309,8 @@ def run_phases(
                 continue
             run.saver.wait()
             parallel.barrier()
-            reader = checkpoint.Reader(run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step))
+            folder = run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step)
+            reader = parallel.together(checkpoint.Reader, folder)
     run.metrics.event("done", step=position.global_step)
     parallel.barrier()
     if phases and phases[-1] != run.recipe.phases[-1]:
@@ -334,7 +343,7 @@ def _roll_back(run: Run, phase: Phase, bad: Position) -> tuple[checkpoint.Reader
             f"{bad.skipped_in_a_row} steps in a row were skipped, and none of the checkpoints is from before them",
             fix=f"keep more of them (checkpoint.keep_last {run.recipe.checkpoint.keep_last}), or start anew with a lower lr",
         )
-    reader = checkpoint.Reader(folder) if folder else None
+    reader = parallel.together(checkpoint.Reader, folder) if folder else None
     to = Position.of(reader.state) if reader else Position()
     if to.phase != phase.name:
         to = to.at_start_of(phase.name)

@@ -280,7 +280,7 @@ class SLMTrainer:
             if self.config.use_distillation:
                 self.teacher_model.to(device)
             folder = parallel.first_rank_decides(self._checkpoint_to_resume, resume_from_checkpoint)
-            reader = checkpoint.Reader(folder) if folder else None
+            reader = parallel.together(checkpoint.Reader, folder) if folder else None
             position = position_of(reader, recipe, identities, allow_change=True) if reader else Position()
             if reader is not None:
                 recipe_changes(reader, recipe)  # said, and gone on with: a notebook's settings change

@@ -25,6 +25,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,18 @@ log = logging.getLogger("slm")
 
 EXIT_HUNG = 79
 STEP = "step"  # the one kind of work with the short limit
+_GONE_SECONDS = 2.0
+LEAVE_SECONDS = 120
 _END_SECONDS = 60  # for stacks, event and log of a hung run; then it is ended all the same
+
+Process = tuple[str, int, str]  # machine, id, and when it began
 
 # What this rank does, and of which step. A new tuple is the sign of life: at() may be called in any hot loop.
 _doing: tuple[str, int | None] = ("start-up", None)
 _watch: _Watch | None = None
 
 
-def myself() -> tuple[str, int, str]:
+def myself() -> Process:
     """This process, for its siblings: machine, id, and when it began (ids are used again)."""
     try:  # host names are not unique, and containers on one machine do not see each other's processes
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
@@ -53,20 +58,13 @@ def myself() -> tuple[str, int, str]:
     return machine, os.getpid(), _began(os.getpid())
 
 
-def start(
-    run_dir: Path,
-    rank: int,
-    *,
-    step_seconds: float,
-    slow_seconds: float,
-    everyone: list[tuple[str, int, str]],
-) -> None:
+def start(run_dir: Path, rank: int, *, step_seconds: float, slow_seconds: float, everyone: list[Process]) -> None:
     """Watches this process from now on. everyone: what `myself` says on each rank. A limit of 0 is none."""
     global _watch
     stop()
     at("start-up")
     if step_seconds or slow_seconds:
-        _watch = _Watch(run_dir, rank, step_seconds, slow_seconds, everyone)
+        _watch = _Watch(run_dir, rank, (step_seconds, slow_seconds), everyone)
 
 
 def at(what: str, step: int | None = None) -> None:
@@ -85,20 +83,29 @@ def stop() -> None:
         _watch = None
 
 
+def leave(run_dir: Path, rank: int) -> None:
+    """The last call of a rank whose run is over and whose code is written down: what is left to do (finalizers, the libraries'
+    own, in which NCCL or gloo may wait for a rank that is gone) gets LEAVE_SECONDS. Then a timer in C writes the stack and
+    leaves with code 1; the kernel does by SIGALRM where the interpreter is gone already."""
+    try:
+        file = os.open(_stacks(run_dir, rank), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:  # of a run that was refused, the folder is removed
+        file = os.dup(2)
+    faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True, file=file)
+    _surely_end(LEAVE_SECONDS + 5)
+
+
+def _stacks(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank-{rank}.stacks"
+
+
 class _Watch:
-    def __init__(
-        self,
-        run_dir: Path,
-        rank: int,
-        step_seconds: float,
-        slow_seconds: float,
-        everyone: list[tuple[str, int, str]],
-    ) -> None:
-        self.run_dir, self.rank, self.step_seconds, self.slow_seconds = run_dir, rank, step_seconds, slow_seconds
+    def __init__(self, run_dir: Path, rank: int, limits: tuple[float, float], everyone: list[Process]) -> None:
+        self.run_dir, self.rank, (self.step_seconds, self.slow_seconds) = run_dir, rank, limits
         here, mine = everyone[rank][0], everyone[rank][1:]
         # By number, those on this machine beside this one. Ranks elsewhere watch themselves.
         self.siblings = {number: who[1:] for number, who in enumerate(everyone) if who[0] == here and who[1:] != mine}
-        shortest = min(seconds for seconds in (step_seconds, slow_seconds) if seconds)
+        shortest = min(seconds for seconds in limits if seconds)
         self.poll_seconds = min(5.0, shortest / 20)
         self.stacks = self._open(rank)
         self.suspended = False
@@ -159,7 +166,7 @@ class _Watch:
 
     def _end_run(self, doing: tuple[str, int | None], seconds: float, limit: float) -> None:
         try:
-            _surely_end()
+            _surely_end(_END_SECONDS)
             faulthandler.cancel_dump_traceback_later()
             # The lock of the machine's first file: one rank speaks for all, which see it at about the same time.
             first = self._open(min([self.rank, *self.siblings]))
@@ -191,7 +198,7 @@ class _Watch:
             os.close(file)
             if stopped := _is_stopped(process):
                 asleep.append(rank)
-            _send(process, signal.SIGUSR2)
+            _ask_for_stacks(process)
             if stopped:  # it wakes to write where it was stopped, and no longer: the run is over
                 _send(process, signal.SIGCONT)
                 time.sleep(0.2)
@@ -200,15 +207,23 @@ class _Watch:
         faulthandler.dump_traceback(self.stacks, all_threads=True)
         # Ranks on other machines look as seldom as this one, and want to be heard before a launcher ends them.
         time.sleep(self.poll_seconds + 1)
-        where = {rank: _innermost(self._path(rank)) for rank in sorted([self.rank, *siblings])}
+        places = {rank: _last_place(self._path(rank)) for rank in sorted([self.rank, *siblings])}
+        where = {rank: place.text for rank, place in places.items()}
         where |= {rank: f"stopped (SIGSTOP) in {where[rank]}" for rank in asleep}
+        hung = asleep or [rank for rank, place in places.items() if not place.waits]
+        if len(hung) == len(places) > 1:  # nobody was seen to wait for another
+            hung = []
+        told = "; ".join(f"rank {rank} hangs: {where[rank]}" for rank in hung) or "a rank hangs"
         field = "watchdog.step_seconds" if doing[0] == STEP else "watchdog.slow_seconds"
         reason = (
-            f"{title}, longer than {field} ({limit:g}): a rank hangs. Every rank's stack is in "
+            f"{told}. {title[0].upper()}{title[1:]}, longer than {field} ({limit:g}). Every rank's stack is in "
             f"{self.run_dir}/logs/rank-N.stacks"
         )
-        _attempt(lambda: write_exit(self.run_dir, EXIT_HUNG, reason, doing=what, seconds=round(seconds, 1)))
-        event = {"rank": self.rank, "doing": doing[0], "step": doing[1], "seconds": round(seconds, 1), "where": where}
+        fields = {"doing": doing[0], "step": doing[1], "seconds": round(seconds, 1), "hung": hung}
+        _attempt(lambda: write_exit(self.run_dir, EXIT_HUNG, reason, **fields))
+        event = {"rank": self.rank, **fields, "where": where}
+        if node := next((_node(processes.get(rank)) for rank in hung), ""):
+            event["suspect_node"] = node
         _attempt(lambda: append_event(self.run_dir, "hang", **event))
         # The rank may hang in writing to its terminal, with the lock that the next line wants.
         faulthandler.dump_traceback_later(10, exit=True, file=self.stacks)
@@ -216,7 +231,7 @@ class _Watch:
         log.error("%s. Where they are:\n%s\nThe same command goes on from the last checkpoint", reason, lines)
 
     def _path(self, rank: int) -> Path:
-        return self.run_dir / "logs" / f"rank-{rank}.stacks"
+        return _stacks(self.run_dir, rank)
 
     def _open(self, rank: int) -> int:
         try:
@@ -227,12 +242,12 @@ class _Watch:
             return os.dup(2)
 
 
-def _surely_end() -> None:
-    """The kernel ends this process after _END_SECONDS, by SIGALRM: what hangs may be the disk that we are about to write to.
-    Through C, as Python sets no signal's action in a thread."""
+def _surely_end(seconds: int) -> None:
+    """The kernel ends this process then, by SIGALRM: what hangs may be the disk that we are about to write to. Through C, as
+    Python sets no signal's action in a thread."""
     ctypes.CDLL(None).signal(signal.SIGALRM, None)  # the default action, whoever else uses it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    signal.alarm(_END_SECONDS)
+    signal.alarm(seconds)
 
 
 def _began(pid: int) -> str:
@@ -250,7 +265,7 @@ def _process(pid: int, began: str) -> psutil.Process | None:
         return None
 
 
-def is_gone(process: tuple[str, int, str]) -> bool:
+def is_gone(process: Process) -> bool:
     """Whether a process that once said `myself` is known to have ended: of one on another machine nothing is known."""
     machine, pid, began = process
     if machine != myself()[0]:
@@ -262,6 +277,17 @@ def is_gone(process: tuple[str, int, str]) -> bool:
     return fields[0] in "ZX" or fields[19] != began  # a zombie, for whose end its parent has not asked yet
 
 
+def name_the_gone(everyone: list[Process]) -> str:
+    """Which ranks of this machine have ended, in words; empty if none has. A process whose connections are closed is given a
+    moment to be gone."""
+    deadline = time.monotonic() + _GONE_SECONDS
+    while not (gone := [rank for rank, process in enumerate(everyone) if is_gone(process)]):
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(0.05)
+    return f"rank {gone[0]}" if len(gone) == 1 else f"one of the ranks {', '.join(map(str, gone))}"
+
+
 def _is_stopped(process: psutil.Process) -> bool:
     try:
         return process.status() == psutil.STATUS_STOPPED
@@ -269,11 +295,32 @@ def _is_stopped(process: psutil.Process) -> bool:
         return False
 
 
+def _node(process: psutil.Process | None) -> str:
+    """As SLURM calls the node that it is on, empty without SLURM. None: this process."""
+    if process is None:
+        return os.environ.get("SLURMD_NODENAME", "")
+    try:
+        return process.environ().get("SLURMD_NODENAME", "")
+    except psutil.Error:
+        return ""
+
+
 def _send(process: psutil.Process, number: int) -> None:
     try:
         process.send_signal(number)
     except psutil.Error:
         pass  # gone
+
+
+def _ask_for_stacks(process: psutil.Process) -> None:
+    """SIGUSR2 to the main thread itself (tgkill(2)): a process that is woken for it would else go on in that thread, while
+    another takes the signal."""
+    try:
+        if ctypes.CDLL(None).tgkill(process.pid, process.pid, signal.SIGUSR2) == 0:
+            return
+    except (OSError, AttributeError):  # not Linux, or a C library from before 2019
+        pass
+    _send(process, signal.SIGUSR2)
 
 
 def _attempt(write: Any) -> None:
@@ -287,18 +334,30 @@ def _headline(file: int, title: str) -> None:
     os.write(file, f"\n=== {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {title}\n".encode())
 
 
-def _innermost(path: Path) -> str:
-    """Where the main thread was at the last time: its innermost line, and the innermost of ours above it."""
+# A Python frame in which a rank waits for others: a collective call, or autograd's engine, in whose threads ZeRO makes its own.
+_WAITS = re.compile(r"/torch/distributed/distributed_c10d\.py$|/deepspeed/comm/|/torch/autograd/graph\.py$")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the main thread of a rank was at the last time."""
+
+    text: str  # its innermost line, and the innermost of ours above it
+    waits: bool  # in a collective call or a backward pass
+
+
+def _last_place(path: Path) -> _Place:
     try:
         text = path.read_text(errors="replace").rpartition("\n=== ")[2]
     except OSError as error:
-        return str(error)
+        return _Place(str(error), False)
     main = re.split(r"^(?:Current thread|Thread) .*\n", text, flags=re.MULTILINE)[-1]  # threads go newest first
     frames = [
         (f"{name} ({file}:{line})", file) for file, line, name in re.findall(r'File "(.*)", line (\d+) in (.*)', main)
     ]
     if not frames:
-        return "it did not answer (no interpreter, or no such process)"
+        return _Place("it did not answer (no interpreter, or no such process)", False)
     root = str(Path(__file__).parent) + os.sep
     ours = next((shown for shown, file in frames if file.startswith(root)), frames[0][0])
-    return frames[0][0] if ours == frames[0][0] else f"{frames[0][0]}, called by {ours}"
+    shown = frames[0][0] if ours == frames[0][0] else f"{frames[0][0]}, called by {ours}"
+    return _Place(shown, any(_WAITS.search(file) for _, file in frames))

@@ -1,4 +1,4 @@
-"""Makes tiny token datasets for tests, through the real writer."""
+"""Makes tiny token datasets for tests, through the real writer, and the tree of a recipe for them."""
 
 import numpy as np
 
@@ -23,3 +23,16 @@ def make_dataset(folder, lengths=None, *, num_shards=2, vocab_size=512, seed=0, 
     tokenizer = {"fingerprint": fingerprint, "vocab_size": vocab_size, "bos_id": 0, "eos_id": 1}
     write_manifest(folder, shards=entries, tokenizer=tokenizer)
     return TokenDataset(folder)
+
+
+def recipe_tree(data, output, **changes):
+    """12 steps of 4 sequences, 2 of them at a time, on data/a; data/val is held out."""
+    return {
+        "name": "t",
+        "output": str(output),
+        "model": "cpu-tiny",
+        "data": {"sources": {"a": str(data / "a")}, "validation": {"val": str(data / "val")}},
+        "optim": {"lr": 3e-3},
+        "phases": [{"name": "main", "tokens": 12 * 256, "seq_len": 64, "batch_tokens": 256, "micro_batch": 2}],
+        **changes,
+    }

@@ -16,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +24,7 @@ from slm.errors import SLMError, UserError
 from slm.metrics import append_event
 from slm.recipe import load_recipe
 from slm.runtime import atomic_write
+from slm.status import CHECKED
 from slm.supervise import last_step
 
 RESTARTS = os.environ.get("SLM_RESTARTS", "3")  # within one job, of a run that crashed or hung
@@ -39,17 +41,28 @@ def main(arguments: list[str]) -> int:
     check_tasks()
     environment = step_environment()
     if stage == "train":
-        run_dir, words = run_of(rest), ["train", *rest]
-        command = [*slm(), *words, "--restarts", RESTARTS, "--launcher", shlex.join([*srun(), *slm()])]
+        run_dir, command = run_of(rest), [*srun(), *slm(), "train", *rest]
+        if RESTARTS != "0":
+            again = ["--restarts", RESTARTS, "--launcher", shlex.join([*srun(), *slm()])]
+            command = [sys.executable, "-m", "slm", "train", *rest, *again]
     elif stage == "teacher":
         run_dir, command = None, [*srun(), *slm(), "teacher", *rest]
     elif stage == "data":
         run_dir, command = None, [*srun(), python(), "-m", "data_prep.cli", "shards", *rest]
+    elif stage == "check":
+        run_dir, command = None, [*srun(), *slm(), "doctor", "--folder", str(Path(rest[0]).parent)]
     else:
         run_dir, command = None, [*srun(), *slm(), "eval", *rest, "--json"]
     say(f"{os.environ['SLURM_JOB_ID']} on {os.environ.get('SLURM_JOB_NODELIST')}: {shlex.join(command)}")
+    began = time.time()
     code = run(command, environment, Path(rest[0]) / "eval" / "final.json" if stage == "eval" else None)
-    if code in TIME_IS_UP and stage != "eval":
+    if (
+        run_dir is not None
+    ):  # srun says the largest of the tasks' codes, such as that of one which the watchdog had to kill
+        code = written_code(run_dir, began) or code
+    if stage == "check" and code == 0:
+        (Path(rest[0]) / CHECKED).touch()
+    if code in TIME_IS_UP and stage not in ("eval", "check"):
         return requeue(code, run_dir)
     if code in HARDWARE_CODES and run_dir is not None:
         return requeue(code, run_dir, exclude=suspect(run_dir))
@@ -171,23 +184,34 @@ def job_state(job: str) -> str:
     return found[1] if found else "unknown"
 
 
-def last_requeues(run_dir: Path) -> list[dict[str, object]]:
-    """Of the last two, which job it was and after which step."""
+def written_code(run_dir: Path, since: float) -> int:
+    """What the run itself has written of how it ended; 0 if that is how, or if it has not."""
     try:
-        events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+        record = json.loads((run_dir / "exit.json").read_text())
+    except (OSError, ValueError):
+        return 0
+    return record["code"] if record["time"] >= since else 0
+
+
+def events(run_dir: Path) -> list[dict[str, object]]:
+    try:
+        return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
         return []
-    return [{name: event.get(name) for name in ("job", "step")} for event in events if event.get("kind") == "requeue"][
-        -2:
-    ]
+
+
+def last_requeues(run_dir: Path) -> list[dict[str, object]]:
+    """Of the last two, which job it was and after which step."""
+    found = [event for event in events(run_dir) if event.get("kind") == "requeue"]
+    return [{name: event.get(name) for name in ("job", "step")} for event in found[-2:]]
 
 
 def suspect(run_dir: Path) -> str:
-    """The node that exit.json names, as SLURM calls it; empty if none."""
-    try:
-        return json.loads((run_dir / "exit.json").read_text()).get("suspect_node", "")
-    except (OSError, ValueError):
-        return ""
+    """The node that the last attempt has named as the one to blame, as SLURM calls it; empty if none."""
+    found = ""
+    for event in events(run_dir):
+        found = "" if event.get("kind") == "start" else str(event.get("suspect_node") or found)
+    return found
 
 
 def tell(*command: str) -> str:

@@ -1,4 +1,5 @@
-"""Submit a recipe to SLURM as a chain of jobs: token shards, the teacher's caches, one job for each phase, the evaluation.
+"""Submit a recipe to SLURM as a chain of jobs: token shards, a check of the nodes, the teacher's caches, one job for each phase,
+the evaluation.
 
 Owns what depends on what, what is already there, and that nothing is submitted twice. Each job runs a script beside this file.
 Run again, it submits what is missing: a job that is still in the queue is left alone, a stage that is complete is left out,
@@ -35,11 +36,14 @@ from slm.errors import EnvironmentProblem, SLMError, UserError  # noqa: E402
 from slm.layout import check_ranks  # noqa: E402
 from slm.names import shortened  # noqa: E402
 from slm.recipe import Recipe, load_recipe  # noqa: E402
-from slm.status import PHASE, is_live, queue, read_jobs, standings, write_jobs  # noqa: E402
+from slm.status import CHECKED, PHASE, is_live, queue, read_jobs, standings, write_jobs  # noqa: E402
 
 # What a job needs of the shell that submits it; others only by cluster.yaml's `environment`, so that no secret travels unasked.
 ENVIRONMENT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "DS_ACCELERATOR",
                "HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")  # fmt: skip
+
+
+CHECK_SECONDS = 24 * 3600  # a check of the nodes is good for a day
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,11 @@ def stages(recipe: Recipe, cluster: Cluster, words: list[str]) -> list[Stage]:
         job = cluster.job(cluster.teacher).model_copy(update={"array": cluster.teacher.array})
         found.append(Stage("teacher", "teacher.sbatch", words, job, data, _caches_are_there(recipe)))
     where = standings(recipe.run_dir, recipe)
-    before = data
+    if cluster.check:
+        largest = max((cluster.of_phase(phase.name) for phase in recipe.phases), key=lambda job: job.ranks)
+        job = largest.model_copy(update={"time": "15"})
+        found.append(Stage("check", "check.sbatch", [str(recipe.run_dir)], job, (), _was_checked(recipe.run_dir)))
+    before = data + (("check",) if cluster.check else ())
     for phase in recipe.phases:
         after = before + (("teacher",) if phase.name in cached else ())
         arguments = [*words, "--until", phase.name]
@@ -107,6 +115,12 @@ def stages(recipe: Recipe, cluster: Cluster, words: list[str]) -> list[Stage]:
         is_done = found[-1].is_done and (recipe.run_dir / "eval" / "final.json").exists()
         found.append(Stage("evaluation", "eval.sbatch", arguments, cluster.job(cluster.eval), before, is_done))
     return found
+
+
+def _was_checked(run_dir: Path) -> bool:
+    """Of late: nodes change."""
+    file = run_dir / CHECKED
+    return file.exists() and time.time() - file.stat().st_mtime < CHECK_SECONDS
 
 
 def _shards_are_there(corpus: str, arguments: list[str]) -> bool:
@@ -208,9 +222,7 @@ def submit(chain: list[Stage], run_dir: Path, cluster: Cluster, run: str, *, dry
             say(f"{stage.name}: would submit\n    {shlex.join(command)}")
             continue
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            command, env=environment(cluster), capture_output=True, text=True
-        )
+        done = subprocess.run(command, env=environment(cluster), capture_output=True, text=True)
         if done.returncode:
             raise EnvironmentProblem(
                 f"sbatch refused {stage.name}: {done.stderr.strip()}",

@@ -154,9 +154,17 @@ def losses(view: View) -> str:
     else:
         lines = view.of_all("loss", "training", noisy=True)
     faint = any(line.raw is not None for line in lines)
-    note = "Faint: as logged. The line is its mean over a thirtieth of the curve." if faint else ""
+    marks = view.marks()
+    note = (
+        "Faint: as logged. The line, and what the mouse shows, is its mean over a thirtieth of the curve. "
+        if faint
+        else ""
+    )
+    note += (
+        "At the foot: steps that were skipped or gone back from (red), and where it was started again." if marks else ""
+    )
     title = "Loss" if view.is_one else "Training loss"
-    charts = [view.chart(title, lines, unit="nats a token", log_y=True, tall=True, marks=view.marks(), note=note)]
+    charts = [view.chart(title, lines, unit="nats a token", log_y=True, tall=True, marks=marks, note=note)]
     if not any(charts):
         charts = ['<p class="soft">No step has been logged yet.</p>']
     return "".join(charts) + _held_out(view)

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from slm.errors import SLMError
+from slm.ledger import counted, duration
 from slm.report.charts import Html, Line, heat_map, line_chart, number, stacked_bar, swatch, table, text
 from slm.report.curves import View, distillation, grid, recall_over_time
 from slm.report.record import Evaluation, Record
@@ -32,6 +33,7 @@ CATEGORIES = {
     "lost": "steps that were computed again",
     "hang": "a rank hung",
     "restart": "from an attempt's end to the next one's first step",
+    "idle": "done, until it was given more to do",
 }
 _MOST_ROWS = 400  # of the table of events
 _MOST_CACHES = 4  # whose statistics are read again: each is up to a GB with its checksums
@@ -42,13 +44,6 @@ def moment(seconds: Any) -> str:
         return datetime.fromtimestamp(float(seconds), timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
     except (TypeError, ValueError, OverflowError, OSError):
         return "-"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
 def each(view: View, show: Callable[[Record], str]) -> str:
@@ -66,11 +61,11 @@ def time_spent(view: View) -> str:
         return '<p class="soft">No attempt has told its time.</p>'
     parts = []
     for label, found in known:
-        attempts = f"{found['attempts']} attempt{'s' * (found['attempts'] != 1)}"
+        attempts, wall = counted(found["attempts"], "attempt"), found["wall"] - found["seconds"].get("idle", 0.0)
         told = (
-            f"of {duration(found['wall'])} over {attempts}, {found['goodput']:.1%} was "
-            f"steps that count; {found['steps_lost']} steps computed again, {found['skipped']} skipped, "
-            f"{found['rollbacks']} rollbacks."
+            f"of {duration(wall)} over {attempts}, {found['goodput']:.1%} was steps that count; "
+            f"{counted(found['steps_lost'], 'step')} computed again, {found['skipped']} skipped, "
+            f"{counted(found['rollbacks'], 'rollback')}."
         )
         shares = [(name, found["seconds"].get(name, 0.0) / found["wall"], _colour(name)) for name in CATEGORIES]
         parts.append(f"<p>{told.capitalize() if view.is_one else text(f'{label}: {told}')}</p>")
@@ -92,7 +87,7 @@ def _spent(found: dict[str, Any], category: str) -> str:
 def _colour(category: str) -> int:
     """Of a few, by what it says: green counts, red is lost, the rest is apart from each other."""
     return {"step": 2, "data": 5, "init": 0, "compile": 6, "save": 4, "eval": 1, "check": 7, "finish": 6, "lost": 3,
-            "hang": 3, "restart": 6}[category]  # fmt: skip
+            "hang": 3, "restart": 6, "idle": 0}[category]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ evaluations in detail

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed.ranks import run_ranks
+
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = ROOT / "tests" / "distributed" / "launch_probe.py"
 FOREVER = "1000000"
@@ -93,6 +95,8 @@ def test_a_signal_reaches_every_rank_and_the_run_stops_in_order(run_dir, name):
     run.send_signal(getattr(signal, name))
     assert exit_code(run, run_dir) == 75
     assert [(run_dir / f"signal-{rank}").read_text() for rank in (0, 1)] == [name, name]
+    # Said by one rank, as the signal comes: before the loop has looked at it.
+    assert (run_dir / "stderr").read_text().count(f"{name}: stopping after this step, then saving") == 1
 
 
 def test_a_signal_before_the_ranks_exist_ends_the_launch(run_dir):
@@ -159,13 +163,45 @@ def test_local_sh_passes_recipe_ranks_and_overrides():
     assert again.endswith(f"{start} --ranks 4 --module slm.cli")
 
 
-def test_a_mistyped_option_is_no_crash(tmp_path):
-    """The ranks say what they do not understand; the launcher does not add that they were killed."""
-    command = ["bash", ROOT / "launchers" / "local.sh", ROOT / "recipes" / "demo.yaml", "1", "--bogus"]
-    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["2", "--bogus"], "--bogus"),
+        (["2", "optim.rl=1"], "optim.rl is not a field"),
+        (["3"], "which 3 ranks x micro_batch 4 do not divide"),
+        (["2", "data.sources.code=nowhere"], "dataset nowhere does not exist"),
+        (["2", "init_from.path=nowhere"], "init_from.path nowhere does not exist"),
+        (["2", "--until", "never"], "--until is 'never'"),
+        (["2", "optim.rl=1", "--restarts", "3"], "optim.rl is not a field"),
+    ],
+)
+def test_what_is_wrong_is_said_once_and_before_any_rank(tmp_path, arguments, said):
+    """Options, the recipe, the number of ranks, data and weights that are not there: code 2 for the launcher and whoever waits
+    for it, the message once, and DeepSpeed's launcher is not started (it would say that ranks were)."""
+    record = tmp_path / "exit.json"
+    command = [
+        "bash",
+        ROOT / "launchers" / "local.sh",
+        ROOT / "recipes" / "demo.yaml",
+        *arguments,
+        f"output={tmp_path}/run",
+    ]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "SLM_EXIT_FILE": str(record), "PYTHON": sys.executable}
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
     assert result.returncode == 2
-    assert "--bogus" in result.stderr
-    assert "crashed or was killed" not in result.stderr
+    assert result.stderr.count(said) == 1, result.stderr
+    assert "launch:" not in result.stderr
+    assert not (tmp_path / "run").exists()
+    assert json.loads(record.read_text())["code"] == 2
+
+
+def test_ranks_that_another_launcher_started_say_it_once(tmp_path):
+    """torchrun: all ranks of a machine read the same recipe. Each leaves by itself with code 2, so none waits."""
+    (tmp_path / "r.yaml").write_text("name: t\nmodle: cpu-tiny\n")
+    result = run_ranks("-m", ["slm", "train", tmp_path / "r.yaml"], 2, check=False)
+    assert result.returncode != 0
+    assert result.stdout.count("modle is not a field") == 1
+    assert result.stdout.count("exitcode  : 2 ") >= 1
 
 
 def test_an_impossible_number_of_ranks_is_a_users_mistake():

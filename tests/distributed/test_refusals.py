@@ -29,4 +29,5 @@ def test_two_ranks_say_it_once_and_leave_no_folder(tmp_path):
     assert not (tmp_path / "refused").exists()
     assert done.stdout.count("Gate not passed: phase a does not pass its gate at step 2, after no repetition") == 1
     assert done.stdout.count("Traceback") == 0
+    assert "ERROR phases.a: a step has" in done.stdout  # and not "ERROR Error: phases.a …"
     assert (tmp_path / "run" / "exit.json").exists()

@@ -79,8 +79,12 @@ LAYOUTS = {
 
 
 def overrides_of(layout, output):
+    return overrides(LAYOUTS[layout][1], output)
+
+
+def overrides(options, output):
     found = [f"output={output}"]
-    for option in LAYOUTS[layout][1]:
+    for option in options:
         field, value = option.split("=")
         if field == "deepspeed":
             beside = output.parent / f"{value}.json"
@@ -94,10 +98,8 @@ def metrics(run_dir):
     return {line["step"]: line for line in lines if "loss" in line}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Every layout trained for 10 steps on the same data, and the recipe."""
-    folder = tmp_path_factory.mktemp("same-run")
+def write_recipe(folder):
+    """10 steps of 512 tokens, on data of its own; a save at step 6 and at the end."""
     make_dataset(folder / "tokens")
     make_dataset(folder / "held-out", seed=5)
     tree = {
@@ -120,6 +122,14 @@ def runs(tmp_path_factory):
     }
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree))
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every layout trained for 10 steps on the same data, and the recipe."""
+    folder = tmp_path_factory.mktemp("same-run")
+    recipe = write_recipe(folder)
     # ZeRO-3 leaves weights this small whole on every rank; here it must split and gather them.
     gathered = json.loads((CONFIGS / "zero3.json").read_text())
     gathered["zero_optimization"]["stage3_param_persistence_threshold"] = 0

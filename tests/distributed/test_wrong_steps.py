@@ -49,6 +49,7 @@ RUNS = {
         for stage in (0, 1)
     },
     "slow": (0, {"slow": [1, 0.2]}, {"log": {"every_steps": 10}}),
+    **{f"unreadable-{stage}": (stage, {"unreadable": [1]}, {}) for stage in (1, 3)},  # begins from `untouched`
 }
 
 
@@ -78,6 +79,8 @@ def runs(tokens, tmp_path_factory):
             "log": {"every_steps": 1},
             **changes,
         }
+        if "unreadable" in faults:
+            tree["init_from"] = {"path": str(folder / "untouched"), "optimizer": True}
         recipe = folder / f"{name}.yaml"
         recipe.write_text(yaml.safe_dump(tree))
         jobs.append([str(recipe), faults])
@@ -179,6 +182,30 @@ def test_a_weight_that_changes_on_one_rank_is_found(runs, stage):
     assert f"{NAME} (no majority: ranks 0, 1)" in reason
     assert "after step 6" in reason
     assert checkpoint.choose(run_dir).name == "main-00000005"
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_one_rank_cannot_read_ends_all_at_once(runs, stage):
+    """A checkpoint that rank 1 finds broken while it fills its engine: rank 0, which would wait for its weights, leaves with the
+    same error and code, and not because the other has gone."""
+    run_dir = runs[0] / f"unreadable-{stage}"
+    assert ended(run_dir) == (4, "rank 1 finds a piece of it broken")
+    for rank in (0, 1):
+        log = (run_dir / "logs" / f"rank-{rank}.log").read_text()
+        assert "ERROR slm: Corrupt file: rank 1 finds a piece of it broken" in log
+        assert "has gone" not in log
+
+
+def test_most_ranks_agreeing_names_the_others():
+    """On 4 ranks: who is in the minority is named, one or several; two against two is nobody's majority; equal is equal. All
+    ranks say the same."""
+    cases = {"-": "the same", "2": "weight of rank 2", "0": "weight of rank 0", "1,2,3": "weight of rank 0",
+             "2,3": "weight (no majority: ranks 0, 1, 2, 3)"}  # fmt: skip
+    printed = run_ranks(Path(__file__).with_name("odd_replica.py"), [*cases], 4).stdout
+    said = dict(line.removeprefix("case ").split(": ", 1) for line in printed.splitlines() if line.startswith("case "))
+    assert list(said) == list(cases)
+    for case, words in cases.items():
+        assert said[case].endswith(words), said
 
 
 def test_a_slow_rank_is_named(runs):

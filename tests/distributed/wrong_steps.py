@@ -6,6 +6,7 @@
 {"spike": [rank, [steps]]}    its loss is 200 times as large
 {"flip": [rank, step, name]}  after that step, one bit of a weight is another
 {"slow": [rank, seconds]}     every forward pass takes so much longer
+{"unreadable": [rank]}        it cannot read a checkpoint's tensors
 """
 
 import json
@@ -14,13 +15,15 @@ import sys
 import time
 
 from slm import parallel
+from slm.checkpoint import Reader
 from slm.engine import Engine
+from slm.errors import CorruptArtefact
 from slm.recipe import load_recipe
 from slm.runtime import discover_ranks
 from slm.train import train
 
 rank = int(os.environ["RANK"])
-forward, step = Engine.forward, Engine.step
+forward, step, read = Engine.forward, Engine.step, Reader.read
 faults, done = {}, 0
 
 
@@ -51,7 +54,13 @@ def step_with_faults(self, lr):
     return result
 
 
-Engine.forward, Engine.step = forward_with_faults, step_with_faults
+def read_with_faults(self, kind, name, start, length):
+    if faults.get("unreadable") == [rank]:
+        raise CorruptArtefact(f"rank {rank} finds a piece of it broken")
+    return read(self, kind, name, start, length)
+
+
+Engine.forward, Engine.step, Reader.read = forward_with_faults, step_with_faults, read_with_faults
 
 if __name__ == "__main__":
     parallel.start(parallel.local_device(discover_ranks().local_rank))

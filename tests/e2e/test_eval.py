@@ -144,7 +144,7 @@ def test_tables_and_picture_of_the_command(write, folder, tmp_path):
         (["--recall", "--lengths", "20"], "less than a quarter would be left"),
         (["--recall", "--lengths", "many"], "'many' is not a count"),
         (["--keys", "2"], "--keys has no effect without --recall"),
-        (["--recall", "--keys", "0"], "greater than or equal to 1"),
+        (["--recall", "--keys", "0"], "recall: keys.0 is '0', and has to be 1 or more"),
         (["--plot", tmp_path / "absent/x.png"], "is no picture that could be written"),
         (["--recall", "--tokenizer", "absent"], "absent"),
     ]:

@@ -199,7 +199,7 @@ def test_the_short_loss_is_of_the_same_text_at_both_ends(recipe, tmp_path):
         ({"short_loss_rise": 0.1, "short_seq_len": 32}, {}, "add 32 to eval.seq_lens"),
         ({"position_rise": 0.0}, {"data": None}, "data.validation is empty"),
         ({"position_rise": 0.0, "position_early": 65}, {}, "give a smaller position_early"),
-        ({"passkey": 2}, {}, "less than or equal to 1"),
+        ({"passkey": 2}, {}, "gate.passkey is 2, and has to be 1 or less"),
         ({"short_loss_rise": 0.1, "short_seq_len": 100}, {"eval": {"seq_lens": [100]}}, "give at most 64"),
         ({"passkey": 0.9, "repeat_tokens": 256}, {}, "would never reach its peak in a repetition"),
         ({"passkey": 0.9}, {"recall_lengths": [32]}, "none in the upper half of seq_len 128"),

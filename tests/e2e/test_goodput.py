@@ -56,6 +56,14 @@ def test_the_seconds_of_a_killed_run_sum_to_the_wall(tmp_path):
     shown = subprocess.run(command, capture_output=True, check=True, text=True, cwd=ROOT).stdout
     assert "goodput" in shown
     assert "restart" in shown
+    assert "over 2 attempts" in shown
+    assert "longest time between two attempts" in shown
+    assert shown.splitlines()[-1].startswith("the last attempt ended at ")
+    assert shown.splitlines()[-1].endswith(" with code 0: done")
     nothing = subprocess.run([*command[:-1], str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert nothing.returncode == 2
     assert "no run that has begun" in nothing.stderr
+    assert f"give one of {tmp_path}/run" in nothing.stderr
+    for path, said in ((recipe, "is a file, and a run is a folder"), (tmp_path / "runn", "does not exist")):
+        wrong = subprocess.run([*command[:-1], str(path)], capture_output=True, text=True, cwd=ROOT)
+        assert (wrong.returncode, said in wrong.stderr) == (2, True)

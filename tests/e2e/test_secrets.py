@@ -180,22 +180,13 @@ def test_no_secret_leaves_the_environment_and_no_name_is_run(watched, tmp_path):
     assert (tmp_path / f"export {SIGNS}" / "model.safetensors").is_file()
     SLMForCausalLM.from_pretrained(tmp_path / f"export {SIGNS}")
     watched.slm("generate", run, "x", code=2)  # the recipe names no tokenizer
-    limited = (
-        "import resource, sys; from slm.recipe import load_recipe; from slm.train import train\n"
-        "import slm.engine as e; build = e.Engine.write_weights\n"
-        "def limited(self, value):\n"
-        "    build(self, value); used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (used + (48 << 20), -1))\n"
-        "e.Engine.write_weights = limited\n"
-        "sys.exit(train(load_recipe('r.yaml')))"
-    )
     make_dataset(tmp_path / "big", lengths=[256] * 200)
     watched.write(
         output="runs/memory", data={"sources": {"a": "big"}},
         model={"preset": "cpu-tiny", "hidden_size": 256, "intermediate_size": 2048},
         phase={"tokens": "64Ki", "batch_tokens": "32Ki", "seq_len": 256, "micro_batch": 128},
     )  # fmt: skip
-    watched.run(sys.executable, "-c", limited, code=77)
+    watched.run(sys.executable, ROOT / "tests/little_memory.py", "r.yaml", code=77)
     assert (tmp_path / "runs/memory/memory/rank-0.txt").is_file()
     watched.check()
 

@@ -19,7 +19,8 @@ from slm.errors import UserError
 from slm.recipe import load_recipe
 from slm.resume import Resume
 from slm.train import train
-from tests.shards import make_dataset
+from tests.faults.runs import environment
+from tests.shards import make_dataset, recipe_tree
 from tests.unit.test_rope import KINDS, scaling
 
 ROOT = Path(__file__).parents[2]
@@ -41,16 +42,9 @@ def recipe(data, tmp_path, monkeypatch, one_rank):
     monkeypatch.chdir(ROOT)
 
     def write(**changes):
-        tree = {
-            "name": "t",
-            "output": str(tmp_path / "run"),
-            "model": "cpu-tiny",
-            "data": {"sources": {"a": str(data / "a")}, "validation": {"val": str(data / "val")}},
-            "optim": {"lr": 3e-3},
-            "phases": [{"name": "main", "tokens": 12 * 256, "seq_len": 64, "batch_tokens": 256, "micro_batch": 4}],
-            "checkpoint": {"every_steps": 5},
-            **changes,
-        }
+        tree = recipe_tree(data, tmp_path / "run", checkpoint={"every_steps": 5})
+        tree["phases"][0]["micro_batch"] = 4
+        tree |= changes
         path = tmp_path / f"{tree['name']}.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path
@@ -58,15 +52,13 @@ def recipe(data, tmp_path, monkeypatch, one_rank):
     return write
 
 
-def environment():
-    """This process's, without the ranks that it plays itself."""
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {**{k: v for k, v in os.environ.items() if k not in ranks}, "OMP_NUM_THREADS": "1"}
-
-
 def rows(run_dir):
+    return {line["step"]: line["loss"] for line in metrics_of(run_dir)}
+
+
+def metrics_of(run_dir):
     lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return [line for line in lines if "loss" in line]
 
 
 def refused(path, caplog, *overrides):
@@ -409,19 +401,12 @@ def test_gradients_that_are_not_finite(recipe, tmp_path, caplog, monkeypatch):
 
 def test_out_of_memory_says_what_to_turn(recipe, tmp_path):
     """A real failed allocation (address space limited): code 77, the settings, a snapshot, no traceback."""
-    code = (
-        "import resource, sys; from slm.recipe import load_recipe; from slm.train import train\n"
-        "import slm.engine as e; build = e.Engine.write_weights\n"
-        "def limited(self, value):\n"
-        "    build(self, value); used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (used + (48 << 20), -1))\n"
-        "e.Engine.write_weights = limited\n"
-        f"sys.exit(train(load_recipe({str(recipe())!r}, ['phases.main.batch_tokens=32Ki', 'phases.main.tokens=64Ki',"
-        " 'phases.main.seq_len=256', 'phases.main.micro_batch=128', 'model.hidden_size=256', 'model.intermediate_size=2048'])))"
-    )
     make_dataset(tmp_path / "big", lengths=[256] * 200)
-    code = code.replace("['phases", f"['data.sources.a={tmp_path}/big', 'phases")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    options = [f"data.sources.a={tmp_path}/big", "phases.main.batch_tokens=32Ki", "phases.main.tokens=64Ki",
+               "phases.main.seq_len=256", "phases.main.micro_batch=128", "model.hidden_size=256",
+               "model.intermediate_size=2048"]  # fmt: skip
+    command = [sys.executable, ROOT / "tests/little_memory.py", recipe(), *options]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
     assert result.returncode == 77, result.stderr[-3000:]
     assert "phases.main.micro_batch 128 -> 64" in result.stderr
     assert "Traceback" not in result.stderr
@@ -497,6 +482,32 @@ def test_changed_data_under_a_half_done_phase_is_refused(recipe, data, caplog, t
     assert "steps cannot be taken back" in refused(recipe(), caplog, f"phases.main.tokens={4 * 256}")
     assert train(load_recipe(recipe(), ["optim.lr=1e-2"]), resume=Resume(allow_change=True)) == 0
     assert "from here on optim.lr was 0.003, is 0.01" in caplog.text
+
+
+def test_another_length_of_a_half_done_phase(recipe, tmp_path, caplog):
+    """Fewer tokens press what is left of the schedule together, or cut it off: refused without --allow-change. More need no word,
+    and what they do to the learning rate is said with the numbers that the steps then have. A constant rate knows no end."""
+    assert train(load_recipe(recipe())) == 0
+    rates = {line["step"]: line["lr"] for line in metrics_of(tmp_path / "run")}
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "main-00000012")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "main-00000010")
+    for steps in (8, 5):  # it stands at 5: then it would be over, at once
+        message = refused(recipe(), caplog, f"phases.main.tokens={steps * 256}")
+        assert f"at step 5 its schedule (cosine) is pressed from 12 steps to {steps}" in message
+        assert "--allow-change" in message
+    longer = [f"phases.main.tokens={20 * 256}", "checkpoint.keep_last=9"]
+    assert train(load_recipe(recipe(), longer)) == 0
+    then = {line["step"]: line["lr"] for line in metrics_of(tmp_path / "run")}
+    said = f"stretched from 12 steps to 20, and the next learning rate is {then[6]:.3g} in place of {rates[6]:.3g}"
+    assert said in caplog.text
+    for name in ("main-00000020", "main-00000015", "main-00000010"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
+    assert train(load_recipe(recipe(), [f"phases.main.tokens={8 * 256}"]), resume=Resume(allow_change=True)) == 0
+    assert max(rows(tmp_path / "run")) == 8
+    steady = [f"output={tmp_path}/steady", "phases.main.schedule.type=constant"]
+    assert train(load_recipe(recipe(), steady)) == 0
+    shutil.rmtree(tmp_path / "steady" / "checkpoints" / "main-00000012")
+    assert train(load_recipe(recipe(), [*steady, f"phases.main.tokens={11 * 256}"])) == 0
 
 
 def test_a_damaged_shard_is_named(recipe, tmp_path, caplog):
@@ -603,7 +614,7 @@ def test_command_line_mistakes_have_no_traceback(tmp_path, recipe):
         (["plan", str(recipe()), "--ranks", "0"], "--ranks"),
         (["plan", str(recipe()), "optim.lr=[1"], "not valid YAML"),
         (["plan", str(recipe()), "optim.lr=.inf"], "finite"),
-        (["plan", str(recipe()), "optim.betas=[1.5,0.9]"], "less than 1"),
+        (["plan", str(recipe()), "optim.betas=[1.5,0.9]"], "optim.betas.0 is 1.5, and has to be below 1"),
         (["plan", str(recipe()), "phases.main.mixture={a: 1, b: 1}"], "not among data.sources"),
         (["eval", str(tmp_path), "--micro-batch", "0"], "--micro-batch"),
         (["eval", str(tmp_path / "nothing")], "does not exist"),

@@ -7,6 +7,7 @@ CALLth call of PLACE in an attempt, counted from 1, at most TIMES times over all
 COUNTS remembers how often it has. The product knows nothing of it: its functions are replaced here.
 """
 
+import atexit
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import psutil
@@ -74,6 +76,10 @@ def place_of(place: str) -> tuple[object, str]:
         from slm import saving
 
         return saving, "write_tensors"
+    if place == "compile":  # by torch.compile, of the first block that is called
+        import torch._inductor.compile_fx
+
+        return torch._inductor.compile_fx, "compile_fx"
     if place == "start":
         import slm.train
 
@@ -118,8 +124,17 @@ def ask_twice() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def ask_soon() -> None:
-    threading.Timer(1.0, ask_to_stop).start()
+def ask_and_say_where() -> None:
+    """FAULT_WHERE gets the stack at which the signal's handler runs, and whether the run has heard it there."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def note(number, frame):
+        before(number, frame)
+        Path(os.environ["FAULT_WHERE"]).write_text("".join(traceback.format_stack(frame)))
+
+    signal.signal(signal.SIGTERM, note)
+    ask_to_stop()
+    signal.signal(signal.SIGTERM, before)
 
 
 def ask_the_launcher(times: int = 1) -> None:
@@ -140,6 +155,14 @@ def ask_the_launcher(times: int = 1) -> None:
 
 def ask_the_launcher_twice() -> None:
     ask_the_launcher(2)
+
+
+def stay() -> None:
+    """The process does not come to its end after the run."""
+    from slm import watchdog
+
+    watchdog.LEAVE_SECONDS = 2
+    atexit.register(sleep_for_ever)
 
 
 def rest() -> None:
@@ -175,9 +198,10 @@ FAULTS = {
     "crash": crash,
     "term": ask_to_stop,
     "term2": ask_twice,
-    "termsoon": ask_soon,
+    "termwhere": ask_and_say_where,
     "termlauncher": ask_the_launcher,
     "termlauncher2": ask_the_launcher_twice,
+    "stay": stay,
     "rest": rest,
     "wait": wait_for_the_word,
     "logfull": fill_the_disk_of_the_log,

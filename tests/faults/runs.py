@@ -13,7 +13,7 @@ import yaml
 from slm import checkpoint
 from tests.distributed.test_launcher import processes_of
 from tests.faults.digest import tensors
-from tests.shards import make_dataset
+from tests.shards import make_dataset, recipe_tree
 
 ROOT = Path(__file__).parents[2]
 FAULT = str(ROOT / "tests" / "faults" / "fault.py")
@@ -24,17 +24,11 @@ def write_recipe(folder: Path, **changes) -> Path:
     """12 steps on 2 ranks or 1, saved every 4 steps, in folder/run."""
     make_dataset(folder / "a")
     make_dataset(folder / "val", lengths=[90, 40, 130, 64, 65], seed=5)
-    tree = {
-        "name": "t",
-        "output": str(folder / "run"),
-        "model": "cpu-tiny",
-        "data": {"sources": {"a": str(folder / "a")}, "validation": {"val": str(folder / "val")}},
-        "optim": {"lr": 3e-3},
-        "phases": [{"name": "main", "tokens": NUM_STEPS * 256, "seq_len": 64, "batch_tokens": 256, "micro_batch": 2}],
-        "checkpoint": {"every_steps": 4},
-        "watchdog": {"step_seconds": 60, "slow_seconds": 600},
-        **changes,
-    }
+    tree = recipe_tree(
+        folder,
+        folder / "run",
+        **{"checkpoint": {"every_steps": 4}, "watchdog": {"step_seconds": 60, "slow_seconds": 600}, **changes},
+    )
     path = folder / "t.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

@@ -38,6 +38,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(recipe, straigh
     assert code not in (0, 75)
     assert ended - killed < 15
     assert "was ended by SIGKILL" in printed
+    assert "rank 1 has gone" in printed
     assert run(recipe)[0] == 0
     assert digest(recipe.with_name("run")) == straight(2)
 

@@ -12,22 +12,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+import slm.loop
+import slm.train
 from slm import checkpoint
+from slm.data.batches import PhaseData
 from slm.engine import Engine
 from slm.recipe import load_recipe
 from slm.train import train
-from tests.faults.digest import digest, state, steps
+from tests.faults.digest import digest, fed, record_what_is_fed, state, steps
+from tests.faults.runs import environment
 from tests.shards import make_dataset
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    **{
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    },
-    **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
-}
 BIG = {
     "preset": "cpu-tiny",
     "hidden_size": 256,
@@ -60,7 +56,7 @@ def torment(arguments, timeout_seconds):
     """Runs torment.py in a session of its own, of which nothing is left afterwards; its findings."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.faults.torment", *map(str, arguments)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT, start_new_session=True,
+        stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT, start_new_session=True,
     )  # fmt: skip
     try:
         out, err = process.communicate(timeout=timeout_seconds)
@@ -86,8 +82,18 @@ def quick(tmp_path_factory):
     return {mode: (folders[mode], findings) for mode, findings in zip(folders, found, strict=True)}
 
 
-def test_control_the_same_run_twice_is_equal_and_another_is_not(tmp_path, one_rank, monkeypatch):
-    """What the other tests stand on: digests of two runs agree in every bit, and differ where one seed does."""
+@pytest.fixture
+def recorded(monkeypatch):
+    """Runs of this process leave word of what they were fed."""
+    monkeypatch.setattr(slm.train, "run_phase", slm.train.run_phase)
+    monkeypatch.setattr(slm.loop, "train_step", slm.loop.train_step)
+    monkeypatch.setattr(Engine, "forward", Engine.forward)
+    record_what_is_fed()
+
+
+def test_control_the_same_run_twice_is_equal_and_another_is_not(tmp_path, one_rank, monkeypatch, recorded):
+    """What the other tests stand on: digests of two runs agree in every bit, and differ where one seed does, and where the
+    tokens of one step do, whatever the recipe says of them."""
     monkeypatch.chdir(ROOT)
     path = write_recipe(tmp_path, 6, every_steps=3)
     one, two, other = (tmp_path / name for name in ("one", "two", "other"))
@@ -97,6 +103,16 @@ def test_control_the_same_run_twice_is_equal_and_another_is_not(tmp_path, one_ra
     assert len(steps(one)) == 6
     assert not set(steps(one).values()) & set(steps(other).values())
     assert sum(a != b for a, b in zip(state(one).values(), state(other).values(), strict=True)) > 10
+    draw = PhaseData.step_batches
+
+    def another_fourth_step(self, step, **kwargs):
+        return draw(self, 5 if step == 3 else step, **kwargs)
+
+    monkeypatch.setattr(PhaseData, "step_batches", another_fourth_step)
+    assert train(load_recipe(path, [f"output={tmp_path}/astray"])) == 0
+    right, astray = fed(one), fed(tmp_path / "astray")
+    assert [step for step in right if right[step] != astray[step]] == [4]
+    assert digest(tmp_path / "astray") != digest(one)
 
 
 def test_three_kills_in_saves(quick):
@@ -152,20 +168,24 @@ def events(run_dir, kind):
     return [line for line in lines if line["kind"] == kind]
 
 
-def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch):
-    """Row 7: bytes needed and free are said before anything is written; what was committed stays whole. `stop` ends the run
-    with code 3; `continue` ends it after three, and goes on where there is room again."""
+def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch, recorded):
+    """Row 7: bytes needed and free are said before the first step, and before anything is written; what was committed stays
+    whole. `stop` ends the run with code 3; `continue` ends it after three, and goes on where there is room again."""
     monkeypatch.chdir(ROOT)
     model = {"preset": "cpu-tiny", "hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 384}
     path = write_recipe(tmp_path, 4, model=model, every_steps=2, output=str(small_disk / "run"))
     run, filler = small_disk / "run", small_disk / "filler"
     assert train(load_recipe(path)) == 0
+    assert re.search(r"saved main-00000002 in \d+\.\d s\n", caplog.text)  # for who looks at the screen
     num_bytes = checkpoint.Reader(run / "latest").num_bytes
     assert 4e6 < num_bytes < 6.4e6  # five fit: two newest, one that is a phase's end, one more, and the next
 
+    def free():
+        return os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+
     def fill():
-        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-        filler.write_bytes(bytes(free - num_bytes // 2))
+        filler.unlink(missing_ok=True)
+        filler.write_bytes(bytes(free() - num_bytes // 2))
 
     def whole():
         assert not [*run.glob("checkpoints/.staging-*")]
@@ -178,20 +198,39 @@ def test_a_full_disk(small_disk, tmp_path, one_rank, caplog, monkeypatch):
     assert before == ["main-00000004", "main-00000002"]
     fill()
     longer = ["phases.main.tokens=2560"]  # 20 steps
+    # Not even one fits: said before the first step, with 12 bytes for each parameter.
     assert train(load_recipe(path, longer)) == 3
+    message = caplog.records[-1].getMessage()
+    each = int(re.search(r"have ([0-9,]+) bytes each", message)[1].replace(",", ""))
+    assert 0.97 * num_bytes < each <= num_bytes
+    assert "0 of the 2 that are to lie there at once" in message
+    assert len(steps(run)) == 4
+    # Not as many as are to lie there: said, and no more. Then somebody else fills the disk.
+    filler.unlink()
+    filler.write_bytes(bytes(free() - num_bytes * 3 // 2))
+    caplog.clear()
+    step_itself = Engine.step
+
+    def with_another_user(self, lr):
+        fill()
+        return step_itself(self, lr)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "step", with_another_user)
+        assert train(load_recipe(path, longer)) == 3
+    assert "1 of the 2 that are to lie there at once" in caplog.text
+    assert "A save will fail" in caplog.text
     message = caplog.records[-1].getMessage()
     needed = int(re.search(r"needs ([0-9,]+) bytes", message)[1].replace(",", ""))
     assert num_bytes < needed < num_bytes + 100_000
     assert re.search(r"has [0-9,]+ free", message)
-    assert "the checkpoints before are whole" in message
+    assert "the checkpoints before are whole, the newest main-00000004" in message
     assert whole() == before
     go_on = [*longer, "checkpoint.on_failure=continue"]
     assert train(load_recipe(path, go_on)) == 3
     assert "3 saves in a row failed" in caplog.records[-1].getMessage()
     assert [e["step"] for e in events(run, "save failed")] == [6, 6, 8, 10]
     assert whole() == before
-
-    step_itself = Engine.step
 
     def with_room_after_two(self, lr):
         if len(events(run, "save failed")) == 6:
@@ -217,7 +256,9 @@ def test_one_rank_that_cannot_write_stops_or_holds_up_all(quick):
     said = "rank 1 could not write the checkpoint main-00000002: [Errno 27] File too large"
     for rank in (0, 1):
         assert said in (stopped / "logs" / f"rank-{rank}.log").read_text()
-    assert json.loads((stopped / "exit.json").read_text())["code"] == 3
+    record = json.loads((stopped / "exit.json").read_text())
+    assert record["code"] == 3
+    assert record["reason"].endswith("none was saved before")
     assert checkpoint.choose(stopped) is None
     assert [e["step"] for e in events(went_on, "save failed")] == [2, 4]
     assert [e["step"] for e in events(went_on, "saved")] == [6, 8]

@@ -34,7 +34,7 @@ import slm.train
 from slm import checkpoint
 from slm.recipe import Recipe, load_recipe
 from slm.runtime import free_port
-from tests.faults.digest import digest, state, steps
+from tests.faults.digest import digest, record_what_is_fed, state, steps
 
 WORLD = 2
 ATTEMPT_SECONDS, WHOLE_RUN_SECONDS = 120.0, 900.0
@@ -54,6 +54,7 @@ def start(recipe: Recipe, log: Path, prepare: Callable[[int], None] = lambda ran
                 output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(output, 1)
                 os.dup2(output, 2)
+                record_what_is_fed()
                 prepare(rank)
                 os._exit(slm.train.train(recipe))
             finally:
@@ -143,6 +144,8 @@ def lose_one_in_a_save(recipe: Recipe, log: Path) -> float:
     begun = time.monotonic()
     codes = wait(pids)
     assert codes == [5, -signal.SIGKILL], codes
+    reason = json.loads((recipe.run_dir / "exit.json").read_text())["reason"]
+    assert reason.startswith("rank 1 has gone"), reason
     return time.monotonic() - begun
 
 

@@ -33,6 +33,7 @@ def test_slm_never_imports_data_prep_and_deepspeed_has_two_homes(path):
     [
         "slm/recipe.py",
         "slm/contradictions.py",
+        "slm/problems.py",
         "slm/plan.py",
         "slm/strategy.py",
         "slm/fields.py",

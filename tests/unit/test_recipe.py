@@ -530,6 +530,63 @@ def test_offloading_nothing_is_refused(monkeypatch):
     assert (phase.offload_activations, phase.mlp_tile_tokens) == (True, 8192)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "optim.gradclip=1",
+            "optim.gradclip is not a field of a recipe, so it would have no effect: did you mean grad_clip?",
+        ),
+        ("model.hidden_sise=8", "did you mean hidden_size?"),
+        ("phases.main.schedule.warmup=8", "did you mean warmup_steps?"),
+        ("phases.main.loss.tipe=ce", "did you mean type?"),
+        ("model.rope_scaling.factr=8", "did you mean factor?"),
+        ("lr=1", "did you mean optim.lr or phases.NAME.lr?"),
+        ("seqlen=1", "did you mean phases.NAME.seq_len?"),
+        ("zzz=1", "remove it or mend its name"),
+        (
+            "precision=bf16",
+            "precision is 'bf16', which is none of auto, float32, bfloat16, float16: did you mean bfloat16?",
+        ),
+        ("optim.lr=-1", "optim.lr is -1, and has to be above 0"),
+        ("optim.betas=[0.9, 1.5]", "optim.betas.1 is 1.5, and has to be below 1"),
+        ("optim.weight_decay=heavy", "optim.weight_decay is 'heavy', which is no number"),
+        ("optim.weight_decay=[1]", "optim.weight_decay is [1], which is no number"),
+        ("checkpoint.keep_last=1.5", "checkpoint.keep_last is 1.5, which is no whole number"),
+        ("deterministic=often", "deterministic is 'often', which is neither true nor false"),
+        ("compile=perhaps", "compile is 'perhaps', which is neither true nor false, which is none of auto"),
+        ("data.sources=[a]", "data.sources is ['a'], which is no mapping"),
+        ("eval.seq_lens=3", "eval.seq_lens is 3, which is no list"),
+        ("log=true", "log is True, which is no mapping of fields"),
+    ],
+)
+def test_bad_fields_are_told_in_our_words(tmp_path, monkeypatch, override, said):
+    """The value, why it cannot be, and what was perhaps meant; nothing of pydantic's."""
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, GOOD), [override])
+    assert said in str(caught.value)
+    assert "Input should" not in str(caught.value)
+
+
+def test_plan_holds_weights_to_start_from_against_the_model(tmp_path, monkeypatch):
+    """A Hugging Face folder, a run and a checkpoint of another shape are refused; where there is none that is said."""
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(write(tmp_path, {**GOOD, "init_from": {"path": str(tmp_path / "w")}}))
+    check_what_is_here(recipe)
+    assert f"weights: from {tmp_path}/w (not here: nothing of it was looked at)" in describe(recipe, None)
+    (tmp_path / "w").mkdir()
+    same = recipe.model.model_dump(mode="json")
+    other = {**same, "num_hidden_layers": 9}
+    for name, text in (("recipe.yaml", {"model": other}), ("state.json", {"model": other}), ("config.json", other)):
+        (tmp_path / "w" / name).write_text(json.dumps(text))
+        with pytest.raises(UserError, match="has num_hidden_layers 9 .the recipe's model 2.: its weights do not fit"):
+            check_what_is_here(recipe)
+    (tmp_path / "w" / "config.json").write_text(json.dumps(same))
+    check_what_is_here(recipe)
+    assert f"weights: from {tmp_path}/w\n" in describe(recipe, None)
+
+
 def test_plan_counts(tmp_path, monkeypatch):
     """Steps round up; accumulation makes up for few ranks."""
     monkeypatch.chdir(ROOT)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from slm.ledger import Ledger, goodput, process_age_seconds
+from slm.ledger import Ledger, describe, goodput, how_it_ended, process_age_seconds
 from slm.safety import Safety, Spikes, stragglers
 
 
@@ -86,6 +86,33 @@ def test_goodput_of_a_run_that_was_killed_twice():
     assert found["seconds"]["step"] == pytest.approx(65 + 45 + 100)
     assert found["goodput"] == pytest.approx(210 / 401)
     assert found["attempts"] == 3
+
+
+def test_days_after_a_run_was_done_are_idle_and_others_are_said(tmp_path):
+    """Done at 100 s, made longer three days later; then killed, and gone on with after an hour: the days lower no goodput, the
+    hour does; both add up to the wall, and the words have no "1 attempts"."""
+    days, hour = 3 * 86400.0, 3600.0
+    events = [
+        event("start", 10, age=10.0, step=0),
+        told(100, 90, 10.0, 90.0),
+        event("done", 100, step=90),
+        event("start", 110 + days, age=10.0, step=90),
+        told(200 + days, 180, 10.0, 90.0),
+        event("start", 210 + days + hour, age=10.0, step=180),
+        told(300 + days + hour, 270, 10.0, 90.0),
+    ]
+    found = goodput(events)
+    assert found["seconds"]["idle"] == pytest.approx(days)
+    assert found["seconds"]["restart"] == pytest.approx(hour + 20)
+    assert sum(found["seconds"].values()) == pytest.approx(found["wall"]) == pytest.approx(300 + days + hour)
+    assert found["goodput"] == pytest.approx(270 / (300 + hour))
+    assert found["longest_gap"] == {"seconds": pytest.approx(days), "step": 90}
+    assert "longest time between two attempts: 3 days 0:00:00, before the one from step 90" in describe(found)
+    once = goodput(events[:2])
+    assert once["longest_gap"] is None
+    assert "in 1 attempt, " in describe(once)
+    assert "0 steps computed again, 0 skipped, 0 rollbacks" in describe(once)
+    assert "still running, or was killed" in how_it_ended(tmp_path)
 
 
 def test_goodput_counts_what_a_rollback_computed_again():

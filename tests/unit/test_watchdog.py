@@ -83,16 +83,20 @@ def test_a_stopped_rank_is_found_by_the_other_and_shows_where_it_was(tmp_path):
     assert (event["kind"], event["rank"], event["doing"], event["step"]) == ("hang", 0, "step", 7)
     assert 1 <= event["seconds"] < 2
     assert event["where"]["1"].startswith("stopped (SIGSTOP) in guilty (")
+    assert event["hung"] == [1]
     record = json.loads((tmp_path / "exit.json").read_text())
     assert record["code"] == 79
-    assert "longer than watchdog.step_seconds (1)" in record["reason"]
+    assert record["reason"].startswith("rank 1 hangs: stopped (SIGSTOP) in guilty (")
+    assert "Rank 0 has been at step 7 for 1 s, longer than watchdog.step_seconds (1)" in record["reason"]
+    assert record["hung"] == [1]
 
 
 def test_two_ranks_that_wait_for_ever_speak_once(tmp_path):
     """Both see it at about the same time, both leave with 79, and there is one event."""
     codes, said = outcome(start(tmp_path, "steps(0.3)\nwait_for_others()", world=2))
     assert codes == [79, 79], said
-    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 1
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert event["hung"] == []  # neither was in a collective call: which of them it is nobody can say
     assert "in wait_for_others" in (tmp_path / "logs" / "rank-1.stacks").read_text()
 
 
@@ -131,6 +135,24 @@ def test_slow_work_has_its_own_limit(tmp_path):
     codes, said = outcome(start(tmp_path, code))
     assert codes == [79], said
     assert (tmp_path / "ready").exists()
+
+
+@pytest.mark.parametrize("where", ["atexit.register(time.sleep, 1000)", "libc.__cxa_atexit(libc.pause, None, None)"])
+def test_a_rank_that_cannot_leave_is_ended(tmp_path, where):
+    """What hangs on the way out, in Python's finalizers or, after the interpreter is gone, in those of a library."""
+    code = f"""
+        import atexit
+        watchdog.LEAVE_SECONDS = 2
+        libc = ctypes.CDLL(None)
+        steps(0.3)
+        watchdog.stop()
+        {where}
+        watchdog.leave(run_dir, rank)
+    """
+    codes, said = outcome(start(tmp_path, code))
+    stack = (tmp_path / "logs" / "rank-0.stacks").read_text()
+    assert codes == ([1] if "sleep" in where else [-signal.SIGALRM]), said
+    assert ("Timeout (0:00:02)!" in stack) == ("sleep" in where)
 
 
 def test_a_limit_of_0_is_none(tmp_path):

@@ -1,0 +1,85 @@
+"""The parts of slm doctor that read what others print, and the versions that it compares."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from slm import doctor_node, installed
+from slm.doctor import _differences
+from slm.installed import Package
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_versions_are_those_of_pip():
+    """Against pip itself, for every package of setup.cfg; the pins against constraints.txt, by a reading of their own."""
+    listed = subprocess.check_output([sys.executable, "-m", "pip", "list", "--format", "json"], text=True)
+    there = {re.sub("[-_.]+", "-", entry["name"]).lower(): entry["version"] for entry in json.loads(listed)}
+    pins = (ROOT / "constraints.txt").read_text().lower()
+    packages = installed.packages()
+    assert len(packages) > 10
+    for package in packages:
+        assert package.installed == there[package.name.lower()]
+        assert package.is_allowed
+        if package.tested:
+            assert f"\n{package.name.lower()}=={package.tested}" in pins
+
+
+@pytest.mark.parametrize(
+    ("found", "allowed"), [("2.13.0+cu130", True), ("2.10", True), ("2.9.1", False), ("", False), ("2.11.0rc1", True)]
+)
+def test_a_range_of_versions(found, allowed):
+    """A build's own label does not count; what is missing is not allowed."""
+    assert Package("torch", found, SpecifierSet(">=2.10"), "2.13.0").is_allowed is allowed
+
+
+def test_facts_name_what_machines_must_share():
+    """The code's own hash changes with any module of slm (here it is only looked at)."""
+    facts = installed.facts()
+    assert facts["torch"] == version("torch")
+    assert facts["python"] == sys.version.split()[0]
+    assert re.fullmatch("[0-9a-f]{12}", facts["slm code"])
+
+
+def test_what_differs_names_the_nodes():
+    """Of four ranks on three nodes, one node is another; where all are alike, one line says what was compared."""
+    same, other = {"torch": "2.13.0", "numpy": "2.4"}, {"torch": "2.12.0", "numpy": "2.4"}
+    (check,) = _differences([same, same, other, same], ["a", "a", "b", "c"])
+    assert (check.state, check.measured) == ("wrong", "2.13.0 on a, c; 2.12.0 on b")
+    (check,) = _differences([same, same], ["a", "b"])
+    assert check.state == "ok"
+
+
+SMI = """#!/bin/sh
+case "$*" in
+  *event_reasons*) echo 'Field "clocks_event_reasons.active" is not a valid field to query.'; exit 2 ;;
+  *query-gpu*)
+    echo 'NVIDIA H100 80GB HBM3, 525.60.13, 81559, 4, 0, 33, 0x0000000000000001'
+    echo 'NVIDIA H100 80GB HBM3, 525.60.13, 81559, 70123, 2, 41, 0x0000000000000000'
+    echo 'NVIDIA GeForce RTX 3090, 525.60.13, 24576, 4, [N/A], 88, 0x0000000000000040' ;;
+  *compute-apps*) echo '4711, 70119' ;;
+esac
+"""
+
+
+def test_nvidia_smis_answers_are_read(tmp_path, monkeypatch):
+    """As an older driver prints them: idle clocks are no fault, wrong bits are, heat is worth a look, [N/A] is no number."""
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = {check.name: check for check in doctor_node.gpus()}
+    assert [check.state for check in found.values()] == ["ok", "wrong", "warning", "warning"]
+    assert "uncorrected ECC errors 2" in found["GPU 1"].measured
+    assert "held back (0x40)" in found["GPU 2"].measured
+    assert "process 4711 with 70119" in found["GPUs in use"].measured
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not talk to the driver'\nexit 9\n"
+    )
+    (broken,) = doctor_node.gpus()
+    assert (broken.state, "could not talk" in broken.measured) == ("wrong", True)
