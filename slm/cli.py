@@ -420,7 +420,7 @@ def report(
 
         path = output or runs[0] / "report.html"
         write_page(runs, path, over or None)  # type: ignore[arg-type]
-        typer.echo(f"\nwrote {path} (open it in a browser)")
+        typer.echo(f"wrote {path} (open it in a browser)", err=True)
 
 
 @app.command()

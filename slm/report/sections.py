@@ -35,6 +35,7 @@ CATEGORIES = {
     "restart": "from an attempt's end to the next one's first step",
     "idle": "done, until it was given more to do",
 }
+_MOST_ENVIRONMENTS = 6
 _MOST_ROWS = 400  # of the table of events
 _MOST_CACHES = 4  # whose statistics are read again: each is up to a GB with its checksums
 
@@ -86,7 +87,7 @@ def _spent(found: dict[str, Any], category: str) -> str:
 
 def _colour(category: str) -> int:
     """Of a few, by what it says: green counts, red is lost, the rest is apart from each other."""
-    return {"step": 2, "data": 5, "init": 0, "compile": 6, "save": 4, "eval": 1, "check": 7, "finish": 6, "lost": 3,
+    return {"step": 2, "data": 5, "init": 0, "compile": 6, "save": 4, "eval": 1, "check": 7, "finish": 7, "lost": 3,
             "hang": 3, "restart": 6, "idle": 0}[category]  # fmt: skip
 
 
@@ -178,7 +179,7 @@ def _grids(evaluation: Evaluation) -> list[str]:
         means = [_mean([share[place] for place in share if place[0] == length]) for length in lengths]
         what = "Pass key" if keys == 1 else f"Recall, 1 of {keys} keys"
         title = f"{what}: exact answers, by length in tokens"
-        unit = f"of {of_keys[0].get('samples')}; {evaluation.phase}, step {evaluation.step:,}"
+        unit = f"of {of_keys[0].get('samples')} samples; {evaluation.phase}, step {evaluation.step:,}"
         maps.append(heat_map(title, unit, "needle at", [f"{length:,}" for length in lengths], [*rows, ("all", means)]))
     return maps
 
@@ -407,30 +408,33 @@ def _leaves(tree: Any, path: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def environment(view: View) -> str:
-    """What each attempt ran on, newest last; attempts that ran on the same are one row."""
+    """What each attempt ran on: a column for those that follow each other on the same."""
 
     def show(record: Record) -> str:
-        rows: list[list[Any]] = []
+        groups: list[tuple[list[Any], dict[str, str]]] = []  # times of the attempts, and what they ran on
         for event in record.events:
-            if event["kind"] != "start":
-                continue
-            here = event.get("environment")
-            here = dict(here) if isinstance(here, dict) else {}
-            hosts = here.pop("hosts", {})
-            hosts = ", ".join(f"{h} ({n})" for h, n in hosts.items()) if isinstance(hosts, dict) else str(hosts)
-            told = "; ".join(f"{name} {value}" for name, value in here.items() if name != "device")
-            row = [
-                event.get("world_size", "-"),
-                event.get("precision", "-"),
-                here.get("device", "-"),
-                hosts or "-",
-                told or "-",
-            ]
-            if rows and rows[-1][2:] == row:
-                rows[-1][:2] = [rows[-1][0] + 1, rows[-1][1]]
-            else:
-                rows.append([1, moment(event.get("time")), *row])
-        columns = ["attempts", "from (UTC)", "ranks", "precision", "device", "hosts (ranks)", "with"]
-        return f'<div class="card">{table(columns, rows, numeric=[0, 2], style="facts")}</div>' if rows else ""
+            if event["kind"] == "start":
+                here = _ran_on(event)
+                if not groups or groups[-1][1] != here:
+                    groups.append(([], here))
+                groups[-1][0].append(event["time"])
+        left_out, groups = len(groups) - _MOST_ENVIRONMENTS, groups[-_MOST_ENVIRONMENTS:]
+        names = dict.fromkeys(name for _, here in groups for name in here)
+        rows = [[name, *(here.get(name, "-") for _, here in groups)] for name in names]
+        heads = [f"{counted(len(times), 'attempt')} from {moment(times[0])}" for times, _ in groups]
+        shown = f'<div class="card">{table(["", *heads], rows, style="facts")}</div>' if rows else ""
+        return shown + (f'<p class="note">{counted(left_out, "earlier one")} left out</p>' if left_out > 0 else "")
 
     return each(view, show) or '<p class="soft">No attempt has begun.</p>'
+
+
+def _ran_on(event: dict[str, Any]) -> dict[str, str]:
+    """Of an event "start"; those from before there was `environment` tell ranks and precision only."""
+    told = {
+        "ranks": event.get("world_size", "-"),
+        "precision": event.get("precision", "-"),
+        **(event.get("environment") or {}),
+    }
+    if isinstance(hosts := told.get("hosts"), dict):
+        told["hosts"] = ", ".join(f"{host} ({counted(ranks, 'rank')})" for host, ranks in hosts.items())
+    return {str(name): str(value) for name, value in told.items()}
