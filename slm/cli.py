@@ -443,9 +443,7 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="runs' folders; several are laid over each other")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="runs' folders; several are laid over each other")],
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="where the page goes; RUN/report.html if it is of one run")
     ] = None,

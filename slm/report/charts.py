@@ -191,9 +191,10 @@ def line_chart(
     note: str = "",
 ) -> str:
     """A figure; "" if no line has a number to show. log_x: base 2. zero: the y axis begins there. legend: also of one line."""
-    lines = [line for line in lines if np.isfinite(line.y).any()]
-    # The margin keeps dots at the ends whole.
-    xs = axis([line.x for line in lines] + [np.array([b.first, b.last]) for b in bands], log=log_x, margin=0.015)
+    lines = [line for line in lines if len(_known(line))]
+    # The margin keeps dots at the ends whole. Steps and tokens begin at 0, a single one too.
+    ends = np.array([x for band in bands for x in (band.first, band.last)] + [0.0] * (not log_x))
+    xs = axis([*(line.x for line in lines), ends], log=log_x, margin=0.015)
     # What is faint behind a curve may leave the picture at the top: a single spike must not press all else flat.
     shown = [line.y for line in lines] + [_without_outliers(line.raw) for line in lines if line.raw is not None]
     ys = axis(shown, log=log_y, zero=zero)
@@ -229,6 +230,11 @@ def line_chart(
         "</figure>",
     ]
     return "".join(parts)
+
+
+def _known(line: Line) -> np.ndarray:
+    """Indices of the points that can be shown."""
+    return np.flatnonzero(np.isfinite(line.x) & np.isfinite(line.y))
 
 
 def _without_outliers(y: np.ndarray) -> np.ndarray:
@@ -301,7 +307,7 @@ def _powers_of_two(xs: Axis) -> list[float]:
 def _in_words(title: str, lines: Sequence[Line], x_label: str) -> str:
     told = []
     for line in lines[:COLOURS]:
-        known = np.flatnonzero(np.isfinite(line.y))
+        known = _known(line)
         first, last = known[0], known[-1]
         told.append(
             f"{line.label} from {number(float(line.y[first]))} at {x_label} {number(float(line.x[first]))} "
@@ -314,7 +320,7 @@ def _values(lines: Sequence[Line], bands: Sequence[Band], marks: Sequence[Mark],
     """What page.js shows: of each curve, evenly chosen points of the line that is drawn."""
     series = []
     for line in lines:
-        known = np.flatnonzero(np.isfinite(line.y))
+        known = _known(line)
         if len(known) > _MOST_VALUES:
             known = known[np.linspace(0, len(known) - 1, _MOST_VALUES).astype(int)]
         points = [[float(line.x[i]), float(f"{line.y[i]:.5g}")] for i in known.tolist()]
@@ -328,7 +334,8 @@ def _values(lines: Sequence[Line], bands: Sequence[Band], marks: Sequence[Mark],
         "marks": [[m.x, redacted(m.label)] for m in marks],
     }
     # "<" would end the script element, or begin a comment in it.
-    return f'<script type="application/json">{json.dumps(told, separators=(",", ":")).replace("<", chr(92) + "u003c")}</script>'
+    values = json.dumps(told, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json">{values}</script>'
 
 
 # ------------------------------------------------------------------------------- bars, heat maps and tables

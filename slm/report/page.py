@@ -77,7 +77,7 @@ def _shown(show: Callable[[View], str], view: View) -> str:
     """A section; where a file that it reads is JSON or YAML but not what a run writes, the rest of the page stays."""
     try:
         return show(view)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         return f'<p class="soft">{UNREADABLE} ({text(f"{type(error).__name__}: {error}")})</p>'
 
 

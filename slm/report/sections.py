@@ -35,7 +35,7 @@ CATEGORIES = {
     "restart": "from an attempt's end to the next one's first step",
     "idle": "done, until it was given more to do",
 }
-_MOST_ENVIRONMENTS = 6
+_MOST_ENVIRONMENTS = 6  # columns
 _MOST_ROWS = 400  # of the table of events
 _MOST_CACHES = 4  # whose statistics are read again: each is up to a GB with its checksums
 
@@ -93,7 +93,7 @@ def _colour(category: str) -> int:
 
 # ------------------------------------------------------------------------------------ evaluations in detail
 def _newest(record: Record, wanted: Callable[[Evaluation], bool]) -> list[Evaluation]:
-    """The last evaluation of each phase that has what is wanted, in the order in which they were made."""
+    """The last evaluation of each phase that has what is wanted, in the order of the phases."""
     return list({e.phase: e for e in record.evaluations if wanted(e)}.values())
 
 

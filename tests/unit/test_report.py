@@ -394,6 +394,16 @@ def test_several_runs_lie_over_each_other_by_tokens(run):
         View.of([read_record(a), read_record(a)], "steps")
 
 
+def test_over_tokens_a_run_that_has_not_told_them_has_no_curve(run):
+    """The other run's stay; the values under the mouse are JSON, which has no nan."""
+    a = run([row(1, 6.0), row(2, 3.0)], name="a")
+    b = run([(1, {"phase": "main", "loss": 5.0}), (2, {"phase": "main", "loss": math.inf})], name="b")
+    found = Page(build_page([read_record(a), read_record(b)]))
+    assert not found.unreadable
+    assert found.charts()[0] == {"a": [[20, 6.0], [40, 3.0]]}
+    assert Page(build_page([read_record(a), read_record(b)], "steps")).charts()[0]["b"] == [[1, 5.0]]
+
+
 def test_a_run_of_a_million_steps_is_a_small_page(tmp_path):
     """Every step logged, in every column that a run has: less than two million characters."""
     n = 1_000_000
