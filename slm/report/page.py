@@ -85,11 +85,11 @@ def _summary(view: View) -> str:
     """Of one run how it ended and its figures as tiles; of several a table."""
     if not view.is_one:
         rows = [
-            [swatch(i, label), Html(_ended(record)), _heard(record), *(show(record) for _, show in FIGURES)]
+            [swatch(i, label), Html(_ended(record)), *(show(record) for _, show in FIGURES), _heard(record)]
             for i, (record, label) in enumerate(zip(view.records, view.labels, strict=True))
         ]
-        columns = ["run", "", "last heard of (UTC)", *(name for name, _ in FIGURES)]
-        return f'<div class="card">{table(columns, rows, numeric=range(2, len(columns)))}</div>'
+        columns = ["run", "", *(name for name, _ in FIGURES), "last heard of (UTC)"]
+        return f'<div class="card">{table(columns, rows, numeric=range(2, len(columns)), style="summary")}</div>'
     record = view.records[0]
     figures = [("parameters", _parameters(record)), *((name, show(record)) for name, show in FIGURES)]
     tiles = "".join(f"<div><dt>{name}</dt><dd>{text(value)}</dd></div>" for name, value in figures)
