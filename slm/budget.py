@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from slm.choose import GIB, Candidate, candidates, choose, gib, reasons
+from slm.choose import Candidate, candidates, choose, gib, reasons
 from slm.errors import UserError
 from slm.forecast import (
     MTBF_HOURS_PER_GPU,
@@ -32,6 +32,8 @@ from slm.plan import flops_per_token
 from slm.recipe import Phase, Recipe
 
 _WIDTH = 132
+_WIDTH_ALL = 178
+_LAUNCH_SECONDS = 1e-3  # about what Python needs to start the kernels of one block, both passes
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def as_dict(found: Budget) -> dict[str, Any]:
 
 def draw(found: Budget, *, all_rows: bool = False) -> None:
     """A table and a few lines a phase."""
-    console = Console(width=_WIDTH, highlight=False)
+    console = Console(width=_WIDTH_ALL if all_rows else _WIDTH, highlight=False)
     gpu, assumed = found.gpu, found.assumed
     console.print(
         f"\non {found.gpus.count} x {gpu.name} ({found.gpus.nodes} node{'s' * (found.gpus.nodes > 1)}): "
@@ -239,7 +241,7 @@ def _table(found: Budget, part: PhaseBudget, all_rows: bool) -> Table:
     names = ["", "ZeRO", "GPUs a sequence", "recompute", "micro-batch", "GiB", "fits", "tokens/s/GPU"]
     parts = list(part.own.memory.peak.parts())
     for name in names + (parts if all_rows else []):
-        table.add_column(name, justify="left" if name in ("", "ZeRO", "recompute", "fits") else "right")
+        table.add_column(name, no_wrap=True, justify="left" if name in ("", "ZeRO", "recompute", "fits") else "right")
     for row in _shown(part, all_rows):
         same = part.best is not None and row.is_own and part.best.overrides == row.overrides
         mark = "recipe, chosen" if same else "recipe" if row.is_own else "chosen" if row is part.best else ""
@@ -298,18 +300,28 @@ def _lines(found: Budget, part: PhaseBudget) -> list[str]:
     return [
         *lines,
         f"{'as the recipe has it: ' if shown is row else 'as chosen: '}{figures['tokens_per_second']:,.0f} tokens/s, "
-        f"MFU {figures['mfu_causal']:.0%} causal, {figures['mfu_full']:.0%} full; a step {figures['step_seconds']:.2f} s, "
-        f"of which communication {figures['exposed_communication_seconds']:.2f} s",
+        f"MFU {figures['mfu_causal']:.0%} causal, {figures['mfu_full']:.0%} full; a step {figures['step_seconds']:.3g} s, "
+        f"of which communication {figures['exposed_communication_seconds']:.2g} s{_too_small(found, shown)}",
         f"a GPU sends {sent['gradients_and_weights'] / 1e9:.2f} GB of gradients and weights{exchanged} a step",
         f"{phase.num_steps:,} steps in {figures['days']:.2g} days, {figures['gpu_hours']:,.0f} GPU hours{cost}",
         f"save every {interval:,.0f} s = {figures['save_every_steps']:,} steps "
-        f"(Young: {best_loss:.2%} lost to saves and failures; checkpoint.every_steps {every:,}: {own_loss:.2%})",
+        f"(Young: {best_loss:.2%} lost to saves and failures; checkpoint.every_steps {every:,}: "
+        f"{f'{own_loss:.2%}' if own_loss < 1 else 'saves take longer than the steps'})",
     ]
+
+
+def _too_small(found: Budget, row: Candidate) -> str:
+    micro_batch_seconds = row.time.compute_seconds / row.gradient_accumulation
+    if micro_batch_seconds > found.recipe.model.num_hidden_layers * _LAUNCH_SECONDS:
+        return ""
+    return " (too small a micro-batch for this rule: the GPU would wait for its kernels to be started)"
 
 
 def _memory_line(name: str, row: Candidate, found: Budget) -> str:
     held = row.memory.peak
-    parts = " + ".join(f"{part} {gib(value)}" for part, value in held.parts().items() if value >= 0.05 * GIB)
+    parts = " + ".join(
+        f"{part} {gib(value)}" for part, value in held.parts().items() if value >= 0.005 * held.total_bytes
+    )
     host = row.memory.host_bytes + row.memory.save_bytes
     on_host = f"; host memory {gib(host * min(found.gpus.count, found.gpus.per_node))} GiB a node"
     return f"{name}: {gib(held.total_bytes)} GiB at its fullest ({held.moment}) = {parts}{on_host}"

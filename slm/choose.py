@@ -244,4 +244,5 @@ def _why_not(others: list[Candidate], best: Candidate, what: str) -> str:
 
 
 def gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f}"
+    size = num_bytes / GIB
+    return f"{size:.1f}" if size >= 1 or size == 0 else f"{size:.2g}"
