@@ -25,6 +25,7 @@ from slm.errors import SLMError, UserError
 from slm.redact import redacted
 
 if TYPE_CHECKING:
+    from slm.budget import Budget
     from slm.recipe import Recipe
 
 app = typer.Typer(
@@ -96,26 +97,85 @@ def _load(recipe: str | Path, overrides: list[str] | None) -> Recipe:
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="number of devices; the fewest that fit, if not given")
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", "--ranks", min=1, help="number of devices; the fewest that fit, if not given"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    gpu: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="their kind, as h200: also memory, speed, time and cost of every setting"),
+    ] = "",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="--gpu: GPUs that share a fast link")] = 8,
+    price: Annotated[
+        float | None, typer.Option("--price-per-gpu-hour", min=0.0, help="--gpu: for the cost, in any currency")
+    ] = None,
+    mtbf_hours: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="--gpu: hours between failures of one GPU; else those of Llama 3's run"),
+    ] = None,
+    save_stall: Annotated[
+        float | None, typer.Option("--save-stall-seconds", min=0.001, help="--gpu: what a save blocks, as measured")
+    ] = None,
+    all_rows: Annotated[bool, typer.Option("--all", help="--gpu: every setting, with its memory by part")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs: everything")] = False,
 ) -> None:
-    """Check a recipe and say what it comes to: parameters, steps, batch, FLOPs. Needs no GPU and no data; what is here of
-    its tokenizer and its data is held against it."""
+    """Check a recipe and say what it comes to: parameters, steps, batch, FLOPs; with --gpu also what fits, how fast, for how
+    long. Needs no GPU and no data; what is here of its tokenizer and its data is held against it."""
     from dataclasses import asdict
 
     from slm.layout import fitting_ranks
     from slm.plan import check_what_is_here, describe, plan_phase
 
+    options = [
+        ("gpus-per-node", gpus_per_node != 8),
+        ("price-per-gpu-hour", price is not None),
+        ("mtbf-hours", mtbf_hours is not None),
+        ("save-stall-seconds", save_stall is not None),
+        ("all", all_rows),
+    ]
+    for option, given in options:
+        if given and not gpu:
+            raise UserError(f"--{option} has no effect without --gpu", fix="add --gpu NAME, such as --gpu h200")
     loaded = _load(recipe, overrides)
     check_what_is_here(loaded)
-    ranks = ranks or next(iter(fitting_ranks(loaded.phases)), None)
-    if not as_json:
-        typer.echo(describe(loaded, ranks))
-        return
-    phases = [asdict(plan_phase(loaded, phase, ranks or phase.sequence_parallel)) for phase in loaded.phases]
-    typer.echo(json.dumps({"parameters": loaded.model.num_parameters(), "ranks": ranks, "phases": phases}, indent=2))
+    gpus = gpus or next(iter(fitting_ranks(loaded.phases)), None)
+    found = _budget(loaded, gpu, gpus, gpus_per_node, price, mtbf_hours, save_stall) if gpu else None
+    if as_json:
+        phases = [asdict(plan_phase(loaded, phase, gpus or phase.sequence_parallel)) for phase in loaded.phases]
+        told: dict[str, Any] = {"parameters": loaded.model.num_parameters(), "ranks": gpus, "phases": phases}
+        if found is not None:
+            from slm.budget import as_dict
+
+            told["budget"] = as_dict(found)
+        typer.echo(json.dumps(told, indent=2))
+    else:
+        typer.echo(describe(loaded, gpus))
+    if found is not None:
+        from slm.budget import check_fits, draw
+
+        if not as_json:
+            draw(found, all_rows=all_rows)
+        check_fits(found)
+
+
+def _budget(
+    recipe: Recipe,
+    gpu: str,
+    count: int | None,
+    per_node: int,
+    price: float | None,
+    mtbf_hours: float | None,
+    save_stall: float | None,
+) -> Budget:
+    from slm.budget import Assumptions, budget
+    from slm.forecast import MTBF_HOURS_PER_GPU, GPUs
+    from slm.hardware import find_gpu
+
+    kind = find_gpu(gpu)
+    if count is None:
+        raise UserError("no number of GPUs fits all phases, so --gpu has nothing to plan for", fix="give --gpus N")
+    assumed = Assumptions(price, mtbf_hours or MTBF_HOURS_PER_GPU, save_stall)
+    return budget(recipe, kind, GPUs(count, per_node), assumed)
 
 
 @app.command()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sys
 import urllib.error
 import urllib.request
@@ -57,10 +56,13 @@ def examine(recipe: Recipe | None, folder: Path, *, try_seconds: float = 60.0, a
     try:
         meeting = Meeting(ranks, try_seconds)
     except RuntimeError as error:  # torch's DistNetworkError
+        where = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+        what = "cannot listen at" if speaks else "does not reach rank 0 at"
         raise EnvironmentProblem(
-            f"rank {ranks.rank} on {socket.gethostname()} does not reach rank 0 at {os.environ['MASTER_ADDR']}, port "
-            f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}",
-            fix="see whether that address is rank 0's machine as this one sees it, and the port is open between them",
+            f"rank {ranks.rank} on {node_name()} {what} {where}: {str(error).splitlines()[0]}",
+            fix="take another port"
+            if speaks
+            else "see whether that address is rank 0's machine as this one sees it, and the port is open between them",
         ) from None
     rows: list[tuple[str, Check]] = []
     made_folder = not folder.exists()
@@ -71,14 +73,15 @@ def examine(recipe: Recipe | None, folder: Path, *, try_seconds: float = 60.0, a
         mine: list[Check] = []
         say(f"{len(nodes)} machine{'s' * (len(nodes) > 1)}: {', '.join(nodes)}")
         if nodes[name][0] == ranks.rank:
-            mine = [*look(folder), operators(_zero_sections(recipe)), *(_needed_by(recipe) if recipe else [])]
+            mine = _of_this_machine(recipe, folder)
         for rank, found in enumerate(meeting.share("checks", [asdict(check) for check in mine], 1000.0)):
             rows += [(meeting.names[rank], Check(**check)) for check in found]
         rows += [
             ("all", check) for check in _differences(meeting.share("facts", facts() | _environment()), meeting.names)
         ]
-        num_gpus = apart(120, _count_gpus)
-        backend = "nccl" if num_gpus and os.environ.get("DS_ACCELERATOR") != "cpu" else "gloo"
+        counted = meeting.share("GPUs", _count_gpus(), 300.0)
+        rows += [("all", check) for check in _of_counts(counted, meeting.names)]
+        backend = "nccl" if all(isinstance(number, int) and number for number in counted) else "gloo"
         say("arithmetic on every rank")
         rows += [("all", check) for check in rates_of_ranks(meeting, backend)]
         if ranks.world_size > 1:
@@ -101,10 +104,38 @@ def examine(recipe: Recipe | None, folder: Path, *, try_seconds: float = 60.0, a
         return EnvironmentProblem.exit_code
 
 
-def _count_gpus() -> int:
+def _of_this_machine(recipe: Recipe | None, folder: Path) -> list[Check]:
+    try:
+        return [*look(folder), operators(_zero_sections(recipe)), *(_needed_by(recipe) if recipe else [])]
+    except Exception as error:  # the other machines wait for an answer
+        return [Check("this machine", WRONG, f"{type(error).__name__}: {error}", "run slm doctor there, alone")]
+
+
+def _count_gpus() -> int | str:
+    """That a run would use on this machine; or why they cannot be counted, as where a driver hangs."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    try:
+        return apart(120, _ask_torch)
+    except (RuntimeError, TimeoutError) as error:
+        return str(error)
+
+
+def _ask_torch() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _of_counts(counted: list[int | str], names: list[str]) -> list[Check]:
+    failed = {name: number for name, number in zip(names, counted, strict=True) if isinstance(number, str)}
+    if failed:
+        told = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        return [Check("GPUs of torch", WRONG, told, "see nvidia-smi there, and dmesg")]
+    if min(map(bool, counted)) != max(map(bool, counted)):
+        without = _listed(sorted({name for name, number in zip(names, counted, strict=True) if not number}))
+        return [Check("GPUs of torch", WRONG, f"none on {without}, and others have some", "see nvidia-smi there")]
+    return []
 
 
 def _environment() -> dict[str, str]:

@@ -9,17 +9,20 @@ the doctor itself. Joining and printing are doctor.py's; what is between ranks, 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +60,8 @@ def apart(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
     mine, its = context.Pipe(duplex=False)
 
     def child() -> None:
+        with suppress(OSError, AttributeError):  # dies with its parent, where there is prctl(2)
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         try:
             outcome = (True, function(*arguments))
         except BaseException as error:

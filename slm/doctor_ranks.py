@@ -493,5 +493,5 @@ def _of_pairs(called: dict[int, str], by_pair: dict[str, list[dict[str, Any]]]) 
 
 
 def node_name() -> str:
-    """Of this machine, as far as containers and machines can be told apart."""
-    return socket.gethostname()
+    """Of this machine; as SLURM calls it, where it does."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

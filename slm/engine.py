@@ -28,6 +28,7 @@ from slm.data.batches import Batch
 from slm.errors import UserError
 from slm.layout import data_parallel, gradient_accumulation
 from slm.losses import Distillation
+from slm.memory import reduce_bucket_elements
 from slm.model.config import ModelConfig
 from slm.model.llama import Block, Objective, SLMForCausalLM, Visit
 from slm.optim import parameter_groups
@@ -153,6 +154,9 @@ class Engine:
 
         self.device, self.precision, self.z_loss = device, precision, phase.loss.z_loss
         ds_config = deepspeed_config(phase, optim, precision, parallel.world_size(), device.type)
+        ds_config["zero_optimization"]["reduce_bucket_size"] = reduce_bucket_elements(
+            ds_config["zero_optimization"], config.num_parameters()
+        )
         self.stage: int = ds_config["zero_optimization"].get("stage", 0)
         self._gradient_divisor = _gradient_divisor(ds_config, phase)
         groups_of_ranks = parallel.sequence_groups(phase.sequence_parallel) if phase.sequence_parallel > 1 else None

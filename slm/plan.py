@@ -1,7 +1,7 @@
 """Arithmetic of a run, before it costs anything: parameters, steps, batch, FLOPs, activation memory. No torch.
 
-Owns the FLOP conventions used everywhere, and what can be held against a recipe without starting it; the memory's formula is
-in activations.py. Does not know time yet.
+Owns the FLOP conventions used everywhere, and what can be held against a recipe without starting it; the activations' formula is
+in activations.py. What named GPUs make of it, memory, time and cost, is in budget.py.
 
     print(describe(recipe, world_size=8))
 
@@ -187,7 +187,8 @@ def describe(recipe: Recipe, world_size: int | None, phases: Sequence[Phase] | N
             f"  a step: {plan.global_batch:,} sequences of {phase.seq_len:,} = {num_ranks} ranks"
             + (f" / {phase.sequence_parallel} that share a sequence" if phase.sequence_parallel > 1 else "")
             + f" x micro-batch {phase.micro_batch} x {plan.gradient_accumulation} accumulated",
-            f"  training FLOPs: {plan.flops_causal:.3e} causal, {plan.flops_full:.3e} full convention "
+            f"  training FLOPs: {plan.flops_causal:.3e} causal, {plan.flops_full:.3e} full convention; a token "
+            f"{plan.flops_causal / plan.tokens:.3e} and {plan.flops_full / plan.tokens:.3e} "
             "(unpacked sequences; packed documents need less attention)",
             f"  peak activations a rank, GPU, {'float32' if recipe.precision == 'float32' else '16 bits'}: "
             + ", ".join(f"{policy} {_gib(m.peak_bytes)}" for policy, m in plan.activations.items())

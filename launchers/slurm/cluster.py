@@ -103,6 +103,9 @@ class Cluster(Job):
     )
     setup: Text | None = Field(None, description="a shell file that each job sources first, as for `module load`")
     container: Container | None = Field(None, description="an image for the tasks")
+    gpu: Word | None = Field(
+        None, description="kind of its GPUs, as in slm plan --gpu: phases that do not fit are refused"
+    )
     check: bool = Field(True, description="first slm doctor on as many nodes as the largest phase has, once a day")
     restarts: Count = Field(3, ge=0, description="of a phase that crashed or hung, within its job")
     warn_seconds: Count = Field(300, gt=0, description="before its time limit a phase is told to save")

@@ -30,9 +30,12 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from cluster import Cluster, Job, load_cluster  # noqa: E402
 
+from slm.budget import Assumptions, budget, check_fits  # noqa: E402
 from slm.data.tokens import MANIFEST  # noqa: E402
 from slm.distill.wanted import cached_teachers, wanted_caches  # noqa: E402
 from slm.errors import EnvironmentProblem, SLMError, UserError  # noqa: E402
+from slm.forecast import GPUs  # noqa: E402
+from slm.hardware import find_gpu  # noqa: E402
 from slm.layout import check_ranks  # noqa: E402
 from slm.names import shortened  # noqa: E402
 from slm.recipe import Recipe, load_recipe  # noqa: E402
@@ -155,6 +158,9 @@ def check(recipe: Recipe, cluster: Cluster, chain: list[Stage]) -> None:
             )
         try:
             check_ranks([phase], job.ranks)
+            if cluster.gpu and job.gpus_per_node:
+                gpus = GPUs(job.ranks, job.gpus_per_node)
+                check_fits(budget(recipe, find_gpu(cluster.gpu), gpus, Assumptions(), [phase]))
         except UserError as error:
             problems.append(
                 f"{error.problem}. {error.fix}. (Its job has {job.nodes or 1} nodes x {job.tasks_per_node or 1} tasks.)"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -118,6 +119,16 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MASTER_PORT", "9")
     with pytest.raises(EnvironmentProblem, match=r"rank 1 on .* does not reach rank 0 at 127\.0\.0\.1, port 9"):
         doctor.examine(None, tmp_path)
+
+
+def test_a_port_that_is_taken_is_said(monkeypatch, tmp_path):
+    """Rank 0 cannot listen there: code 3, and not a time-out of all."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("", 0)) as server:
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        with pytest.raises(EnvironmentProblem, match="cannot listen at 127.0.0.1"):
+            doctor.examine(None, tmp_path)
 
 
 def test_a_measurement_that_hangs_or_dies_is_ended():

@@ -64,9 +64,9 @@ def test_two_hosts_train_as_two_ranks_of_one_machine_do(lab, tmp_path):
     (tmp_path / "here").mkdir()
     code, _ = run_here(write_recipe(tmp_path / "here"))
     assert code == 0
-    recipe = write_recipe(tmp_path, output=str(tmp_path / "it's $(touch pwned); touch pwned" / "run"))
-    (tmp_path / "run").symlink_to(tmp_path / "it's $(touch pwned); touch pwned" / "run")
-    launched = start(lab, lab.hostfile("a", "b"), recipe, WANDB_API_KEY="canary-5f1e9")
+    odd = tmp_path / "it's $(touch pwned); touch pwned" / "run"
+    (tmp_path / "run").symlink_to(odd)
+    launched = start(lab, lab.hostfile("a", "b"), write_recipe(tmp_path), f"output={odd}", WANDB_API_KEY="canary-5f1e9")
     seen, command_lines = {"a": set(), "b": set()}, set()
     while launched.poll() is None and steps_of(tmp_path) == 0:
         for name, ranks in seen.items():
@@ -183,8 +183,8 @@ def test_everything_wrong_with_the_hosts_is_said_at_once(lab, tmp_path):
     lab.add("odd", f"mount --bind {other} {info} && mount -t tmpfs none {lonely}")
     with open(lab.config, "a") as config:
         config.write(f"Host gone\n  HostName {lab.subnet}.99\n")
-    recipe = write_recipe(tmp_path, output=str(lonely / "run"))
-    code, said = run(lab, lab.hostfile("a", "odd", "gone"), recipe)
+    settings = [f"output={lonely / 'run'}", "phases.main.batch_tokens=384"]  # which 3 ranks divide
+    code, said = run(lab, lab.hostfile("a", "odd", "gone"), write_recipe(tmp_path), *settings)
     assert code == 3
     assert "torch differs: 2.13" in said
     assert "2.4.1 on odd" in said
@@ -269,10 +269,14 @@ def test_a_bad_hostfile_is_refused(tmp_path, text, said):
 
 
 def test_a_bad_recipe_is_refused_before_any_host_is_asked(tmp_path):
-    """Its message, code 2, once."""
+    """Its message, code 2, once: one that is not there, and one whose batch all ranks together do not divide."""
     hosts = tmp_path / "hosts"
-    hosts.write_text("a slots=1\n")
-    command = ["bash", SCRIPT, str(hosts), str(tmp_path / "none.yaml")]
+    hosts.write_text("a slots=1\nb slots=2\n")
+    command = ["bash", SCRIPT, str(hosts), str(write_recipe(tmp_path))]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("which 3 ranks x micro_batch 2 do not divide") == 1
+    command[-1] = str(tmp_path / "none.yaml")
     env = environment(SLM_SSH="touch pwned-by-ssh")
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2

@@ -46,6 +46,15 @@ def run(tmp_path):
     return write
 
 
+def launcher(name, monkeypatch):
+    """A file of launchers/slurm, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "launchers" / "slurm" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
 def over(folder):
     return {
         name: (where.step, where.is_over)
@@ -105,10 +114,7 @@ def test_a_job_in_words():
 def test_a_job_that_gains_nothing_is_requeued_twice_and_not_three_times(tmp_path, monkeypatch, capsys):
     """Its last two requeues were after the step at which it stands now; SLURM is not asked. scontrol is a recording stand-in
     here: the real one is in tests/slurm."""
-    spec = importlib.util.spec_from_file_location("slurm_job", ROOT / "launchers" / "slurm" / "job.py")
-    job = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "slurm_job", job)
-    spec.loader.exec_module(job)
+    job = launcher("job", monkeypatch)
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
     (tmp_path / "events.jsonl").write_text(json.dumps({"kind": "requeue", "job": "5", "step": 7}) + "\n")
     (tmp_path / "scontrol").write_text(
@@ -128,3 +134,39 @@ def test_a_job_that_gains_nothing_is_requeued_twice_and_not_three_times(tmp_path
     assert "no further than step 7" in capsys.readouterr().err
     for number, handler in handlers.items():
         job.signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("partition", "low; touch pwned"),
+        ("account", "$(id)"),
+        ("qos", "a\nb"),
+        ("time", "`id`"),
+        ("time", 1440),
+        ("memory", "1G --wrap=id"),
+        ("environment", ["A=canary"]),
+        ("exclude", ["--wrap"]),
+        ("container", {"image": "x y"}),
+        ("node", 3),
+        ("phases", {"a b": {}}),
+        ("train", {"array": 3}),
+    ],
+)
+def test_a_cluster_file_cannot_say_more_than_values(tmp_path, monkeypatch, field, value):
+    """Options of sbatch are words of an argument list, but what looks like a command is refused all the same, and by name."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump({field: value}))
+    with pytest.raises(UserError, match=field):
+        launcher("cluster", monkeypatch).load_cluster(path)
+
+
+def test_the_cluster_file_that_is_copied_says_the_defaults(monkeypatch):
+    """launchers/slurm/cluster.yaml has every field, but for those that only some need, which stand in its comments."""
+    module, path = launcher("cluster", monkeypatch), ROOT / "launchers" / "slurm" / "cluster.yaml"
+    cluster, text = module.load_cluster(path), path.read_text()
+    assert not [name for name in module.Cluster.model_fields if f"{name}:" not in text]
+    assert cluster.of_phase("any").ranks == 8
+    assert cluster.of_phase("any").options() == [
+        "--partition=gpu", "--time=24:00:00", "--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12",
+    ]  # fmt: skip
