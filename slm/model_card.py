@@ -104,7 +104,8 @@ def _data(state: dict[str, Any], recipe: dict[str, Any]) -> str:
     identity = state.get("identity") or {}
     lines = ["## Data", "", "| source | tokens | documents | fingerprint (SHA-256) |", "|---|---|---|---|"]
     data = recipe.get("data") or {}
-    for name, place in {**(data.get("sources") or {}), **(data.get("validation") or {})}.items():
+    held_out = {f"{name} (held out)": place for name, place in (data.get("validation") or {}).items()}
+    for name, place in {**(data.get("sources") or {}), **held_out}.items():
         folder = place.get("path") if isinstance(place, dict) else place
         try:
             dataset = TokenDataset(str(folder))
