@@ -2,7 +2,6 @@
 of the harness's own `hf` model on the exported folder; kept answers; ranks; programs that are run; what is refused."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
