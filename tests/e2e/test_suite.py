@@ -213,6 +213,8 @@ def ran(references, predictions):
 def test_programs_run_only_when_asked_for_by_name_and_with_limits(folder, tmp_path, monkeypatch):
     """A task marked unsafe: neither alone nor inside a group, nor is its module imported, without --allow-code-execution; with
     it each process has the limits that are said, and no secret in its environment."""
+    from lm_eval.tasks import TaskManager
+
     from slm import suite
 
     tasks = tmp_path / "tasks"
@@ -225,13 +227,13 @@ def test_programs_run_only_when_asked_for_by_name_and_with_limits(folder, tmp_pa
     (tasks / "program.py").write_text("open(__file__ + '.imported', 'w')\n" + PROGRAM)
     (tasks / "g.yaml").write_text(yaml.safe_dump({"group": "t_group", "task": ["t_code"]}))
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
-    options = dict(task_folders=[tasks], limit=1)
+    manager = TaskManager(include_path=str(tasks))
     for name, allow in (("t_code", False), ("t_group", False), ("t_group", True)):
         with pytest.raises(UserError, match="programs that the model writes.*seconds of processor time"):
-            suite.evaluate_suite(str(folder / "model"), [name], allow_code=allow, **options)
+            suite._check_code(manager, [name], allow)
     for real in ("humaneval", "mbpp"):  # the harness's own
         with pytest.raises(UserError, match=f"--suite {real} --allow-code-execution"):
-            suite.evaluate_suite(str(folder / "model"), [real])
+            suite._check_code(manager, [real], False)
     assert not list(tasks.glob("*.imported"))
     command = [sys.executable, "-m", "slm", "eval", folder / "model", "--suite", "t_code", "--tasks", tasks]
     done = subprocess.run(  # a process of its own: the limits stay for all later children
