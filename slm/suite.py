@@ -113,7 +113,7 @@ def _run(
         "limit": limit,
         "results": {
             name: {
-                "scores": {key: x for key, x in row.items() if "," in key},
+                "scores": {key: x for key, x in row.items() if "," in key and isinstance(x, int | float)},
                 "num_fewshot": (found.get("n-shot") or {}).get(name),
                 "documents": ((found.get("n-samples") or {}).get(name) or {}).get("effective"),
                 "version": (found.get("versions") or {}).get(name),
@@ -217,9 +217,8 @@ def rows_of(found: dict[str, Any]) -> Iterator[tuple[str, str, str, float, float
         scores = result["scores"]
         for key, value in scores.items():
             metric, _, kind = key.partition(",")
-            if not metric.endswith("_stderr") and isinstance(value, int | float):
-                error = scores.get(f"{metric}_stderr,{kind}")
-                yield task, metric, kind, float(value), float(error) if isinstance(error, int | float) else None
+            if not metric.endswith("_stderr"):
+                yield task, metric, kind, value, scores.get(f"{metric}_stderr,{kind}")
 
 
 def draw(found: dict[str, Any]) -> None:
