@@ -25,6 +25,7 @@ from slm.harness import HarnessModel
 from slm.loading import RunPlace
 from slm.metrics import append_row
 from slm.runtime import atomic_write, discover_ranks
+from slm.supervise import last_step
 
 log = logging.getLogger("slm")
 
@@ -114,6 +115,7 @@ def _run(
         "results": {
             name: {
                 "scores": {key: x for key, x in row.items() if "," in key and isinstance(x, int | float)},
+                "limit": limit,
                 "num_fewshot": (found.get("n-shot") or {}).get(name),
                 "documents": ((found.get("n-samples") or {}).get(name) or {}).get("effective"),
                 "version": (found.get("versions") or {}).get(name),
@@ -237,19 +239,27 @@ def draw(found: dict[str, Any]) -> None:
         print(f"(only the first {found['limit']} documents of each: no score to compare with others)")
 
 
+def _earlier(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):  # none, or damaged
+        return {}
+
+
 def write(found: dict[str, Any], folder: Path, run: RunPlace | None) -> Path:
     """Into FOLDER/suite-NAME.json, beside what earlier suites found of the same weights, and of a run also as a row of its
-    metrics.jsonl: suite/TASK/METRIC at the checkpoint's step. Raises EnvironmentProblem."""
+    metrics.jsonl: suite/TASK/METRIC, and suite/step, the checkpoint's step. Raises EnvironmentProblem."""
     path = folder / f"suite-{run.checkpoint if run is not None else found['fingerprint'][:12]}.json"
     try:
-        before = json.loads(path.read_text()) if path.is_file() else {}
+        before = _earlier(path)
         if before.get("fingerprint") == found["fingerprint"]:
             found = found | {"results": before["results"] | found["results"]}
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(found, indent=1) + "\n")
         if run is not None:
             values = {f"suite/{task}/{metric}": value for task, metric, _, value, _ in rows_of(found)}
-            append_row(run.folder, run.step, values)
+            # Steps never go down there: of an earlier checkpoint the row stands at the newest step, and says which it is of.
+            append_row(run.folder, max(run.step, last_step(run.folder)), {"suite/step": run.step, **values})
     except OSError as error:
         raise EnvironmentProblem(
             f"{path} cannot be written: {error}", fix="give another --output, or make room"

@@ -251,6 +251,6 @@ def _benchmark(run, tmp_path):
     score = found["results"]["t"]["scores"]["acc,none"]
     assert score in (0.0, 1.0)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert {"step": 6, "suite/t/acc": score}.items() <= rows[-1].items()
+    assert {"step": 6, "suite/step": 6, "suite/t/acc": score}.items() <= rows[-1].items()
     assert len((run / "eval/answers/answers-0.jsonl").read_text().splitlines()) == 2
     return True
