@@ -228,10 +228,12 @@ def draw(measured: list[Measured]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    columns = ["text", "tokens", "loss (nats)", "perplexity", "per word", "bits per byte", "bits per character"]
-    table = Table(*columns)
+    table = Table()
+    table.add_column("text", overflow="fold")
+    for name in ("tokens", "loss", "perplexity", "per word", "bits/byte", "bits/char"):
+        table.add_column(name, justify="right", no_wrap=True)
     for m in measured:
-        ratios = (f"{m.loss:.4f}", f"{m.perplexity:.2f}", f"{m.word_perplexity:.2f}")
+        ratios = (f"{m.loss:.4f}", f"{m.perplexity:.2f}", f"{m.word_perplexity:.5g}")
         table.add_row(
             Text(m.name), f"{m.num_tokens:,}", *ratios, f"{m.bits_per_byte:.4f}", f"{m.bits_per_character:.4f}"
         )
