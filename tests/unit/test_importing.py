@@ -199,6 +199,7 @@ def test_export_of_a_folder_is_what_transformers_loads_without_our_code(tiny_con
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_real_1b_with_random_weights_of_that_shape(tmp_path):
     """The published config of Llama 3.2 1B in the form of transformers 4, its 146 names and shapes in float32 (4.9 GB), one
     tensor at a time: imported, loaded, and the same numbers. Needs about 11 GB of disk and 6 of memory."""
