@@ -372,7 +372,7 @@ def _offload_line(found: Budget, row: Candidate) -> str:
     kind = "page-locked" if row.zero.pinned else "not page-locked (pin_memory false)"
     link, memory = row.time.host_link_bytes / 1e9, row.time.host_memory_bytes / 1e9
     return (
-        f"offload: {row.time.offload_seconds:.3g} s a step, taken as not hidden: a GPU moves {link:.2f} GB to and from host memory, "
-        f"at {efficiency:.0%} of {found.gpu.host_bandwidth / 1e9:g} GB/s for it is {kind}, and the CPUs {memory:.2f} GB for it "
-        f"(Adam), at {HOST_MEMORY_BANDWIDTH / 1e9:g} GB/s a node: assumed, not measured"
+        f"offload: {row.time.offload_seconds:.3g} s a step, taken as not hidden: a GPU moves {link:.2f} GB to and from host "
+        f"memory, at {efficiency:.0%} of {found.gpu.host_bandwidth / 1e9:g} GB/s for it is {kind}, and the CPUs {memory:.2f} GB "
+        f"for it (Adam), at {HOST_MEMORY_BANDWIDTH / 1e9:g} GB/s a node: assumed, not measured"
     )

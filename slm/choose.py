@@ -92,7 +92,7 @@ def candidates(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidates
     if recipe.precision != "float32":
         names = [name for name in names if name != "zero0"]  # the engine refuses it
     paths = {name: str(_FOLDER / f"{name}.json") for name in names}
-    if own.deepspeed not in paths:
+    if own.deepspeed not in paths and not own.zero.plus_plus:
         paths[own.deepspeed] = phase.deepspeed
     tiles = phase.mlp_tile_tokens or _TILE_TOKENS
     relief: list[dict[str, Any]] = [
@@ -194,8 +194,8 @@ def evaluate(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs, teachers: Teach
 
 
 def choose(rows: tuple[Candidate, ...]) -> Candidate | None:
-    """By the rule at the top of this file; None if nothing fits."""
-    fitting = [row for row in rows if row.fits]
+    """By the rule at the top of this file; None if nothing fits. ZeRO++ is not counted in full, and not proposed."""
+    fitting = [row for row in rows if row.fits and not row.zero.plus_plus]
     fitting = [row for row in fitting if not row.zero.offloads] or fitting
     fitting = [row for row in fitting if not _adds_in_half(row)] or fitting
     if not fitting:

@@ -45,7 +45,7 @@ class TeacherMemory:
     weights: int = 0  # always
     targets: int = 0  # from a micro-batch's forward pass of the teacher to the next one's
     working: int = 0  # in the teacher's forward pass
-    chunk: int = 0  # in the loss, beside the student's chunk of logits
+    chunk: int = 0  # in the loss, beside the student's chunk of logits; without 32 bytes an entry of the chunk
 
 
 def teachers_of(recipe: Recipe, phase: Phase) -> Teachers:
@@ -66,21 +66,23 @@ def teachers_of(recipe: Recipe, phase: Phase) -> Teachers:
             continue
         why = "is not of a shape that this plan can read" if Path(teacher.model).exists() else "is not on this machine"
         unknown.append(
-            f"the teacher{'' if name == 'teacher' else ' ' + name} runs beside the student, and {teacher.model} {why}: on every GPU its weights (2 bytes each) and "
-            "what it works with come on top of this memory, and its forward pass (2 FLOPs a weight and token, and attention) "
-            "on top of this time"
+            f"the teacher{'' if name == 'teacher' else ' ' + name} runs beside the student, and {teacher.model} {why}: on every "
+            "GPU its weights (2 bytes each) and what it works with come on top of this memory, and its forward pass (2 FLOPs a "
+            "weight and token, and attention) on top of this time"
         )
     at_one = all(value == 1 for _, value in points(loss.temperature))
     return Teachers(tuple(beside), tuple(unknown), form, tuple(entries), len(used) > 1 or not at_one)
 
 
-def teacher_memory(teachers: Teachers, student: ModelConfig, tokens: int, value_bytes: int = 2) -> TeacherMemory:
+def teacher_memory(
+    teachers: Teachers, student: ModelConfig, tokens: int, value_bytes: int = 2, device: str = "cuda"
+) -> TeacherMemory:
     """tokens: of one micro-batch on this rank. value_bytes: of a teacher's weight (on a CPU 4)."""
     if not teachers.form:
         return TeacherMemory()
     b = value_bytes
     weights = sum(shape.num_parameters() for shape in teachers.beside) * b
-    chunk = min(tokens, chunk_tokens(student.vocab_size, "cuda")) * student.vocab_size
+    chunk = min(tokens, chunk_tokens(student.vocab_size, device)) * student.vocab_size
     second = 4 * chunk if teachers.second_chunk else 0
     if teachers.form == "full":  # its hidden states; each chunk's p of every teacher, and log p of one
         targets = sum(tokens * shape.hidden_size * b for shape in teachers.beside)
@@ -88,19 +90,21 @@ def teacher_memory(teachers: Teachers, student: ModelConfig, tokens: int, value_
         second += 4 * chunk * (num + 1) if num else 0
     else:  # an index of 8 bytes and a float32 an entry, and the rest's float32
         targets = sum((12 * k + 4) * tokens for k in teachers.entries)
-    working = max((_forward_bytes(shape, teachers.form, tokens, b) for shape in teachers.beside), default=0)
+    working = max((_forward_bytes(shape, teachers.form, tokens, b, device) for shape in teachers.beside), default=0)
     return TeacherMemory(weights, targets, working, second)
 
 
-def _forward_bytes(config: ModelConfig, form: str, tokens: int, b: int) -> int:
-    """Without gradients: a block's input, its norm and one half's products; a chunk of logits on the way to its likeliest k."""
+def _forward_bytes(config: ModelConfig, form: str, tokens: int, b: int, device: str) -> int:
+    """Without gradients: in a block its input, the sum after attention, a norm and one half's products (of the MLP's width
+    four, as measured on a CPU), beside cosines and sines; or a chunk of logits on the way to its likeliest k."""
     E, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     Q, J = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    block = tokens * (2 * E + max(2 * Q + 2 * J, 3 * F)) * b
+    block = tokens * ((3 * E + max(2 * Q + 2 * J, 4 * F)) * b + 4 * config.head_dim)
     if form == "full":
         return block
-    # targets.top_k: as they come and divided by T; log p and, for its entropy, p, their product and a mask.
-    return max(block, tokens * E * b + min(tokens, chunk_tokens(V, "cuda")) * V * (2 * b + 13))
+    # targets.top_k: as they come and divided by T; in float32 log p, scaled and, for the entropy, the product and its sum's
+    # terms, with a mask.
+    return max(block, tokens * E * b + min(tokens, chunk_tokens(V, device)) * V * (2 * b + 17))
 
 
 def forward_flops(config: ModelConfig, seq_len: int) -> tuple[float, float]:
