@@ -443,15 +443,42 @@ def export(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="runs' folders; several are laid over each other")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="where the page goes; RUN/report.html if it is of one run")
+    ] = None,
+    over: Annotated[
+        str, typer.Option(metavar="steps|tokens", help="what curves are drawn over; several runs: tokens, unless told")
+    ] = "",
+    no_page: Annotated[bool, typer.Option("--no-page", help="only say where the time went")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs: where the time went, and no page")] = False,
 ) -> None:
-    """Where a run's time went, over all its attempts: the share of it that was training, what was lost, and to what."""
+    """Where a run's time went, over all its attempts: the share of it that was training, what was lost, and to what. And all
+    that it measured as one HTML page, which opens without a network."""
     from slm.ledger import describe, goodput, how_it_ended, read_events
 
-    found = goodput(read_events(run))
-    ended = how_it_ended(run)
-    typer.echo(json.dumps({**found, "ended": ended}, indent=2) if as_json else f"{describe(found)}\n{ended}")
+    if over not in ("", "steps", "tokens"):
+        raise UserError(f"--over is {over!r}, which no curve is drawn over", fix="give steps or tokens")
+    has_page = not (no_page or as_json)
+    if not has_page and (output or over):
+        option = "--output" if output else "--over"
+        raise UserError(f"{option} has no effect without a page", fix=f"leave {option} or --no-page and --json out")
+    if has_page and output is None and len(runs) > 1:
+        raise UserError(
+            f"the page of {len(runs)} runs has no place of its own", fix="give --output FILE.html, or --no-page"
+        )
+    found = {str(run): goodput(read_events(run)) | {"ended": how_it_ended(run)} for run in runs}
+    if as_json:
+        typer.echo(json.dumps(found if len(runs) > 1 else found[str(runs[0])], indent=2))
+        return
+    for run, seconds in found.items():
+        typer.echo((f"{run}:\n" if len(runs) > 1 else "") + f"{describe(seconds)}\n{seconds['ended']}")
+    if has_page:
+        from slm.report.page import write_page
+
+        path = output or runs[0] / "report.html"
+        write_page(runs, path, over or None)  # type: ignore[arg-type]
+        typer.echo(f"wrote {path} (open it in a browser)", err=True)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What is seldom wanted: a trace of some steps, and what to say when memory runs out.
+"""What is seldom wanted: a trace of some steps, what a run was made on, and what to say when memory runs out.
 
 profiler = start_profiler(run_dir, rank, range(5, 9), device_type="cpu")
 """
@@ -6,12 +6,18 @@ profiler = start_profiler(run_dir, rank, range(5, 9), device_type="cpu")
 from __future__ import annotations
 
 import logging
+import os
+import platform
+import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slm import parallel
 from slm.errors import EnvironmentProblem, SLMError
+from slm.installed import facts
 from slm.metrics import memory_stats
 from slm.recipe import Phase
 from slm.runtime import atomic_write
@@ -25,6 +31,13 @@ _TILE_TOKENS = 8192  # large enough for full-speed matrix products
 class OutOfMemory(SLMError):
     exit_code = 77
     title = "Out of memory"
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """What an attempt runs on and with, for who looks at the run later. Collective: hosts is {name: its ranks}."""
+    found = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    found |= {**facts(), "system": platform.platform(), "cpus": str(os.cpu_count())}
+    return {"hosts": Counter(parallel.gather_objects(socket.gethostname())), **found}
 
 
 def start_profiler(run_dir: Path, rank: int, steps: range, device_type: str) -> Any:

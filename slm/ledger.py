@@ -71,7 +71,7 @@ class Ledger:
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of events.jsonl, without one that a kill cut short. Raises UserError where there is no such file."""
+    """The lines of events.jsonl that are events: not one that a kill cut short. Raises UserError where there is no such file."""
     path, events = run_dir / "events.jsonl", []
     if not run_dir.is_dir():
         what = "is a file, and a run is a folder" if run_dir.exists() else "does not exist"
@@ -84,9 +84,15 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
         )
     for line in path.read_text(errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except ValueError:
             continue
+        if (
+            isinstance(event, dict)
+            and isinstance(event.get("kind"), str)
+            and isinstance(event.get("time"), int | float)
+        ):
+            events.append(event)
     return events
 
 
@@ -154,20 +160,20 @@ def describe(found: dict[str, Any]) -> str:
     if not wall:
         return "no attempt of this run has told its time"
     lines = [
-        f"goodput {found['goodput']:.1%}: of {_duration(wall - found['seconds'].get('idle', 0.0))} "
-        f"{'in' if found['attempts'] == 1 else 'over'} {_counted(found['attempts'], 'attempt')}, so much was steps that count",
+        f"goodput {found['goodput']:.1%}: of {duration(wall - found['seconds'].get('idle', 0.0))} "
+        f"{'in' if found['attempts'] == 1 else 'over'} {counted(found['attempts'], 'attempt')}, so much was steps that count",
         "",
     ]
     for name, seconds in found["seconds"].items():
         bar = "#" * round(40 * seconds / wall)
-        lines.append(f"  {name:8} {_duration(seconds):>10} {seconds / wall:7.2%}  {bar}")
+        lines.append(f"  {name:8} {duration(seconds):>10} {seconds / wall:7.2%}  {bar}")
     lines.append("")
     if gap := found["longest_gap"]:
         lines.append(
-            f"longest time between two attempts: {_duration(gap['seconds'])}, before the one from step {gap['step']}"
+            f"longest time between two attempts: {duration(gap['seconds'])}, before the one from step {gap['step']}"
         )
-    again = _counted(found["steps_lost"], "step")
-    lines.append(f"{again} computed again, {found['skipped']} skipped, {_counted(found['rollbacks'], 'rollback')}")
+    again = counted(found["steps_lost"], "step")
+    lines.append(f"{again} computed again, {found['skipped']} skipped, {counted(found['rollbacks'], 'rollback')}")
     return "\n".join(lines)
 
 
@@ -175,22 +181,24 @@ def how_it_ended(run_dir: Path) -> str:
     """The run's last attempt, in words, by exit.json, which one that is still going on does not have."""
     try:
         record = json.loads((run_dir / "exit.json").read_text())
-    except (OSError, ValueError):
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["time"]))
+        reason = str(record["reason"]).partition("\n")[0]
+        return f"the last attempt ended at {when} with code {record['code']}: {reason}"
+    except OSError:
         return "it is still running, or was killed without a word (there is no exit.json)"
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["time"]))
-    reason = str(record["reason"]).partition("\n")[0]
-    return f"the last attempt ended at {when} with code {record['code']}: {reason}"
+    except (ValueError, KeyError, TypeError):
+        return f"how the last attempt ended is not known: {run_dir / 'exit.json'} is damaged"
 
 
-def _counted(count: int, what: str) -> str:
+def counted(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     hours, rest = divmod(round(seconds), 3600)
-    days = f"{_counted(hours // 24, 'day')} " if hours >= 48 else ""
+    days = f"{counted(hours // 24, 'day')} " if hours >= 48 else ""
     return f"{days}{hours % 24 if days else hours}:{rest // 60:02}:{rest % 60:02}"
 
 

@@ -9,6 +9,7 @@ done is told by what lies on the disk, not by the queue, which forgets.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import time
@@ -17,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm.errors import UserError
+from slm.data.tokens import MANIFEST
+from slm.errors import SLMError, UserError
 from slm.recipe import Phase, Recipe, load_recipe
 from slm.runtime import atomic_write
 
 JOBS = "jobs.json"
 CHECKED = "checked"  # an empty file, as old as the last check of the nodes that found nothing wrong
-PHASE = "phase "  # a stage's name begins with it
+PHASE, DATA = "phase ", "data "  # a stage's name begins so
+CHECK_SECONDS = 24 * 3600  # a check of the nodes is good for a day
 # What squeue says of jobs that are still to come or going on; anything else has ended.
 LIVE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING",
                   "STAGE_OUT", "STOPPED", "RESIZING", "SPECIAL_EXIT", "RESV_DEL_HOLD", "REQUEUE_FED"})  # fmt: skip
@@ -69,11 +72,25 @@ def gate_held(run_dir: Path, phase: Phase) -> bool:
     """Whether a phase has no gate, or the last look at it let the run pass."""
     if phase.gate is None:
         return True
-    told = [event for event in _events(run_dir) if event.get("kind") == "gate" and event.get("phase") == phase.name]
+    told = [event for event in events(run_dir) if event.get("kind") == "gate" and event.get("phase") == phase.name]
     return bool(told) and bool(told[-1].get("passed"))
 
 
-def _events(run_dir: Path) -> list[dict[str, Any]]:
+def suspects(run_dir: Path) -> list[str]:
+    """Nodes, as SLURM calls them, on which a rank of this run hung or held other weights than most; the newest last."""
+    return [str(node) for event in events(run_dir) if (node := event.get("suspect_node"))]
+
+
+def newest_suspect(run_dir: Path) -> str:
+    """The node that the last attempt has blamed for its end; empty if none."""
+    found = ""
+    for event in events(run_dir):
+        found = "" if event.get("kind") == "start" else str(event.get("suspect_node") or found)
+    return found
+
+
+def events(run_dir: Path) -> list[dict[str, Any]]:
+    """What is readable of events.jsonl: a kill leaves lines that are cut short."""
     return _json_lines(run_dir / "events.jsonl")
 
 
@@ -85,9 +102,10 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:  # cut short by a kill
             continue
+        found += [row] if isinstance(row, dict) else []
     return found
 
 
@@ -98,9 +116,37 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
+def is_done(stage: str, words: list[str], run_dir: Path, recipe: Recipe) -> bool:
+    """Whether what a stage of the chain is for lies on the disk. words: the arguments of its job script."""
+    if stage.startswith(PHASE):
+        return standings(run_dir, recipe)[stage.removeprefix(PHASE)].is_over
+    if stage.startswith(DATA):
+        output = Path(words[words.index("--output") + 1])
+        return any((folder / MANIFEST).exists() for folder in (output, output / "train"))
+    if stage == "teacher":
+        from slm.distill.wanted import wanted_caches
+
+        try:
+            return all(w.path.exists() for w in wanted_caches(recipe))
+        except SLMError:  # its token shards are still to come
+            return False
+    if stage == "check":
+        return _age_seconds(run_dir / CHECKED) < CHECK_SECONDS
+    saved = [_age_seconds(path) for path in run_dir.glob("checkpoints/[!.]*/manifest.json")]
+    return _age_seconds(run_dir / "eval" / "final.json") <= min(saved, default=-1.0)
+
+
+def _age_seconds(path: Path) -> float:
+    """Infinite for a file that is not there."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return math.inf
+
+
 # ------------------------------------------------------------------------------------------------ the queue
 def read_jobs(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """{stage: {"job": its number, "submitted": time, "command": what was submitted}}"""
+    """{stage: {"job": its number, "submitted": time, "arguments": of its script}}"""
     return _json(run_dir / JOBS)
 
 
@@ -109,7 +155,8 @@ def write_jobs(run_dir: Path, jobs: dict[str, dict[str, Any]]) -> None:
 
 
 def queue() -> dict[str, list[tuple[str, str]]] | None:
-    """{job: (state, reason or nodes) of it or of each member of the array}, as far as SLURM still knows; None without SLURM."""
+    """{job: (state, reason or nodes) of it or of each member of the array}, as far as SLURM still knows; None where it cannot
+    be asked: no squeue here, or no answer."""
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--noheader", "--states=all", "--array", "--format=%F|%T|%R"]
@@ -124,8 +171,8 @@ def queue() -> dict[str, list[tuple[str, str]]] | None:
 
 
 def is_live(members: list[tuple[str, str]]) -> bool:
-    """Whether something of a job is still to come or going on."""
-    return any(state in LIVE for state, _ in members)
+    """Whether something of a job is still to come or going on. (What waits for a job that has failed never comes.)"""
+    return any(state in LIVE and "DependencyNeverSatisfied" not in why for state, why in members)
 
 
 def in_words(members: list[tuple[str, str]]) -> str:
@@ -145,15 +192,19 @@ def status(run_dir: Path) -> dict[str, Any]:
         raise UserError(
             f"{run_dir} is no run: it has neither recipe.yaml nor {JOBS}", fix="give a run's folder, as runs/demo"
         )
+    recipe = load_recipe(recipe_path) if recipe_path.exists() else None
     known = queue() if jobs else None
     stages: list[dict[str, Any]] = []
     for name, entry in jobs.items():
         members = (known or {}).get(entry["job"], [])
-        said = in_words(members) if members else "no longer in the queue" if known is not None else "no SLURM here"
-        stages.append({"stage": name, "job": entry["job"], "queue": said, "live": is_live(members)})
+        done = recipe is not None and is_done(name, entry["arguments"], run_dir, recipe)
+        if members:
+            said = in_words(members)
+        else:
+            said = "SLURM does not answer" if known is None else "" if done else "no longer in the queue, and not done"
+        stages.append({"stage": name, "job": entry["job"], "queue": said, "live": is_live(members), "done": done})
     found: dict[str, Any] = {"run": str(run_dir), "stages": stages, "phases": []}
-    if recipe_path.exists():
-        recipe = load_recipe(recipe_path)
+    if recipe is not None:
         last = _last_row(run_dir)
         for phase in recipe.phases:
             where = standings(run_dir, recipe)[phase.name]
@@ -179,10 +230,10 @@ def print_status(run_dir: Path) -> None:
     found, console = status(run_dir), Console()
     if found["stages"]:
         table = Table(title="jobs", title_justify="left")
-        for column in ("stage", "job", "queue"):
+        for column in ("stage", "job", "", "queue"):
             table.add_column(column)
         for stage in found["stages"]:
-            table.add_row(stage["stage"], stage["job"], stage["queue"])
+            table.add_row(stage["stage"], stage["job"], "done" if stage["done"] else "", stage["queue"])
         console.print(table)
     if found["phases"]:
         table = Table(title=f"{run_dir}, as saved", title_justify="left")

@@ -23,11 +23,13 @@ from typing import Any
 
 from slm.metrics import append_event
 from slm.runtime import EXIT_CODES, EXIT_FILE_VARIABLE, setup_logging
+from slm.status import newest_suspect
 
 log = logging.getLogger("slm")
 
 # What the same command again would not mend: done, a mistake, a lack, a broken file, or for somebody to look at.
 _FINAL_CODES = frozenset({0, 2, 3, 4, 75, 76, 77, 78})
+LEAVE_SUSPECTS = "SLM_LEAVE_SUSPECTS"  # in the environment: who started us leaves a node out that a run blames (job.py)
 _TIMES_AT_ONE_STEP = 3  # then it is no accident
 _LONGEST_WAIT_SECONDS = 60.0
 _TAIL_BYTES = 1 << 16
@@ -62,6 +64,8 @@ def _supervise(child: _Child, command: list[str], run_dir: Path, restarts: int) 
         # A rank that is told to stop saves and says so (75), but in its first seconds, when it just ends.
         told_to_stop = not record and code in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
         if code in _FINAL_CODES or child.arrived or told_to_stop:
+            return code
+        if LEAVE_SUSPECTS in os.environ and newest_suspect(run_dir):  # on the same nodes it would only happen again
             return code
         reason = _why(code, record)
         step = last_step(run_dir)

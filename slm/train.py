@@ -22,7 +22,7 @@ import torch
 from slm import checkpoint, gate, parallel, plan, watchdog
 from slm.data.batches import PhaseData
 from slm.data.tokens import TokenDataset
-from slm.diagnostics import start_profiler
+from slm.diagnostics import start_profiler, surroundings
 from slm.engine import Engine, deepspeed_config, resolve_precision
 from slm.errors import EnvironmentProblem, SLMError, UserError
 from slm.evaluate import HeldOut, examine
@@ -178,6 +178,8 @@ def _train(
             log.info("phase %s data: %s", phase.name, data[phase.name].describe())
         log.info("going on from %s" if reader else "starting from %s", reader.folder if reader else origin(recipe))
     run = open_run(recipe, ranks, device, run_dir, stop, position, ledger, profile_steps)
+    if phases:
+        run.metrics.event("data", phases={phase.name: data[phase.name].report() for phase in phases})
     if changes:
         run.metrics.event("recipe changed", step=position.global_step, changes=changes)
     if reader is not None and resume.fresh_optimizer:
@@ -246,7 +248,9 @@ def open_run(
     metrics = parallel.together(open_metrics)  # where W&B refuses the first rank, all leave
     saver = Checkpointer(run_dir, recipe.checkpoint, metrics.event)
     age = sum(ledger.seconds().values())
-    metrics.event("start", world_size=ranks.world_size, precision=precision, step=position.global_step, age=age)
+    here = surroundings(device)
+    start = dict(world_size=ranks.world_size, precision=precision, step=position.global_step, age=age)
+    metrics.event("start", **start, environment=here)
     profiler = start_profiler(run_dir, ranks.rank, profile_steps, device.type)
     return Run(
         recipe, ranks, device, precision, run_dir, metrics, saver, stop, ledger, profiler, step=position.global_step

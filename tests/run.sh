@@ -9,6 +9,7 @@ source launchers/environment.sh
 ensure_system_packages g++
 # For the tests of clusters, which skip where these cannot be had.
 ensure_system_packages slurmctld:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client ip:iproute2 pdsh || true
+ensure_system_packages chromium || true # for the test that looks at the page of slm report in a browser
 ensure_environment dev
 
 python -m ruff check .

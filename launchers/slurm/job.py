@@ -24,11 +24,13 @@ from slm.errors import SLMError, UserError
 from slm.metrics import append_event
 from slm.recipe import load_recipe
 from slm.runtime import atomic_write
-from slm.status import CHECKED
-from slm.supervise import last_step
+from slm.status import CHECKED, events, newest_suspect, read_jobs
+from slm.supervise import LEAVE_SUSPECTS, last_step
 
 RESTARTS = os.environ.get("SLM_RESTARTS", "3")  # within one job, of a run that crashed or hung
 MOST_REQUEUES = 1000  # SLURM counts them; a job that never ends by itself is a mistake
+MOST_BLIND_REQUEUES = 20  # of data and teachers, whose progress between two starts is not looked at
+STARTS_AT_ONE_STEP = 3  # then it is no accident
 # After one task has ended, the others may take so long: rank 0 may still be uploading to W&B.
 WAIT_SECONDS = 120
 STOPPED = 75
@@ -50,22 +52,22 @@ def main(arguments: list[str]) -> int:
     elif stage == "data":
         run_dir, command = None, [*srun(), python(), "-m", "data_prep.cli", "shards", *rest]
     elif stage == "check":
-        run_dir, command = None, [*srun(), *slm(), "doctor", "--folder", str(Path(rest[0]).parent)]
+        run_dir, command = None, [*srun(), *slm(), "doctor", *rest[1:], "--folder", str(Path(rest[0]).parent)]
     else:
         run_dir, command = None, [*srun(), *slm(), "eval", *rest, "--json"]
     say(f"{os.environ['SLURM_JOB_ID']} on {os.environ.get('SLURM_JOB_NODELIST')}: {shlex.join(command)}")
     began = time.time()
     code = run(command, environment, Path(rest[0]) / "eval" / "final.json" if stage == "eval" else None)
-    if (
-        run_dir is not None
-    ):  # srun says the largest of the tasks' codes, such as that of one which the watchdog had to kill
-        code = written_code(run_dir, began) or code
+    # srun says the largest of the tasks' codes, such as that of one which the watchdog had to kill.
+    if run_dir is not None and (written := written_code(run_dir, began)) is not None:
+        code = written
     if stage == "check" and code == 0:
+        Path(rest[0]).mkdir(parents=True, exist_ok=True)
         (Path(rest[0]) / CHECKED).touch()
     if code in TIME_IS_UP and stage not in ("eval", "check"):
         return requeue(code, run_dir)
     if code in HARDWARE_CODES and run_dir is not None:
-        return requeue(code, run_dir, exclude=suspect(run_dir))
+        return requeue(code, run_dir, exclude=newest_suspect(run_dir))
     return code
 
 
@@ -110,6 +112,7 @@ def step_environment() -> dict[str, str]:
         env.setdefault("MASTER_ADDR", address[1])
     tasks = re.match(r"\d+", env.get("SLURM_TASKS_PER_NODE", "1"))
     cores = int(env.get("SLURM_CPUS_ON_NODE", "1")) // int(tasks[0] if tasks else 1)
+    env[LEAVE_SUSPECTS] = "1"
     env.setdefault("OMP_NUM_THREADS", env.get("SLURM_CPUS_PER_TASK", str(max(1, cores))))
     return env
 
@@ -142,9 +145,10 @@ def run(command: list[str], env: dict[str, str], answer: Path | None = None) -> 
 
 
 def requeue(code: int, run_dir: Path | None, exclude: str = "") -> int:
-    """Puts this job back into the queue, unless SLURM is ending it anyway or nothing was gained since the last time."""
-    job = os.environ["SLURM_JOB_ID"]
-    state = job_state(job)
+    """Puts this job back into the queue, unless SLURM is ending it anyway or nothing was gained in the last starts. exclude: a
+    node that it, and the jobs that come after it, shall not run on again."""
+    job = job_name()
+    state = job_field(job, "JobState")
     if state != "RUNNING":
         say(f"job {job} is {state}: SLURM ends it (scancel), or requeues it by itself (preemption)")
         return code
@@ -152,14 +156,14 @@ def requeue(code: int, run_dir: Path | None, exclude: str = "") -> int:
         say("which node is to blame is not known, so the job is not started again by itself")
         return code
     count = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if count >= MOST_REQUEUES:
-        say(f"requeued {count} times already: no further")
+    if count >= (MOST_REQUEUES if run_dir else MOST_BLIND_REQUEUES):
+        say(f"job {job} was requeued {count} times already: no further\n  Fix: if it makes progress, submit it again")
         return code
     step = last_step(run_dir) if run_dir else None
-    if run_dir and not exclude and last_requeues(run_dir) == [{"job": job, "step": step}] * 2:
+    if run_dir and last_requeues(run_dir) == [{"job": job, "step": step}] * (STARTS_AT_ONE_STEP - 1):
         say(
-            f"job {job} has come no further than step {step} in three starts: its time limit leaves no room to train.\n"
-            "  Fix: give it more time, or warn it later (sbatch --signal=USR1@SECONDS); it is not requeued"
+            f"job {job} has come no further than step {step} in {STARTS_AT_ONE_STEP} starts, so it is not requeued\n  Fix: see "
+            "why in the log; if its time limit leaves no room to train, give it more, or warn it later (sbatch --signal)"
         )
         return code
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until it is written down
@@ -169,49 +173,50 @@ def requeue(code: int, run_dir: Path | None, exclude: str = "") -> int:
         return code
     if run_dir:
         append_event(run_dir, "requeue", job=job, step=step, restart=count + 1, code=code, exclude=exclude)
-    if exclude:  # only now: of a running job it cannot be changed
-        say(
-            f"not on {exclude} again: {tell('scontrol', 'update', f'JobId={job}', f'ExcNodeList={exclude}') or 'noted'}"
-        )
+    if run_dir and exclude:  # only now: of a running job it cannot be changed
+        later = [entry["job"] for entry in read_jobs(run_dir).values() if entry["job"] != job]
+        leave_out(exclude, [job, *(other for other in later if job_field(other, "JobState") == "PENDING")])
     say(f"job {job} goes back into the queue, to go on from what is saved")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)  # as SLURM does now, or has already
     return code
 
 
-def job_state(job: str) -> str:
-    found = re.search(r"\bJobState=(\S+)", tell("scontrol", "show", "job", "-o", job))
-    return found[1] if found else "unknown"
+def leave_out(node: str, jobs: list[str]) -> None:
+    """Adds a node to those that these jobs are kept off."""
+    for job in jobs:
+        before = job_field(job, "ExcNodeList")
+        nodes = node if before in ("", "(null)") else f"{before},{node}"
+        said = tell("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}").strip()
+        say(f"job {job}: not on {nodes}" + (f" ({said})" if said else ""))
 
 
-def written_code(run_dir: Path, since: float) -> int:
-    """What the run itself has written of how it ended; 0 if that is how, or if it has not."""
+def job_name() -> str:
+    """As scontrol wants it: the number of an array's last member is also that of the whole array."""
+    env = os.environ
+    if "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env["SLURM_JOB_ID"]
+
+
+def job_field(job: str, name: str) -> str:
+    found = re.search(rf"\b{name}=(\S+)", tell("scontrol", "show", "job", "-o", job))
+    return found[1] if found else ""
+
+
+def written_code(run_dir: Path, since: float) -> int | None:
+    """What the run itself has written of how this attempt ended; None if it has not."""
     try:
         record = json.loads((run_dir / "exit.json").read_text())
-    except (OSError, ValueError):
-        return 0
-    return record["code"] if record["time"] >= since else 0
-
-
-def events(run_dir: Path) -> list[dict[str, object]]:
-    try:
-        return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
-        return []
+        return record["code"] if record["time"] >= since else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def last_requeues(run_dir: Path) -> list[dict[str, object]]:
-    """Of the last two, which job it was and after which step."""
+    """Of the last ones, which job it was and after which step."""
     found = [event for event in events(run_dir) if event.get("kind") == "requeue"]
-    return [{name: event.get(name) for name in ("job", "step")} for event in found[-2:]]
-
-
-def suspect(run_dir: Path) -> str:
-    """The node that the last attempt has named as the one to blame, as SLURM calls it; empty if none."""
-    found = ""
-    for event in events(run_dir):
-        found = "" if event.get("kind") == "start" else str(event.get("suspect_node") or found)
-    return found
+    return [{name: event.get(name) for name in ("job", "step")} for event in found[1 - STARTS_AT_ONE_STEP :]]
 
 
 def tell(*command: str) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import os
 import shlex
 import shutil
@@ -23,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -32,21 +30,19 @@ from cluster import Cluster, Job, load_cluster  # noqa: E402
 
 from slm.budget import Assumptions, budget, check_fits  # noqa: E402
 from slm.data.tokens import MANIFEST  # noqa: E402
-from slm.distill.wanted import cached_teachers, wanted_caches  # noqa: E402
+from slm.distill.wanted import cached_teachers  # noqa: E402
 from slm.errors import EnvironmentProblem, SLMError, UserError  # noqa: E402
 from slm.forecast import GPUs  # noqa: E402
 from slm.hardware import find_gpu  # noqa: E402
 from slm.layout import check_ranks  # noqa: E402
 from slm.names import shortened  # noqa: E402
 from slm.recipe import Recipe, load_recipe  # noqa: E402
-from slm.status import CHECKED, PHASE, is_live, queue, read_jobs, standings, write_jobs  # noqa: E402
+from slm.status import DATA, PHASE, is_done, is_live, queue, read_jobs, suspects, write_jobs  # noqa: E402
 
-# What a job needs of the shell that submits it; others only by cluster.yaml's `environment`, so that no secret travels unasked.
-ENVIRONMENT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "DS_ACCELERATOR",
-               "HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")  # fmt: skip
-
-
-CHECK_SECONDS = 24 * 3600  # a check of the nodes is good for a day
+# What sbatch and a job need of the shell that submits it; others only by cluster.yaml's `environment`, so that no secret travels
+# unasked. (sbatch --export=NAME,NAME would have SLURM read the user's login files on the node, and all that they set.)
+ENVIRONMENT = ("SLURM_CONF", "PATH", "HOME", "USER", "LANG", "LC_ALL", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH",
+               "DS_ACCELERATOR", "HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,57 +86,43 @@ def main(arguments: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------ the chain
 def stages(recipe: Recipe, cluster: Cluster, words: list[str]) -> list[Stage]:
     """In order. words: the recipe and its overrides, as each job gets them."""
-    found = []
+    run_dir, found = recipe.run_dir, []
+
+    def add(name: str, script: str, arguments: list[str], job: Job, after: tuple[str, ...]) -> None:
+        found.append(Stage(name, script, arguments, job, after, is_done(name, arguments, run_dir, recipe)))
+
     for corpus, arguments in cluster.data.shards.items():
+        if "--output" not in arguments[:-1]:
+            raise UserError(
+                f"data.shards.{corpus} has no --output, so nobody could tell whether its shards are there",
+                fix="end the list with --output and a folder",
+            )
         job = cluster.job(cluster.data).model_copy(update={"array": cluster.data.array})
-        found.append(Stage(f"data {corpus}", "data.sbatch", arguments, job, (), _shards_are_there(corpus, arguments)))
+        add(DATA + corpus, "data.sbatch", arguments, job, ())
     data = tuple(stage.name for stage in found)
+    before: tuple[str, ...] = data
+    checked: tuple[str, ...] = ()
+    if cluster.check:
+        largest = max((cluster.of_phase(phase.name) for phase in recipe.phases), key=lambda job: job.ranks)
+        minutes = 15 + (largest.nodes or 1) // 4  # pairs of nodes are measured in rounds
+        job = largest.model_copy(update={"time": str(minutes)})
+        # At once, while shards are being made; with the recipe where its shards are there to be looked at.
+        known = words if all(stage.is_done for stage in found) else []
+        add("check", "check.sbatch", [str(run_dir), *known], job, ())
+        checked = ("check",)
     cached = [phase.name for phase in recipe.phases if cached_teachers(recipe, phase)]
     if cached:
         job = cluster.job(cluster.teacher).model_copy(update={"array": cluster.teacher.array})
-        found.append(Stage("teacher", "teacher.sbatch", words, job, data, _caches_are_there(recipe)))
-    where = standings(recipe.run_dir, recipe)
-    if cluster.check:
-        largest = max((cluster.of_phase(phase.name) for phase in recipe.phases), key=lambda job: job.ranks)
-        job = largest.model_copy(update={"time": "15"})
-        found.append(Stage("check", "check.sbatch", [str(recipe.run_dir)], job, (), _was_checked(recipe.run_dir)))
-    before = data + (("check",) if cluster.check else ())
+        add("teacher", "teacher.sbatch", words, job, data)
     for phase in recipe.phases:
-        after = before + (("teacher",) if phase.name in cached else ())
-        arguments = [*words, "--until", phase.name]
+        after = (*before, *checked, *(("teacher",) if phase.name in cached else ()))
         name = PHASE + phase.name
-        found.append(
-            Stage(name, "train.sbatch", arguments, cluster.of_phase(phase.name), after, where[phase.name].is_over)
-        )
+        add(name, "train.sbatch", [*words, "--until", phase.name], cluster.of_phase(phase.name), after)
         before = (name,)
-    arguments = [str(recipe.run_dir), *cluster.eval.arguments]
     if recipe.data.validation:
-        is_done = found[-1].is_done and (recipe.run_dir / "eval" / "final.json").exists()
-        found.append(Stage("evaluation", "eval.sbatch", arguments, cluster.job(cluster.eval), before, is_done))
+        job = cluster.job(cluster.eval)
+        add("evaluation", "eval.sbatch", [str(run_dir), *cluster.eval.arguments], job, before)
     return found
-
-
-def _was_checked(run_dir: Path) -> bool:
-    """Of late: nodes change."""
-    file = run_dir / CHECKED
-    return file.exists() and time.time() - file.stat().st_mtime < CHECK_SECONDS
-
-
-def _shards_are_there(corpus: str, arguments: list[str]) -> bool:
-    if "--output" not in arguments[:-1]:
-        raise UserError(
-            f"data.shards.{corpus} has no --output, so nobody could tell whether its shards are there",
-            fix="end the list with --output and a folder",
-        )
-    output = Path(arguments[arguments.index("--output") + 1])
-    return any((folder / MANIFEST).exists() for folder in (output, output / "train"))
-
-
-def _caches_are_there(recipe: Recipe) -> bool:
-    try:
-        return all(w.path.exists() for w in wanted_caches(recipe))
-    except SLMError:  # their token shards are still to come
-        return False
 
 
 # ----------------------------------------------------------------------------------- what is wrong with it
@@ -186,8 +168,11 @@ def check(recipe: Recipe, cluster: Cluster, chain: list[Stage]) -> None:
 
 def refused_by_slurm(stage: Stage, recipe: Recipe, cluster: Cluster) -> str:
     """What sbatch says against a job without submitting it: its partition, account, limits, nodes."""
-    command = ["sbatch", "--test-only", *sbatch_options(stage, recipe.run_dir, cluster, recipe.name), script(stage)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options = sbatch_options(stage, recipe.run_dir, cluster, recipe.name, excluded_nodes(recipe.run_dir, cluster))
+    command = ["sbatch", "--test-only", *options, script(stage)]
+    done = subprocess.run(
+        command, env=environment(cluster), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode == 0:
         return ""
     lines = [line.removeprefix("sbatch: error: ") for line in done.stdout.splitlines() if line.strip()]
@@ -197,30 +182,39 @@ def refused_by_slurm(stage: Stage, recipe: Recipe, cluster: Cluster) -> str:
 # ------------------------------------------------------------------------------------------------ submitting
 def submit(chain: list[Stage], run_dir: Path, cluster: Cluster, run: str, *, dry_run: bool) -> None:
     """Submits what is missing, in order, and says so a line each. Each job is on the disk before the next is submitted."""
-    jobs, known = read_jobs(run_dir), queue() or {}
+    jobs, known = read_jobs(run_dir), queue()
+    if known is None:
+        raise EnvironmentProblem(
+            "squeue does not answer, so nobody could tell what is in the queue already",
+            fix="try again when `squeue` works",
+        )
+    live = {
+        stage.name: old for stage in chain if is_live(known.get(old := jobs.get(stage.name, {}).get("job", ""), []))
+    }
     at_work: dict[str, str] = {}  # stage: its job, of those that are not done
     again: set[str] = set()
     excluded = excluded_nodes(run_dir, cluster)
-    if set(excluded) - set(cluster.exclude):
-        say(
-            f"not on {', '.join(sorted(set(excluded) - set(cluster.exclude)))}: a rank hung there, or held other weights"
-        )
+    if suspected := [node for node in excluded if node not in cluster.exclude]:
+        say(f"not on {', '.join(suspected)}: a rank hung there, or held other weights (exclude_suspects)")
     for stage in chain:
         before = [name for name in stage.after if name in at_work]
-        old = jobs.get(stage.name, {}).get("job", "")
-        is_in_queue = is_live(known.get(old, []))
-        if stage.is_done and not before:
+        if stage.is_done:
             say(f"{stage.name}: done")
             continue
-        if is_in_queue and not again.intersection(stage.after):
-            at_work[stage.name] = old
-            say(f"{stage.name}: job {old} is in the queue")
+        if stage.name == "check" and any(name.startswith(PHASE) for name in live):
+            say("check: not needed, a phase is in the queue")
             continue
-        if is_in_queue:  # it waits for a job that has failed
+        if stage.name in live:
+            old = live[stage.name]
+            waits = all(state == "PENDING" and "Dependency" in why for state, why in known[old])
+            if not (waits and again.intersection(stage.after)):
+                at_work[stage.name] = old
+                say(f"{stage.name}: job {old} is in the queue")
+                continue
             say(f"{stage.name}: job {old} waits for one that is submitted again; it is too")
             if not dry_run:
-                subprocess.run(["scancel", old], check=True)
-        options = sbatch_options(stage, run_dir, cluster, run, [at_work[name] for name in before], excluded)
+                subprocess.run(["scancel", old], check=False)  # it may have ended by itself meanwhile
+        options = sbatch_options(stage, run_dir, cluster, run, excluded, [at_work[name] for name in before])
         command = ["sbatch", "--parsable", *options, script(stage), *stage.arguments]
         again.add(stage.name)
         if dry_run:
@@ -235,7 +229,7 @@ def submit(chain: list[Stage], run_dir: Path, cluster: Cluster, run: str, *, dry
                 fix="mend that, and run this again: it submits the rest",
             )
         job = done.stdout.strip().partition(";")[0]  # JOB;CLUSTER
-        jobs[stage.name] = {"job": job, "submitted": time.time(), "command": command}
+        jobs[stage.name] = {"job": job, "submitted": time.time(), "arguments": stage.arguments}
         write_jobs(run_dir, jobs)
         at_work[stage.name] = job
         after = f", after {', '.join(before)}" if before else ""
@@ -245,20 +239,14 @@ def submit(chain: list[Stage], run_dir: Path, cluster: Cluster, run: str, *, dry
 
 
 def sbatch_options(
-    stage: Stage,
-    run_dir: Path,
-    cluster: Cluster,
-    run: str,
-    after: list[str] | None = None,
-    exclude: list[str] | None = None,
+    stage: Stage, run_dir: Path, cluster: Cluster, run: str, exclude: list[str], after: list[str] | None = None
 ) -> list[str]:
     """One word each; values were checked by cluster.py and by the recipe."""
     name = f"slm-{run}-{stage.name.replace(' ', '-')}"
     member = "%A_%a" if stage.job.array else "%j"
-    options = [*stage.job.options(), f"--job-name={name}", f"--output={run_dir.resolve()}/logs/{name}-{member}.log"]
-    options.append(f"--chdir={Path.cwd()}")
-    names = [name for name in (*ENVIRONMENT, *cluster.environment) if name in os.environ]
-    options.append(f"--export={','.join([*names, 'SLM_ROOT', 'SLM_RESTARTS', *container(cluster), *setup(cluster)])}")
+    logs = str(run_dir.resolve() / "logs").replace("%", "%%")  # in which SLURM would put numbers of its own
+    options = [*stage.job.options(), f"--job-name={name}", f"--output={logs}/{name}-{member}.log"]
+    options += [f"--chdir={Path.cwd()}", "--export=ALL"]
     if stage.script == "train.sbatch":
         options.append(f"--signal=USR1@{cluster.warn_seconds}")
     if after:
@@ -273,13 +261,11 @@ def script(stage: Stage) -> str:
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
-    return {
-        **os.environ,
-        "SLM_ROOT": str(ROOT),
-        "SLM_RESTARTS": str(cluster.restarts),
-        **container(cluster),
-        **setup(cluster),
-    }
+    """All that sbatch gets, and hands on."""
+    wanted = {*ENVIRONMENT, *cluster.environment}
+    kept = {name: value for name, value in os.environ.items() if name in wanted or name.startswith("SBATCH_")}
+    ours = {"SLM_ROOT": str(ROOT), "SLM_RESTARTS": str(cluster.restarts)}
+    return {**kept, **ours, **container(cluster), **setup(cluster)}
 
 
 def setup(cluster: Cluster) -> dict[str, str]:
@@ -295,21 +281,7 @@ def container(cluster: Cluster) -> dict[str, str]:
 
 def excluded_nodes(run_dir: Path, cluster: Cluster) -> list[str]:
     """The cluster's, and those that an attempt at this run has named as suspect."""
-    found = list(cluster.exclude)
-    if cluster.exclude_suspects:
-        try:
-            lines = (run_dir / "events.jsonl").read_text().splitlines()
-        except OSError:
-            lines = []
-        found += [node for line in lines if '"suspect_node"' in line and (node := _event(line).get("suspect_node"))]
-    return list(dict.fromkeys(found))
-
-
-def _event(line: str) -> dict[str, Any]:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}
+    return list(dict.fromkeys([*cluster.exclude, *(suspects(run_dir) if cluster.exclude_suspects else [])]))
 
 
 @contextmanager

@@ -283,10 +283,13 @@ class PhaseData:
         drawn = (s for s, weight in zip(self._sources, self._weights, strict=True) if weight > 0)
         return max(int(s.plan.piece_length.max(initial=0)) for s in drawn)
 
-    def report(self) -> dict[str, dict[str, int]]:
-        """Per source: documents, sequences, and tokens packed, padded, dropped and filtered (PackingPlan)."""
+    def report(self) -> dict[str, dict[str, Any]]:
+        """Per source: its share of the phase's sequences; documents, sequences, and tokens packed, padded, dropped and filtered
+        (PackingPlan), of one epoch of it."""
+        total = sum(self._weights)
         return {
             name: {
+                "share": weight / total,
                 "documents": s.dataset.num_docs,
                 "sequences": s.plan.num_sequences,
                 "tokens": s.plan.num_tokens,
@@ -294,7 +297,7 @@ class PhaseData:
                 "dropped": s.plan.num_dropped,
                 "filtered": s.plan.num_filtered,
             }
-            for name, s in zip(self.sources, self._sources, strict=True)
+            for name, s, weight in zip(self.sources, self._sources, self._weights, strict=True)
         }
 
     def describe(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,12 @@ def _misaligned(cache: Cache, w: Wanted) -> Iterator[SLMError]:
         )
 
 
-def stats(recipe: Recipe) -> list[dict[str, Any]]:
-    """Per cache: size, the teacher's own loss and entropy, and the mass that its likeliest k hold, by k and temperature."""
-    return [_stats_of(cache, blocks, w) for w, cache, blocks in _to_look_at(recipe)]
+def stats(recipe: Recipe, *, most: int | None = None) -> list[dict[str, Any]]:
+    """Per cache: size, the teacher's own loss and entropy, and the mass that its likeliest k hold, by k and temperature.
+
+    most: of so many caches, the first ones; all, if None.
+    """
+    return [_stats_of(cache, blocks, w) for w, cache, blocks in islice(_to_look_at(recipe), most)]
 
 
 def _stats_of(cache: Cache, blocks: np.ndarray, w: Wanted) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def clone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.timeout(900)
 def test_every_shell_command(clone):
     """In order, each with code 0; what they say they write is there."""
     commands = [line.split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]

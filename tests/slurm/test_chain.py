@@ -209,7 +209,8 @@ def test_a_chain_from_text_to_an_evaluation_preempted_on_the_way(lab):
 @pytest.mark.timeout(600)
 def test_a_gate_that_fails_stops_the_chain_and_mended_it_goes_on(lab):
     """Code 78: what waits for the phase is cancelled by SLURM, and nothing is requeued. With a gate that holds, the same
-    command submits the phase and what comes after it, and not what was done."""
+    command submits the phase and what comes after it, and not what was done. In a folder that a shell would not like."""
+    lab.run_dir = lab.folder / "it's $(touch pwned); 100%j"
     lab.datasets()
     phase = {"tokens": 6 * 256, "batch_tokens": 256, "micro_batch": 2, "seq_len": 64}
     gate = {"short_loss_rise": -20.0}
@@ -237,6 +238,10 @@ def test_a_gate_that_fails_stops_the_chain_and_mended_it_goes_on(lab):
     assert again["phase one"] == jobs["phase one"]
     assert not set(list(again.values())[1:]) & set(jobs.values())
     lab.wait_for(again["evaluation"], "COMPLETED")
+    assert (
+        len([*(lab.run_dir / "logs").glob("slm-t-evaluation-*.log")]) == 1
+    )  # a %j in the folder's name is none of SLURM's
+    assert not [*lab.folder.rglob("pwned")]
     assert [step[:2] for step in lab.steps()] == [
         (name, 6 * at + n) for at, name in enumerate(("one", "two", "three")) for n in range(1, 7)
     ]
@@ -333,3 +338,69 @@ def test_a_node_on_which_a_rank_hangs_is_left_out(lab):
     told = lab.submit("--dry-run", train={"nodes": 1, "tasks_per_node": 1})
     assert "not on node2" in told.stdout
     assert told.stdout.count("--exclude=node2") == 2
+
+
+@pytest.mark.timeout(400)
+def test_a_member_of_an_array_requeues_itself_and_no_other(lab):
+    """The teacher as an array of two; the last member, whose number is that of the whole array, is told that its time is up. The
+    other goes on, and the cache is complete in the end."""
+    tokenizer = SLMTokenizer()
+    make_dataset(lab.folder / "a", lengths=[150] * 3000, vocab_size=259, fingerprint=tokenizer.fingerprint)
+    model = SLMForCausalLM(ModelConfig.preset("cpu-small", vocab_size=264)).init_weights(seed=1)
+    model.save_pretrained(lab.folder / "teacher")
+    tokenizer.save_pretrained(lab.folder / "teacher")
+    phase = {"name": "main", "tokens": 6 * 256, "batch_tokens": 256, "micro_batch": 2, "seq_len": 64}
+    recipe = lab.recipe(
+        model={"preset": "cpu-tiny", "vocab_size": 264},
+        tokenizer=str(lab.folder / "teacher"),
+        data={"sources": {"a": str(lab.folder / "a")}},
+        teacher={"model": str(lab.folder / "teacher"), "cache": {"kind": "top_k", "k": 8, "block_tokens": 4096}},
+        phases=[{**phase, "loss": {"type": "distill"}}],
+    )
+    script = str(ROOT / "launchers" / "slurm" / "teacher.sbatch")
+    array = lab.sbatch("--array=1-2", f"--output={lab.folder}/member-%a.log", script, str(recipe))
+    log = lab.folder / "member-2.log"
+    lab.cluster.wait_until(lambda: log.exists() and "loading" in log.read_text(), seconds=90)
+    lab.cluster.run("scancel", "--signal=USR1", f"{array}_2")
+    lab.start_now(f"{array}_2")
+
+    def restarts(member: int) -> list[str]:
+        shown = lab.cluster.run("scontrol", "show", "job", "-o", f"{array}_{member}").stdout
+        return re.findall(r"\bRestarts=(\d+)", shown)
+
+    assert (restarts(1), restarts(2)) == (["0"], ["1"])
+    for member in (1, 2):
+        lab.wait_for(f"{array}_{member}", "COMPLETED")
+    assert (restarts(1), restarts(2)) == (["0"], ["1"])
+    assert [*(lab.folder / "a").rglob("*.kdc")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_slurms_own_warning_before_a_time_limit(lab):
+    """A limit of two minutes, a warning 45 s before: SLURM sends SIGUSR1 to the tasks by itself."""
+    lab.datasets()
+    phase = {"name": "main", "tokens": 50000 * 256, "batch_tokens": 256, "micro_batch": 2, "seq_len": 64}
+    recipe = lab.recipe(phases=[phase])
+    limit = ("--time=2", "--signal=USR1@45", f"--output={lab.folder}/job.log")
+    job = lab.sbatch("--nodes=2", "--ntasks-per-node=1", *limit, TRAIN, str(recipe))
+    lab.cluster.wait_until(lambda: (lab.run_dir / "exit.json").exists(), seconds=200)
+    assert "SIGUSR1" in json.loads((lab.run_dir / "exit.json").read_text())["reason"]
+    lab.start_now(job)
+    assert [event["job"] for event in lab.events("requeue")] == [job]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_preemption_without_a_grace_time_is_requeued_by_slurm_alone(lab):
+    """In partition main all get SIGTERM at once: the run saves, the script sees that SLURM ends the job, and leaves it to it."""
+    lab.datasets()
+    phase = {"name": "main", "tokens": 5000 * 256, "batch_tokens": 256, "micro_batch": 2, "seq_len": 64}
+    recipe = lab.recipe(phases=[phase])
+    job = lab.sbatch("--nodes=2", "--ntasks-per-node=1", f"--output={lab.folder}/job.log", TRAIN, str(recipe))
+    lab.cluster.wait_until(lambda: lab.steps(), seconds=90)
+    lab.sbatch("--partition=high", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=true")
+    lab.start_now(job)
+    assert not lab.events("requeue")
+    assert "Restarts=1" in lab.cluster.run("scontrol", "show", "job", "-o", job).stdout
+    lab.cluster.wait_until(lambda: [event["step"] > 0 for event in lab.events("start")] == [False, True], seconds=90)

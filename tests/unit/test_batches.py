@@ -242,6 +242,7 @@ def test_without_weights_a_source_is_drawn_as_often_as_its_filters_leave_sequenc
     assert 0 < sequences["web"] < sequences["code"]
     for name in two_sources:
         assert abs(drawn[name] - 1024 * sequences[name] / data.num_sequences) <= 1
+        assert abs(drawn[name] - 1024 * data.report()[name]["share"]) <= 1
 
 
 def test_an_epoch_shows_every_label_once(tmp_path):

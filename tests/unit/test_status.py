@@ -1,18 +1,14 @@
-"""slm/status.py without a queue, and the job script's rule for requeueing: what is told from files alone."""
+"""slm/status.py without a queue: what is told from files alone."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
+import os
 
 import pytest
 import yaml
 
 from slm.errors import UserError
 from slm.recipe import load_recipe
-from slm.status import in_words, newest_position, standings, status
-
-ROOT = Path(__file__).parents[2]
+from slm.status import in_words, is_done, newest_position, newest_suspect, standings, status, suspects
 
 
 @pytest.fixture
@@ -44,15 +40,6 @@ def run(tmp_path):
         return folder
 
     return write
-
-
-def launcher(name, monkeypatch):
-    """A file of launchers/slurm, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "launchers" / "slurm" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def over(folder):
@@ -111,62 +98,39 @@ def test_a_job_in_words():
     assert in_words([("RUNNING", "n1"), ("RUNNING", "n2"), ("PENDING", "(None)")]) == "2 running, 1 pending"
 
 
-def test_a_job_that_gains_nothing_is_requeued_twice_and_not_three_times(tmp_path, monkeypatch, capsys):
-    """Its last two requeues were after the step at which it stands now; SLURM is not asked. scontrol is a recording stand-in
-    here: the real one is in tests/slurm."""
-    job = launcher("job", monkeypatch)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
-    (tmp_path / "events.jsonl").write_text(json.dumps({"kind": "requeue", "job": "5", "step": 7}) + "\n")
-    (tmp_path / "scontrol").write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ "$1" = show ] && echo JobState=RUNNING && exit 0\nexit 1\n'
-    )
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setenv("SLURM_JOB_ID", "5")
-    handlers = {number: job.signal.getsignal(number) for number in (job.signal.SIGTERM, job.signal.SIGUSR1)}
-    assert job.requeue(75, tmp_path) == 75
-    assert "requeue 5" in (tmp_path / "asked").read_text()
-    with open(tmp_path / "events.jsonl", "a") as events:
-        events.write(json.dumps({"kind": "requeue", "job": "5", "step": 7}) + "\n")
-    (tmp_path / "asked").unlink()
-    assert job.requeue(75, tmp_path) == 75
-    assert "requeue" not in (tmp_path / "asked").read_text()
-    assert "no further than step 7" in capsys.readouterr().err
-    for number, handler in handlers.items():
-        job.signal.signal(number, handler)
+def test_what_is_done_of_a_chain_is_told_from_the_disk(run, tmp_path):
+    """Shards by their manifest, a check for a day, an evaluation if nothing was saved after it."""
+    folder = run([("one", 10)])
+    recipe = load_recipe(folder / "recipe.yaml")
+
+    def done(stage, *words):
+        return is_done(stage, list(words), folder, recipe)
+
+    assert done("phase one")
+    assert not done("phase two")
+    assert not done("data a", "text", "--output", str(tmp_path / "tokens"))
+    (tmp_path / "tokens" / "train").mkdir(parents=True)
+    (tmp_path / "tokens" / "train" / "manifest.json").write_text("{}")
+    assert done("data a", "text", "--output", str(tmp_path / "tokens"))
+    assert not done("check")
+    (folder / "checked").touch()
+    assert done("check")
+    os.utime(folder / "checked", (1, 1))
+    assert not done("check")
+    assert not done("evaluation")
+    (folder / "eval").mkdir()
+    (folder / "eval" / "final.json").write_text("{}")
+    assert done("evaluation")
+    os.utime(folder / "eval" / "final.json", (1, 1))
+    assert not done("evaluation")
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("partition", "low; touch pwned"),
-        ("account", "$(id)"),
-        ("qos", "a\nb"),
-        ("time", "`id`"),
-        ("time", 1440),
-        ("memory", "1G --wrap=id"),
-        ("environment", ["A=canary"]),
-        ("exclude", ["--wrap"]),
-        ("container", {"image": "x y"}),
-        ("node", 3),
-        ("phases", {"a b": {}}),
-        ("train", {"array": 3}),
-    ],
-)
-def test_a_cluster_file_cannot_say_more_than_values(tmp_path, monkeypatch, field, value):
-    """Options of sbatch are words of an argument list, but what looks like a command is refused all the same, and by name."""
-    path = tmp_path / "cluster.yaml"
-    path.write_text(yaml.safe_dump({field: value}))
-    with pytest.raises(UserError, match=field):
-        launcher("cluster", monkeypatch).load_cluster(path)
-
-
-def test_the_cluster_file_that_is_copied_says_the_defaults(monkeypatch):
-    """launchers/slurm/cluster.yaml has every field, but for those that only some need, which stand in its comments."""
-    module, path = launcher("cluster", monkeypatch), ROOT / "launchers" / "slurm" / "cluster.yaml"
-    cluster, text = module.load_cluster(path), path.read_text()
-    assert not [name for name in module.Cluster.model_fields if f"{name}:" not in text]
-    assert cluster.of_phase("any").ranks == 8
-    assert cluster.of_phase("any").options() == [
-        "--partition=gpu", "--time=24:00:00", "--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12",
-    ]  # fmt: skip
+def test_the_node_that_the_last_attempt_blames(run):
+    """Not that of an attempt before, and lines that a kill has cut do not hide it."""
+    folder = run([])
+    lines = ['{"kind": "start"}', '{"kind": "hang", "suspect_node": "n1"}', '{"kind": "st', '{"kind": "start"}', "17"]
+    (folder / "events.jsonl").write_text("\n".join(lines))
+    assert (newest_suspect(folder), suspects(folder)) == ("", ["n1"])
+    with open(folder / "events.jsonl", "a") as events:
+        events.write('\n{"kind": "replicas differ", "suspect_node": "n2"}\n')
+    assert (newest_suspect(folder), suspects(folder)) == ("n2", ["n1", "n2"])
