@@ -25,7 +25,7 @@ from slm.forecast import (
     save_interval_seconds,
     save_stall_seconds,
 )
-from slm.hardware import GPU
+from slm.hardware import GPU, HOST_MEMORY_BANDWIDTH, PAGEABLE, PINNED
 from slm.layout import check_ranks
 from slm.memory import STATE_BYTES
 from slm.plan import flops_per_token
@@ -104,7 +104,7 @@ def check_fits(found: Budget) -> None:
         told.append(
             f"phases.{part.phase.name} needs {gib(held.total_bytes)} GiB on each GPU ({held.moment}; most of it {largest[0]}, "
             f"{gib(largest[1])} GiB), and tensors may fill {gib(usable)} GiB of {found.gpu.name}: "
-            f"{gib(held.total_bytes - usable)} GiB too much"
+            f"{gib(held.total_bytes - usable)} GiB too much" + "".join(f"; and {what}" for what in part.own.not_counted)
         )
         if part.best is None:
             least = min(part.rows, key=lambda row: row.memory.peak.total_bytes)
@@ -138,6 +138,7 @@ def _as_dict(found: Budget, part: PhaseBudget, row: Candidate) -> dict[str, Any]
     rate = row.tokens_per_second / count
     hours = seconds / 3600 * count
     price = found.assumed.price_per_gpu_hour
+    peak = found.gpu.peak_flops if row.memory.value_bytes == 2 else found.gpu.float32_flops
     return {
         "deepspeed": row.deepspeed,
         "zero_stage": row.zero.stage,
@@ -151,18 +152,23 @@ def _as_dict(found: Budget, part: PhaseBudget, row: Candidate) -> dict[str, Any]
         "memory_bytes": {"total": row.memory.peak.total_bytes, **row.memory.peak.parts()},
         "fullest_at": row.memory.peak.moment,
         "memory_bytes_at": {held.moment: held.total_bytes for held in row.memory.moments},
+        "not_counted": list(row.not_counted),
         "host_bytes": row.memory.host_bytes,
+        "host_bytes_per_node": _host_bytes_of_node(found, row),
         "save_copy_bytes": row.memory.save_bytes,
         "communication_bytes_per_step": {
             "gradients_and_weights": row.time.state_bytes,
             "sequences": row.time.exchange_bytes,
         },
+        "offload_bytes_per_step": {"host_link": row.time.host_link_bytes, "host_memory": row.time.host_memory_bytes},
         "step_seconds": row.time.seconds,
         "exposed_communication_seconds": row.time.exposed_seconds,
+        "offload_seconds": row.time.offload_seconds,
+        "teacher_seconds": row.time.teacher_seconds,
         "tokens_per_second": row.tokens_per_second,
         "tokens_per_second_per_gpu": rate,
-        "mfu_full": rate * part.flops_full / found.gpu.peak_flops,
-        "mfu_causal": rate * part.flops_causal / found.gpu.peak_flops,
+        "mfu_full": rate * part.flops_full / peak,
+        "mfu_causal": rate * part.flops_causal / peak,
         "days": seconds / 86400,
         "gpu_hours": hours,
         "cost": None if price is None else price * hours,
@@ -180,6 +186,8 @@ def as_dict(found: Budget) -> dict[str, Any]:
         "assumed": {
             **vars(found.assumed),
             "save_stall_seconds": found.stall_seconds,
+            "host_memory_bandwidth_per_node": HOST_MEMORY_BANDWIDTH,
+            "host_link_efficiency": {"pinned": PINNED, "pageable": PAGEABLE},
             "mtbf_hours": found.mtbf_seconds / 3600,
         },
         "checkpoint_bytes": STATE_BYTES * parameters,
@@ -234,12 +242,13 @@ def _kept(found: Budget) -> str:
 
 
 def _table(found: Budget, part: PhaseBudget, all_rows: bool) -> Table:
+    missing = "; * not all is counted, see below" if any(row.not_counted for row in part.rows) else ""
     table = Table(
-        title=f"phase {part.phase.name}: {part.phase.seq_len:,} tokens, {part.phase.batch_tokens:,} a step",
+        title=f"phase {part.phase.name}: {part.phase.seq_len:,} tokens, {part.phase.batch_tokens:,} a step{missing}",
         title_justify="left",
     )
     names = ["", "ZeRO", "GPUs a sequence", "recompute", "micro-batch", "GiB", "fits", "tokens/s/GPU"]
-    parts = list(part.own.memory.peak.parts())
+    parts = [name for name in part.own.memory.peak.parts() if any(row.memory.peak.parts()[name] for row in part.rows)]
     for name in names + (parts if all_rows else []):
         table.add_column(name, no_wrap=True, justify="left" if name in ("", "ZeRO", "recompute", "fits") else "right")
     for row in _shown(part, all_rows):
@@ -247,9 +256,18 @@ def _table(found: Budget, part: PhaseBudget, all_rows: bool) -> Table:
         mark = "recipe, chosen" if same else "recipe" if row.is_own else "chosen" if row is part.best else ""
         policy = row.policy + " +tiles" * (row.mlp_tile_tokens is not None) + " +host" * row.offload_activations
         held = row.memory.peak
-        cells = [mark, row.deepspeed, str(row.sequence_parallel), policy, str(row.micro_batch), gib(held.total_bytes)]
-        cells += ["yes" if row.fits else "no", f"{row.tokens_per_second / found.gpus.count:,.0f}" if row.fits else "-"]
-        cells += [gib(value) for value in held.parts().values()] if all_rows else []
+        star = "*" * bool(row.not_counted)
+        cells = [
+            mark,
+            row.deepspeed,
+            str(row.sequence_parallel),
+            policy,
+            str(row.micro_batch),
+            gib(held.total_bytes) + star,
+        ]
+        rate = f"{row.tokens_per_second / found.gpus.count:,.0f}{star}" if row.fits else "-"
+        cells += [("yes" if row.fits else "no") + star, rate]
+        cells += [gib(held.parts()[name]) for name in parts] if all_rows else []
         table.add_row(*cells, style="bold" if mark else None)
     return table
 
@@ -279,11 +297,13 @@ def _lines(found: Budget, part: PhaseBudget) -> list[str]:
     lines = [_memory_line("recipe", row, found)]
     if part.best is not None and part.best.overrides != row.overrides:
         lines.append(_memory_line("chosen", part.best, found))
+    lines += _warnings(found, part)
     if part.best is None:
         lines.append("chosen: none of these fits")
     else:
         said = " ".join(f"phases.{phase.name}.{k}={v}" for k, v in changed(part).items())
-        lines.append(f"chosen: {said or 'as the recipe has it'}")
+        only = " (what is not counted must find room beside it)" if part.best.not_counted else ""
+        lines.append(f"chosen: {said or 'as the recipe has it'}{only}")
         lines += [f"  {reason}" for reason in reasons(part.best, part.rows, found.gpu)]
     shown = row if row.fits else part.best
     if shown is None:
@@ -293,6 +313,7 @@ def _lines(found: Budget, part: PhaseBudget) -> list[str]:
     cost = f", {figures['cost']:,.0f} at {price:g} a GPU hour" if price is not None else ""
     sent = figures["communication_bytes_per_step"]
     exchanged = f" and {sent['sequences'] / 1e9:.2f} GB of sequences" if sent["sequences"] else ""
+    taught = f", the teacher {figures['teacher_seconds']:.2g} s (not in MFU)" if figures["teacher_seconds"] else ""
     interval = part.save_seconds
     every = found.recipe.checkpoint.every_steps
     own_loss = lost_fraction(every * shown.time.seconds, found.stall_seconds, found.mtbf_seconds)
@@ -301,7 +322,9 @@ def _lines(found: Budget, part: PhaseBudget) -> list[str]:
         *lines,
         f"{'as the recipe has it: ' if shown is row else 'as chosen: '}{figures['tokens_per_second']:,.0f} tokens/s, "
         f"MFU {figures['mfu_causal']:.0%} causal, {figures['mfu_full']:.0%} full; a step {figures['step_seconds']:.3g} s, "
-        f"of which communication {figures['exposed_communication_seconds']:.2g} s{_too_small(found, shown)}",
+        f"of which communication {figures['exposed_communication_seconds']:.2g} s{taught}{_too_small(found, shown)}"
+        f"{'; WITHOUT what is not counted (above)' if shown.not_counted else ''}",
+        *([_offload_line(found, shown)] if shown.zero.offloads else []),
         f"a GPU sends {sent['gradients_and_weights'] / 1e9:.2f} GB of gradients and weights{exchanged} a step",
         f"{phase.num_steps:,} steps in {figures['days']:.2g} days, {figures['gpu_hours']:,.0f} GPU hours{cost}",
         f"save every {interval:,.0f} s = {figures['save_every_steps']:,} steps "
@@ -322,6 +345,34 @@ def _memory_line(name: str, row: Candidate, found: Budget) -> str:
     parts = " + ".join(
         f"{part} {gib(value)}" for part, value in held.parts().items() if value >= 0.005 * held.total_bytes
     )
-    host = row.memory.host_bytes + row.memory.save_bytes
-    on_host = f"; host memory {gib(host * min(found.gpus.count, found.gpus.per_node))} GiB a node"
+    on_host = f"; host memory {gib(_host_bytes_of_node(found, row))} GiB a node"
     return f"{name}: {gib(held.total_bytes)} GiB at its fullest ({held.moment}) = {parts}{on_host}"
+
+
+def _host_bytes_of_node(found: Budget, row: Candidate) -> int:
+    """What is offloaded, and the copy that a checkpoint is written from."""
+    return (row.memory.host_bytes + row.memory.save_bytes) * min(found.gpus.count, found.gpus.per_node)
+
+
+def _warnings(found: Budget, part: PhaseBudget) -> list[str]:
+    """What the figures of the recipe's row and of the choice do not hold."""
+    rows = {"recipe": part.own} | ({} if part.best is None else {"chosen": part.best})
+    told = [f"NOT COUNTED: {what}" for what in dict.fromkeys(what for row in rows.values() for what in row.not_counted)]
+    for name, row in rows.items():
+        if row.memory.host_bytes:
+            told.append(
+                f"warning ({name}): each node needs {gib(_host_bytes_of_node(found, row))} GiB of host memory free for what is "
+                "offloaded and for checkpoints; how much a node has is not known here"
+            )
+    return told
+
+
+def _offload_line(found: Budget, row: Candidate) -> str:
+    efficiency = PINNED if row.zero.pinned else PAGEABLE
+    kind = "page-locked" if row.zero.pinned else "not page-locked (pin_memory false)"
+    link, memory = row.time.host_link_bytes / 1e9, row.time.host_memory_bytes / 1e9
+    return (
+        f"offload: {row.time.offload_seconds:.3g} s a step, taken as not hidden: a GPU moves {link:.2f} GB to and from host "
+        f"memory, at {efficiency:.0%} of {found.gpu.host_bandwidth / 1e9:g} GB/s for it is {kind}, and the CPUs {memory:.2f} GB "
+        f"for it (Adam), at {HOST_MEMORY_BANDWIDTH / 1e9:g} GB/s a node: assumed, not measured"
+    )

@@ -6,9 +6,9 @@ Owns the combinations that are looked at and the rule of choice; memory.py says 
     best = choose(found.rows)                          # None: none fits
     print(reasons(best, found.rows, gpu))
 
-The rule: of all that fit and are within 2 % of the fastest, the least recomputation, then no offloading, the smallest sequence
-degree, the lowest ZeRO stage, the largest micro-batch. Stage 1 is not given several micro-batches in half precision: it would add
-them up in half precision.
+The rule: optimiser and weights stay on the GPUs if they can. Of all that then fit and are within 2 % of the fastest, the least
+recomputation, then no offloading of activations, the smallest sequence degree, the lowest ZeRO stage, the largest micro-batch.
+Stage 1 is not given several micro-batches in half precision: it would add them up in half precision.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.activations import POLICIES
+from slm.distill.beside import Teachers, teacher_memory, teachers_of
 from slm.forecast import GPUs, StepTime, Work, step_time
 from slm.hardware import GPU
 from slm.layout import sequence_problems
@@ -28,6 +29,10 @@ STRATEGIES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offloa
 _FOLDER = Path(__file__).parents[1] / "ds_configs"
 _EQUAL = 0.98  # of the fastest
 _TILE_TOKENS = 8192
+_ZERO_PLUS_PLUS = (
+    "of ZeRO++ the second copy of the weights within a node (parameters x 2 bytes / zero_hpz_partition_size, on each GPU) is not "
+    "in this memory, and its quantised traffic not in this time, which is plain ZeRO-3's"
+)
 GIB = 2**30
 
 
@@ -45,6 +50,7 @@ class Candidate:
     time: StepTime
     tokens_per_second: float  # of all GPUs
     fits: bool
+    not_counted: tuple[str, ...] = ()  # what comes on top of memory and time, in words
     is_own: bool = False  # what the recipe says
 
     @property
@@ -77,14 +83,16 @@ class Candidates:
 
 
 def candidates(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidates:
-    """gpus.count must divide the phase's work as it is (layout.check_ranks). Where nothing fits with the phase's tiles and
-    offloading of activations, the rows are those with tiles, then those with both."""
-    own = replace(evaluate(recipe, phase, gpu, gpus), is_own=True)
+    """gpus.count must divide the phase's work as it is (layout.check_ranks). The rows are those with the phase's tiles
+    and offloading of activations; those with tiles, then with both, where of the others none fits with its optimiser and weights
+    on the GPUs. If that never does, the first of these lists in which anything fits."""
+    teachers = teachers_of(recipe, phase)
+    own = replace(evaluate(recipe, phase, gpu, gpus, teachers), is_own=True)
     names = [name for name in STRATEGIES if (_FOLDER / f"{name}.json").exists()]
     if recipe.precision != "float32":
         names = [name for name in names if name != "zero0"]  # the engine refuses it
     paths = {name: str(_FOLDER / f"{name}.json") for name in names}
-    if own.deepspeed not in paths:
+    if own.deepspeed not in paths and not own.zero.plus_plus:
         paths[own.deepspeed] = phase.deepspeed
     tiles = phase.mlp_tile_tokens or _TILE_TOKENS
     relief: list[dict[str, Any]] = [
@@ -92,20 +100,21 @@ def candidates(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidates
         {"mlp_tile_tokens": tiles},
         {"mlp_tile_tokens": tiles, "offload_activations": True},
     ]
-    rows: list[Candidate] = []
+    tried: list[list[Candidate]] = []
     for more in relief:
-        rows = []
+        rows = [own]
         for degree in degrees(recipe, phase, gpus):
             for path in paths.values():
                 for policy in POLICIES:
                     asked = {"sequence_parallel": degree, "deepspeed": path, "activation_checkpointing": policy, **more}
                     if policy == "none":
                         asked["offload_activations"] = False  # nothing is kept apart that could go
-                    if (row := largest(recipe, phase.model_copy(update=asked), gpu, gpus)) is not None:
+                    if (row := largest(recipe, phase.model_copy(update=asked), gpu, gpus, teachers)) is not None:
                         rows.append(row)
-        if own.fits or any(row.fits for row in rows):
-            break
-    return Candidates(own, (own, *rows))
+        if any(row.fits and not row.zero.offloads for row in rows):
+            return Candidates(own, tuple(rows))
+        tried.append(rows)
+    return Candidates(own, tuple(next((rows for rows in tried if any(row.fits for row in rows)), tried[-1])))
 
 
 def degrees(recipe: Recipe, phase: Phase, gpus: GPUs) -> list[int]:
@@ -115,7 +124,7 @@ def degrees(recipe: Recipe, phase: Phase, gpus: GPUs) -> list[int]:
     return sorted(allowed | {phase.sequence_parallel})
 
 
-def largest(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidate | None:
+def largest(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs, teachers: Teachers) -> Candidate | None:
     """With the largest micro-batch that fits, else the smallest; None if these GPUs cannot share the batch at this degree."""
     groups = gpus.count // phase.sequence_parallel
     if phase.global_batch % groups:
@@ -123,7 +132,7 @@ def largest(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidate | N
     each = phase.global_batch // groups
     found = None
     for micro_batch in (m for m in range(1, each + 1) if each % m == 0):
-        row = evaluate(recipe, phase.model_copy(update={"micro_batch": micro_batch}), gpu, gpus)
+        row = evaluate(recipe, phase.model_copy(update={"micro_batch": micro_batch}), gpu, gpus, teachers)
         if found is None or row.fits:
             found = row
         if not row.fits:
@@ -131,8 +140,8 @@ def largest(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidate | N
     return found
 
 
-def evaluate(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidate:
-    """The phase as it stands."""
+def evaluate(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs, teachers: Teachers) -> Candidate:
+    """The phase as it stands. teachers: teachers_of it."""
     config, zero = recipe.model, Zero.read(phase.deepspeed)
     groups = gpus.count // phase.sequence_parallel
     accumulation = phase.global_batch // (phase.micro_batch * groups)
@@ -148,7 +157,7 @@ def evaluate(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidate:
         tile_tokens=phase.mlp_tile_tokens,
         offload_activations=offload,
         value_bytes=value_bytes,
-        persistent_targets=target_bytes(recipe, phase, tokens),
+        teacher=teacher_memory(teachers, config, tokens),
     )
     work = Work(
         zero,
@@ -160,7 +169,9 @@ def evaluate(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidate:
         tiled=phase.mlp_tile_tokens is not None and phase.mlp_tile_tokens < tokens,
         offloaded_bytes=memory.offloaded_activations if offload else 0,
         value_bytes=value_bytes,
+        teachers=teachers.beside,
     )
+    unknown = teachers.not_counted + ((f"{Path(phase.deepspeed).name}: {_ZERO_PLUS_PLUS}",) if zero.plus_plus else ())
     time = step_time(config, work, gpu, gpus)
     return Candidate(
         Path(phase.deepspeed).stem,
@@ -175,22 +186,17 @@ def evaluate(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidate:
         time,
         phase.batch_tokens / time.seconds,
         memory.peak.total_bytes <= gpu.usable_bytes,
+        unknown,
     )
-
-
-def target_bytes(recipe: Recipe, phase: Phase, tokens: int) -> int:
-    """Of the cached teachers' targets of a micro-batch: an index of 8 bytes and a float32 an entry."""
-    if phase.loss.type != "distill":
-        return 0
-    return sum(12 * teacher.cache.k * tokens for teacher in recipe.teacher.values() if teacher.cache is not None)
 
 
 # --- the choice -----------------------------------------------------------------------------------------------
 
 
 def choose(rows: tuple[Candidate, ...]) -> Candidate | None:
-    """By the rule at the top of this file; None if nothing fits."""
-    fitting = [row for row in rows if row.fits]
+    """By the rule at the top of this file; None if nothing fits. ZeRO++ is not counted in full, and not proposed."""
+    fitting = [row for row in rows if row.fits and not row.zero.plus_plus]
+    fitting = [row for row in fitting if not row.zero.offloads] or fitting
     fitting = [row for row in fitting if not _adds_in_half(row)] or fitting
     if not fitting:
         return None
@@ -207,6 +213,7 @@ def reasons(best: Candidate, rows: tuple[Candidate, ...], gpu: GPU) -> list[str]
     held = best.memory.peak.total_bytes
     spare = f"{gib(held)} of the {gib(gpu.usable_bytes)} GiB that tensors may fill"
     told = []
+    rows = tuple(row for row in rows if row.zero.offloads <= best.zero.offloads)
     if best.policy == "none":
         told.append(f"no recomputation: it fits without, in {spare}")
     else:
@@ -219,7 +226,9 @@ def reasons(best: Candidate, rows: tuple[Candidate, ...], gpu: GPU) -> list[str]
         r for r in rows if r.sequence_parallel == best.sequence_parallel and r.policy == best.policy and not r.is_own
     ]
     lower = [r for r in same if _strategy_order(r) < _strategy_order(best)]
-    if lower and all(_adds_in_half(r) for r in lower if r.fits) and any(r.fits for r in lower):
+    if best.zero.offloads:
+        told.append(f"{best.deepspeed}: nothing that was looked at fits with its optimiser and weights on the GPUs")
+    elif lower and all(_adds_in_half(r) for r in lower if r.fits) and any(r.fits for r in lower):
         told.append(
             f"{best.deepspeed}: ZeRO-1 would add {best.gradient_accumulation} micro-batches up in half precision"
         )

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from slm.hardware import GPU
+from slm.distill.beside import WEIGHT_BYTES, forward_flops
+from slm.hardware import GPU, HOST_MEMORY_BANDWIDTH, PAGEABLE, PINNED
 from slm.memory import STATE_BYTES, Zero, gathered_elements
 from slm.model.config import ModelConfig
 
@@ -53,21 +54,27 @@ class Work:
     tiled: bool = False
     offloaded_bytes: int = 0  # activations that go to host memory and come back, each micro-batch
     value_bytes: int = 2
+    teachers: tuple[ModelConfig, ...] = ()  # that run beside, in bfloat16
 
 
 @dataclass(frozen=True)
 class StepTime:
-    compute_seconds: float
+    compute_seconds: float  # with the teachers'
+    teacher_seconds: float  # of it
     exchange_bytes: float  # sent by one rank, in a step, for sequences that ranks share
     state_bytes: float  # likewise for gradients and weights
     exposed_seconds: float  # of communication that computation does not hide
+    host_link_bytes: float  # of optimiser and weights in host memory: over one GPU's way there, in a step
+    host_memory_bytes: float  # likewise: read and written by the CPUs for one GPU's share
+    offload_seconds: float  # of both
 
     @property
     def seconds(self) -> float:
-        return self.compute_seconds + self.exposed_seconds
+        return self.compute_seconds + self.exposed_seconds + self.offload_seconds
 
 
 def step_time(config: ModelConfig, work: Work, gpu: GPU, gpus: GPUs) -> StepTime:
+    teaching = work.micro_batches * teacher_seconds(work, gpu, gpus.count)
     compute = work.micro_batches * compute_seconds(config, work, gpu, gpus.count)
     state, exchange = state_bytes(config, work, gpus.count), exchange_bytes(config, work)
     # A ring over nodes enters and leaves each by all its network cards; an exchange within a node does not leave it.
@@ -85,11 +92,60 @@ def step_time(config: ModelConfig, work: Work, gpu: GPU, gpus: GPUs) -> StepTime
     host = 2 * work.offloaded_bytes * work.micro_batches / (gpu.host_bandwidth * REACHED)
     exposed += exchange_seconds + max(0.0, host - compute)
     mine = config.num_parameters() / (gpus.count if work.zero.stage else 1)
-    if work.zero.offload_optimizer:  # gradients there, weights back; CPU Adam's own time is not known here
-        exposed += mine * (4 + work.value_bytes) / (gpu.host_bandwidth * REACHED)
-    else:  # reads gradient, master and moments; writes these and the weight
+    if not work.zero.offload_optimizer:  # reads gradient, master and moments; writes these and the weight
         compute += mine * (4 + 2 * STATE_BYTES + work.value_bytes) / (gpu.memory_bandwidth * REACHED)
-    return StepTime(compute, exchange, state, exposed)
+    link, memory = offload_bytes(config, work, gpus.count)
+    link_seconds = link / (gpu.host_bandwidth * (PINNED if work.zero.pinned else PAGEABLE))
+    offload = link_seconds + memory * min(gpus.count, gpus.per_node) / HOST_MEMORY_BANDWIDTH
+    return StepTime(compute + teaching, teaching, exchange, state, exposed, link, memory, offload)
+
+
+def offload_bytes(config: ModelConfig, work: Work, num_gpus: int) -> tuple[float, float]:
+    """(Over one GPU's way to host memory, both directions; through host memory by the CPUs) in a step, of what DeepSpeed 0.19.8
+    offloads for this rank (runtime/zero/stage_1_and_2.py, stage3.py). Taken as hidden by nothing: CPU Adam waits for all
+    gradients, and copies of memory that is not page-locked wait for themselves.
+
+    Gradients arrive in float32 at the end of a step. Before, stage 2 in half precision adds micro-batches up on the GPU, where
+    else each is fetched and sent again (async_accumulate_grad_in_cpu_via_gpu); stage 3 sends and fetches each micro-batch's in
+    float32, and sends the last once more (partition_grads). Weights in host memory are fetched for each gathering.
+    """
+    zero, b, micro_batches = work.zero, work.value_bytes, work.micro_batches
+    mine = config.num_parameters() / (num_gpus if zero.stage else 1)
+    link = memory = 0.0
+    if zero.offload_optimizer:
+        # Clipping reads and writes the gradient; Adam reads it, master and moments, and writes these; the weight is made of it.
+        memory = mine * (8 + 4 + 2 * STATE_BYTES + 4 + b)
+        link = mine * 4.0
+        if zero.stage == 3:
+            link += mine * 8 * micro_batches
+        elif micro_batches > 1 and not (zero.stage == 2 and b == 2):
+            link += mine * b * (2 * micro_batches - 1)
+    if zero.offload_parameters:
+        link += mine * b * _gathers(config, zero) * micro_batches
+    if (
+        zero.offload_optimizer != zero.offload_parameters
+    ):  # the new weights, from where they are made to where they are kept
+        link += mine * b
+    return link, memory
+
+
+def _gathers(config: ModelConfig, zero: Zero) -> float:
+    """Stage 3: how often a weight is gathered in a micro-batch: for each pass, but once if it stays whole between the two."""
+    parameters = config.num_parameters()
+    return 2 - gathered_elements(zero, parameters) / parameters
+
+
+def teacher_seconds(work: Work, gpu: GPU, num_gpus: int) -> float:
+    """Of one micro-batch on one rank: the teachers' forward pass. Of a fused kernel's seven products it has two."""
+    seconds = 0.0
+    for teacher in work.teachers:
+        linear, attention = forward_flops(teacher, work.seq_len)
+        seconds += linear / gpu.matmul_efficiency + attention * 3 * (2 / 7) / gpu.attention_efficiency
+    return work.tokens * seconds / gpu.peak_flops * _waiting(num_gpus)
+
+
+def _waiting(num_gpus: int) -> float:
+    return 1 + _WAITING_PER_GPU * (min(num_gpus, _WAITING_UP_TO) if num_gpus > 8 else 0)
 
 
 def compute_seconds(config: ModelConfig, work: Work, gpu: GPU, num_gpus: int) -> float:
@@ -106,8 +162,7 @@ def compute_seconds(config: ModelConfig, work: Work, gpu: GPU, num_gpus: int) ->
         linear += 2 * mlp
     peak = gpu.peak_flops if work.value_bytes == 2 else gpu.float32_flops
     seconds = linear / (peak * gpu.matmul_efficiency) + attention / (peak * gpu.attention_efficiency)
-    waiting = 1 + _WAITING_PER_GPU * (min(num_gpus, _WAITING_UP_TO) if num_gpus > 8 else 0)
-    return work.tokens * seconds * waiting
+    return work.tokens * seconds * _waiting(num_gpus)
 
 
 def state_bytes(config: ModelConfig, work: Work, num_gpus: int) -> float:
@@ -125,22 +180,27 @@ def state_bytes(config: ModelConfig, work: Work, num_gpus: int) -> float:
         return 2 * once * b
     if work.zero.stage < 3:
         return 2 * once * sent * (work.micro_batches if work.zero.stage == 2 else 1) + once * b
-    gathers = 2 - gathered_elements(work.zero, parameters) / parameters
-    return (gathers * b + sent) * once * work.micro_batches
+    return (_gathers(config, work.zero) * b + sent) * once * work.micro_batches
 
 
 def exchange_bytes(config: ModelConfig, work: Work) -> float:
     """Sent by one rank in a step so that ranks can share sequences (Ulysses): queries, keys and values there and the output back,
     in every block, and their gradients; once more where a block is computed again (by `selective` too, though attention is not).
+    Of teachers that run beside, the forward pass alone.
     """
-    degree, D = work.sequence_parallel, config.head_dim
-    if degree == 1:
+    if work.sequence_parallel == 1:
         return 0.0
-    kv_heads = max(config.num_key_value_heads, degree)  # copied where there are fewer than ranks
-    widths = 2 * config.num_attention_heads * D + 2 * kv_heads * D
     times = 2 if work.policy == "none" else 3
-    one_block = work.tokens * widths * work.value_bytes * (degree - 1) / degree
-    return times * one_block * config.num_hidden_layers * work.micro_batches
+    student = times * _exchanged(config, work.sequence_parallel) * work.value_bytes
+    teachers = sum(_exchanged(teacher, work.sequence_parallel) * WEIGHT_BYTES for teacher in work.teachers)
+    return (student + teachers) * work.tokens * work.micro_batches
+
+
+def _exchanged(config: ModelConfig, degree: int) -> float:
+    """Values that leave a rank for each of its tokens in one forward pass."""
+    kv_heads = max(config.num_key_value_heads, degree)  # copied where there are fewer than ranks
+    widths = 2 * config.num_attention_heads * config.head_dim + 2 * kv_heads * config.head_dim
+    return config.num_hidden_layers * widths * (degree - 1) / degree
 
 
 # --- checkpoints and failures -----------------------------------------------------------------------------------

@@ -15,6 +15,12 @@ from slm.errors import UserError
 # long-context runs end at 0.91 to 0.98 of 80 and 141 GB cards (ArcticTraining, projects/sequence-parallelism: 71.9 and 137 GB).
 USABLE = 0.92
 
+# What the CPUs of a node read and write, shared by its GPUs; what of its printed bandwidth a GPU reaches to and from host memory
+# that is page-locked, and that is not (ds_configs/: pin_memory false), which the driver copies once more. Assumptions, of which
+# nothing was measured here: two sockets of eight channels of DDR4-3200, as of a DGX A100, have 410 GB/s, and 0.45 of it.
+HOST_MEMORY_BANDWIDTH = 180e9
+PINNED, PAGEABLE = 0.8, 0.4
+
 
 @dataclass(frozen=True)
 class GPU:

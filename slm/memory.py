@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slm.activations import activation_memory
+from slm.distill.beside import TeacherMemory
 from slm.model.config import ModelConfig
 from slm.strategy import read_deepspeed
 
@@ -40,6 +41,12 @@ class Zero:
     overlap: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    pinned: bool = False  # what is offloaded, in page-locked host memory
+    plus_plus: bool = False  # ZeRO++, of whose copies and quantised traffic nothing is counted
+
+    @property
+    def offloads(self) -> bool:
+        return self.offload_optimizer or self.offload_parameters
 
     @classmethod
     def read(cls, path: str) -> Zero:
@@ -53,6 +60,11 @@ class Zero:
         def number(name: str, default: int) -> int:
             return int(zero.get(f"stage3_{name}", zero.get(name, default)))
 
+        offloaded = [
+            part
+            for name in ("offload_optimizer", "offload_param")
+            if (part := zero.get(name, {})).get("device", "none") != "none"
+        ]
         return cls(
             stage,
             number("reduce_bucket_size", _BUCKET),
@@ -64,6 +76,9 @@ class Zero:
             bool(zero.get("overlap_comm", stage == 3)),
             zero.get("offload_optimizer", {}).get("device", "none") != "none",
             zero.get("offload_param", {}).get("device", "none") != "none",
+            bool(offloaded) and all(part.get("pin_memory", False) for part in offloaded),
+            any(zero.get(name) for name in ("zero_quantized_weights", "zero_quantized_gradients"))
+            or int(zero.get("zero_hpz_partition_size", 1)) > 1,
         )
 
 
@@ -88,6 +103,7 @@ class Held:
     working: int = 0  # what one block's backward pass, or the loss's ends, need besides
     logits: int = 0  # a chunk of them, and the gradients that the loss makes
     buffers: int = 0  # of communication
+    teacher: int = 0  # weights of those that run beside, their targets or cached ones, and their working memory
 
     def parts(self) -> dict[str, int]:
         return {name: value for name, value in vars(self).items() if name != "moment"}
@@ -144,24 +160,23 @@ def rank_memory(
     offload_activations: bool = False,
     value_bytes: int = 2,
     device: str = "cuda",
-    persistent_targets: int = 0,
+    teacher: TeacherMemory | None = None,
 ) -> RankMemory:
-    """tokens: of one micro-batch on this rank. value_bytes: of a weight, 2 or 4. device "cpu": with gloo's own copies.
-
-    persistent_targets: bytes of a teacher's targets for the micro-batch.
-    """
+    """tokens: of one micro-batch on this rank. value_bytes: of a weight, 2 or 4. device "cpu": with gloo's own copies."""
     found = activation_memory(
         config, tokens, policy, tile_tokens=tile_tokens, offload=offload_activations,
         value_bytes=value_bytes, device=device,
     )  # fmt: skip
     state = _State(config, zero, layout, value_bytes, gloo=device == "cpu")
-    resting = state.resting()
-    passes = replace(resting, gradients=resting.gradients + state.accumulated(), working=persistent_targets)
+    taught = teacher or TeacherMemory()
+    # A micro-batch's targets are let go of when the next one's are there.
+    resting = replace(state.resting(), teacher=taught.weights + taught.targets)
+    passes = replace(resting, gradients=resting.gradients + state.accumulated())
     kept = found.kept_bytes
     moments = [
         replace(
             passes, moment="loss", weights=passes.weights + state.gathered(), checkpoints=kept,
-            logits=found.loss_peak_bytes - kept,
+            logits=found.loss_peak_bytes - kept + taught.chunk,
         ),
         replace(
             passes, moment="backward pass, last block", weights=passes.weights + state.gathered(), checkpoints=kept,
@@ -170,6 +185,9 @@ def rank_memory(
         *state.reduction(passes, found.kept_bytes // max(1, config.num_hidden_layers), found.block_peak_bytes - kept),
         *state.update(resting),
     ]  # fmt: skip
+    if taught.working:
+        held = passes.teacher + taught.working + taught.targets
+        moments.insert(0, replace(passes, moment="teacher's forward pass", teacher=held))
     host = found.host_bytes
     return RankMemory(tuple(moments), state.host() + host, host, STATE_BYTES * state.n, value_bytes)
 

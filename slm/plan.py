@@ -12,15 +12,10 @@ Recomputation is never counted. Embedding look-up is free; the head, tied or not
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from slm import strict_yaml
 from slm.activations import POLICIES, ActivationMemory, activation_memory
 from slm.data.selection import selected_documents
 from slm.data.tokens import MANIFEST, TokenDataset
@@ -29,6 +24,7 @@ from slm.errors import UserError
 from slm.gate import ASKED, repetition
 from slm.layout import check_ranks, gradient_accumulation
 from slm.model.config import ModelConfig, effective_theta
+from slm.model.shape import shape_fields
 from slm.recall.samples import Form, fitting_lengths
 from slm.recipe import Phase, Recipe
 from slm.tokenizer import load_tokenizer
@@ -110,16 +106,7 @@ def check_what_is_here(recipe: Recipe) -> None:
 
 def _check_shape_of_origin(recipe: Recipe, path: Path) -> None:
     """Raises UserError if the weights of init_from, as far as they are here and say so, are of another shape."""
-    theirs: dict[str, Any] = {}
-    try:
-        if (path / "config.json").is_file():
-            theirs = json.loads((path / "config.json").read_text())
-        elif (path / "state.json").is_file():
-            theirs = json.loads((path / "state.json").read_text())["model"]
-        elif (path / "recipe.yaml").is_file():
-            theirs = strict_yaml.read(path / "recipe.yaml")[0]["model"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return  # slm train says what is wrong with it
+    theirs = shape_fields(path)
     fields = [name for name in ModelConfig.model_fields if name.endswith("_size") or name.startswith("num_")]
     other = [name for name in fields if name in theirs and theirs[name] != getattr(recipe.model, name)]
     if other:
