@@ -63,7 +63,8 @@ def main() -> int:
     num_ranks = options.ranks if options.ranks is not None else max(1, num_gpus)
     if num_ranks < 1 or 0 < num_gpus < num_ranks:
         what = f"this machine has {num_gpus} visible GPUs" if num_gpus else "at least 1 is needed"
-        print(f"Error: --ranks is {num_ranks} but {what}\n  Fix: ask for fewer or none", file=sys.stderr)
+        fix = f"ask for {f'1 to {num_gpus}' if num_gpus else '1 or more'}, or name no number"
+        print(f"Error: {num_ranks} ranks were asked for, but {what}\n  Fix: {fix}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="slm-launch-") as scratch:
         exit_file = Path(scratch) / "exit.json"
@@ -78,9 +79,9 @@ def main() -> int:
 
 def check_recipe(words: list[str], num_ranks: int, env: dict[str, str]) -> int:
     """What is wrong with a recipe is said once and at once, not by each rank after all of them have started: the code."""
-    if words[:2] != ["slm.cli", "train"]:
-        return 0
-    return subprocess.run([sys.executable, "-m", *words, "--check", str(num_ranks)], env=env).returncode
+    checks = {("slm.cli", "train"): ["--check", str(num_ranks)], ("slm.cli", "doctor"): ["--check"]}
+    check = checks.get(tuple(words[:2]))
+    return subprocess.run([sys.executable, "-m", *words, *check], env=env).returncode if check else 0
 
 
 def run_node() -> int:

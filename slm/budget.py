@@ -234,11 +234,10 @@ def draw(found: Budget, *, all_rows: bool = False) -> None:
 
 def _kept(found: Budget) -> str:
     recipe = found.recipe
-    most = recipe.checkpoint.keep_last + len(recipe.phases) + 2  # the best, and the one being written
+    most = recipe.most_checkpoints()
     size = STATE_BYTES * recipe.model.num_parameters() * most / 1e9
-    more = " and those of keep_every_steps" if recipe.checkpoint.keep_every_steps else ""
     alone = 2 * recipe.model.num_parameters() / 1e9
-    return f"at most {most} at once, {size:.0f} GB{more}; the model alone in 16 bits {alone:.2f} GB"
+    return f"at most {most} at once, {size:.0f} GB; the model alone in 16 bits {alone:.2f} GB"
 
 
 def _table(found: Budget, part: PhaseBudget, all_rows: bool) -> Table:

@@ -12,6 +12,8 @@ Precedence: defaults < YAML < overrides. Unknown and duplicate keys are errors; 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -271,6 +273,24 @@ class Recipe(Section):
             return self.model
         context = min(self.model.max_position_embeddings, scaling.reach_tokens or self.model.max_position_embeddings)
         return self.model.model_copy(update={"rope_scaling": scaling, "max_position_embeddings": context})
+
+    def most_checkpoints(self, phases: Sequence[Phase] | None = None) -> int:
+        """That a run of these phases (all) lets lie at once, while the last one is written: the newest keep_last, that one, the
+        ends of the phases before it, the best where there is one within a phase, and those of keep_every_steps. Gates that repeat
+        a phase add an end each time."""
+        phases = self.phases if phases is None else phases
+        every, milestone, looks = self.checkpoint.every_steps, self.checkpoint.keep_every_steps, self.eval.every_steps
+        best = bool(self.data.validation and looks)
+
+        def multiples(phase: Phase, *of: int) -> int:
+            return (phase.num_steps - 1) // math.lcm(*of)
+
+        kept = sum(
+            multiples(phase, milestone, every)
+            + (multiples(phase, milestone, looks) - multiples(phase, milestone, every, looks) if best else 0)
+            for phase in (phases if milestone else ())
+        )
+        return self.checkpoint.keep_last + len(phases) + best + kept
 
     @property
     def run_dir(self) -> Path:

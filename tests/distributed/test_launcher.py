@@ -209,5 +209,5 @@ def test_an_impossible_number_of_ranks_is_a_users_mistake():
     command = [sys.executable, ROOT / "launchers" / "launch.py", "--ranks", "0", PROBE]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2
-    assert "Error: --ranks is 0" in result.stderr
+    assert "Error: 0 ranks were asked for, but at least 1 is needed\n  Fix: ask for 1 or more" in result.stderr
     assert "Traceback" not in result.stderr
