@@ -307,8 +307,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         tree, duplicates = strict_yaml.read(path)
     except FileNotFoundError:
         raise UserError(f"the recipe {path} does not exist", fix="give the path of a YAML file, see recipes/") from None
+    except IsADirectoryError:
+        inside = ", ".join(sorted(str(file) for file in path.glob("*.yaml"))[:5])
+        raise UserError(
+            f"{path} is a folder, and a recipe is a file",
+            fix=f"give one of the files in it: {inside}" if inside else "give the path of a YAML file, see recipes/",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable recipe ({error})", fix="give a YAML file, see recipes/") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path} is not a readable recipe ({reason})", fix="give a YAML file, see recipes/") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}", fix="mend it; recipes/ has examples") from None
     if not isinstance(tree, dict):

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from slm.runtime import RunLock
 from tests.distributed.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,6 +194,17 @@ def test_what_is_wrong_is_said_once_and_before_any_rank(tmp_path, arguments, sai
     assert "launch:" not in result.stderr
     assert not (tmp_path / "run").exists()
     assert json.loads(record.read_text())["code"] == 2
+
+
+def test_a_held_folder_is_said_before_any_rank(tmp_path):
+    """By the same check: no rank is started to find out that another job has the folder."""
+    command = ["bash", ROOT / "launchers" / "local.sh", ROOT / "recipes" / "demo.yaml", "2", f"output={tmp_path}/run"]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHON": sys.executable}
+    with RunLock(tmp_path / "run"):
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+    assert result.returncode == 2
+    assert f"is held by process {os.getpid()} on host" in result.stderr
+    assert "launch:" not in result.stderr
 
 
 def test_ranks_that_another_launcher_started_say_it_once(tmp_path):

@@ -131,11 +131,12 @@ def test_room_is_asked_for_what_a_whole_run_keeps(tmp_path):
                 passing = [object()]
                 best = passing[0] if step == 3 else best
     assert most == recipe.most_checkpoints() == room(tmp_path, recipe, recipe.phases).num == 8
+    files = [{"file": "state.json", "bytes": 2, "sha256": "x"}]
     for name, permanent in {"a-00000004": True, "a-00000006": False}.items():
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text(
-            manifest_text({"format": FORMAT, "global_step": 4, "permanent": permanent, "files": []})
+            manifest_text({"format": FORMAT, "global_step": 4, "permanent": permanent, "files": files})
         )
     assert room(tmp_path, recipe, recipe.phases).num == 6
     assert room(tmp_path, recipe, recipe.phases[1:]).num == 4
