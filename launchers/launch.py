@@ -180,7 +180,9 @@ def deepspeed_command(num_ranks: int, num_gpus: int) -> list[str]:
 
 
 def deepspeed_runner(port: int) -> list[str]:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "warning"]
+    # Its log calls a run that was stopped in order an error, and a hostfile that nobody gave a warning. What it cannot start for
+    # it raises, and how ranks end is said here.
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
     return [*command, "--master_port", str(port)]
 
 
@@ -288,6 +290,8 @@ class Launch:
                     if status & 127 == signal.SIGKILL and not self.exit_file.exists():  # no rank has said why
                         name += " (out of memory?)"
                     say(f"rank {number} (process {process.pid}) was ended by {name}")
+                elif not self.exit_file.exists():
+                    say(f"rank {number} (process {process.pid}) ended with code {status >> 8}")
         elif time.monotonic() - self.failed_at > GRACE_SECONDS:
             kill_all(self.runner.pid, self.mark)
 
