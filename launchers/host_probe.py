@@ -2,7 +2,7 @@
 
 Owns one line of JSON out for each line of JSON in, after SIGN, since a login shell may print lines of its own:
 
-    {}                                          versions, GPUs, the interpreter, as the first answer
+    {}                                          versions, GPUs (none if started with the argument cpu), as the first answer
     {"read": PATH}                              the text of a file of the shared folder
     {"clock": true}                             this machine's time
     {"listen": PORT, "token": T}                binds it (0: any free one), greets who connects, until the end
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import sys
 import threading
 import time
@@ -30,6 +31,8 @@ CONNECT_SECONDS = 3.0
 
 
 def main() -> int:
+    if "cpu" in sys.argv[1:]:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # as the ranks will have it
     tell(
         versions=installed.facts(),
         num_gpus=count_gpus(),
@@ -81,14 +84,29 @@ def listen(port: int, token: str) -> dict[str, Any]:
     except OSError as error:
         return {"error": error.strerror}
 
-    def greet() -> None:
+    def serve() -> None:
         while True:
-            other, _ = server.accept()
-            other.sendall(token.encode())
-            other.recv(1)  # its end first: then no port of ours is left in TIME_WAIT
+            try:
+                other, _ = server.accept()
+            except OSError:  # gone again
+                continue
+            threading.Thread(target=greet, args=(other, token), daemon=True).start()
 
-    threading.Thread(target=greet, daemon=True).start()
+    threading.Thread(target=serve, daemon=True).start()
     return {"port": server.getsockname()[1]}
+
+
+def greet(other: socket.socket, token: str) -> None:
+    """Whoever connects, perhaps a scanner of ports, which keeps nobody else waiting."""
+    try:
+        with other:
+            other.settimeout(CONNECT_SECONDS)
+            # Should we be the first to close, by a reset: no port of ours is left in TIME_WAIT.
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            other.sendall(token.encode())
+            other.recv(1)  # its end
+    except OSError:
+        pass
 
 
 def connect(addresses: list[str], port: int, token: str) -> dict[str, str]:

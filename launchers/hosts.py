@@ -192,7 +192,8 @@ class Probe:
     """host_probe.py on one machine."""
 
     def __init__(self, host: str) -> None:
-        self.host, self.process, self._unread = host, ssh(host, "host_probe.py"), b""
+        given = ["cpu"] if os.environ.get("DS_ACCELERATOR") == "cpu" else []  # it counts the GPUs that ranks would use
+        self.host, self.process, self._unread = host, ssh(host, "host_probe.py", *given), b""
 
     def ask(self, **question: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -258,9 +259,8 @@ def ask_all(hosts: dict[str, int], shared: Path, address: str, port: int) -> tup
     pool = ThreadPoolExecutor(len(hosts))
     try:
         answers = dict(zip(hosts, pool.map(lambda probe: first_look(probe, shared, token), probes), strict=True))
-        problems = [
-            f"{host}: {what}" for host, answer in answers.items() for what in problems_of(host, answer, hosts[host])
-        ]
+        problems = [f"{host}: {what}" for host, answer in answers.items() for what in problems_of(host, answer)]
+        problems += gpu_problems({host: a["num_gpus"] for host, a in answers.items() if "num_gpus" in a}, hosts)
         problems += differences({host: answer["versions"] for host, answer in answers.items() if "versions" in answer})
         if "lost" in answers[next(iter(hosts))]:  # nobody listens
             raise not_ready(problems)
@@ -318,7 +318,7 @@ def first_look(probe: Probe, shared: Path, token: str) -> dict[str, Any]:
     return facts | {"shared": read.get("text") == token, "unread": read.get("error", ""), "clock": (ahead, half)}
 
 
-def problems_of(host: str, answer: dict[str, Any], slots: int) -> list[str]:
+def problems_of(host: str, answer: dict[str, Any]) -> list[str]:
     if "lost" in answer:
         return [
             f"{answer['lost']} (try: ssh -o BatchMode=yes HOST, and in it: cd {os.getcwd()} && {sys.executable} -V)"
@@ -328,14 +328,24 @@ def problems_of(host: str, answer: dict[str, Any], slots: int) -> list[str]:
         found.append(
             f"does not see the run's folder as it is here ({answer['unread']}): all need one shared file system"
         )
-    if 0 < answer["num_gpus"] < slots:
-        found.append(f"has {answer['num_gpus']} GPUs, and slots={slots}")
     ahead, half = answer["clock"]
     if abs(ahead) - half > 5:  # nothing of ours fails by it: it is other programs (make, tokens with an end) that do
         say(
             f"the clock of {host} is {ahead:+.1f} s (±{half:.3f}) from this machine's: the lines of logs will be out of order"
         )
     return found
+
+
+def gpu_problems(num_gpus: dict[str, int], slots: dict[str, int]) -> list[str]:
+    """Where one machine has GPUs, all ranks need one: a machine without would choose gloo, and never meet those with NCCL."""
+    if not any(num_gpus.values()):
+        return []
+    return [
+        f"{host}: has {number or 'no'} GPU{'s' * (number != 1)}, and slots={slots[host]}"
+        f"{'' if number else ' (others have some; DS_ACCELERATOR=cpu uses none anywhere)'}"
+        for host, number in num_gpus.items()
+        if number < slots[host]
+    ]
 
 
 def differences(versions: dict[str, dict[str, str]]) -> list[str]:

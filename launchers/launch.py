@@ -38,6 +38,8 @@ import psutil
 ROOT = str(Path(__file__).resolve().parents[1])
 sys.path[:0] = [ROOT]  # the scripts beside this one import slm, of this clone, after it
 
+from slm.runtime import free_port  # noqa: E402 - of this clone
+
 GRACE_SECONDS = 15.0  # for ranks whose run has failed, and for helpers (W&B's uploader) after the run's end
 STOPPED_CODE = 75  # of a rank that stopped on a signal after saving, which is no failure
 SAVE_SECONDS = 120.0  # for healthy ranks that were told to save because DeepSpeed's launcher was killed
@@ -179,12 +181,6 @@ def deepspeed_command(num_ranks: int, num_gpus: int) -> list[str]:
 def deepspeed_runner(port: int) -> list[str]:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "warning"]
     return [*command, "--master_port", str(port)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 # ------------------------------------------------------------------------------------ its whole life

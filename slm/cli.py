@@ -1,7 +1,7 @@
-"""The `slm` command: plan, train, eval, generate, export, report, status, doctor, schema.
+"""The `slm` command: plan, train, teacher, eval, generate, import, export, report, status, doctor, schema.
 
-Owns the arguments and what is printed; each command is one call into the module that does the work. Heavy imports
-are inside the commands, so that `slm plan` and `slm --help` answer at once.
+Owns the arguments and what is printed (of eval, import and export: cli_models.py); each command is one call into the module
+that does the work. Heavy imports are inside the commands, so that `slm plan` and `slm --help` answer at once.
 
     slm train recipes/quickstart.yaml optim.lr=1e-3
 """
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slm import cli_models
+from slm.cli_models import ModelPath, TokenizerPath
 from slm.errors import SLMError, UserError
 from slm.redact import redacted
 
@@ -36,8 +38,6 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file, see recipes/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="e.g. optim.lr=1e-3")]
-ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="a run, a checkpoint, or a Hugging Face folder")]
-TokenizerPath = Annotated[str, typer.Option(help="tokenizer, if the model's own recipe names none")]
 
 
 def main() -> None:
@@ -338,56 +338,7 @@ def teacher(
         (examine.draw if action == "stats" else examine.draw_diff)(found)
 
 
-@app.command("eval")
-def evaluate(
-    model: ModelPath,
-    data: Annotated[
-        list[Path] | None, typer.Argument(help="folders of token shards; else the recipe's validation")
-    ] = None,
-    seq_len: Annotated[
-        int, typer.Option(min=0, help="tokens of a packed sequence; 0: as the phase that the model is of")
-    ] = 0,
-    micro_batch: Annotated[int, typer.Option(min=1, help="sequences per forward pass")] = 4,
-    max_sequences: Annotated[int, typer.Option(min=0, help="at most this many per source; 0: all")] = 0,
-    by_position: Annotated[bool, typer.Option("--by-position", help="also the loss by tokens seen")] = False,
-    recall: Annotated[
-        bool, typer.Option("--recall", help="also pass keys hidden in the data, as eval.recall of the recipe says")
-    ] = False,
-    lengths: Annotated[str, typer.Option(metavar="N,N", help="recall: tokens of a sample, such as 1Ki,4Ki")] = "",
-    keys: Annotated[str, typer.Option(metavar="N,N", help="recall: needles in a sample, such as 1,4")] = "",
-    depths: Annotated[
-        int | None, typer.Option(min=1, help="recall: parts of the text that the needle stands in")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="recall: samples for each length, depth and keys")] = None,
-    tokenizer: TokenizerPath = "",
-    plot: Annotated[Path | None, typer.Option(help="draw both, as .png, .svg or .pdf")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs: everything, by position too")] = False,
-) -> None:
-    """Loss and perplexity on held-out token shards; by position, and what is found again in a long context."""
-    from slm import findings
-    from slm.loading import evaluate_model
-    from slm.pictures import check_picture
-
-    fields = {"lengths": _listed(lengths), "keys": _listed(keys), "depths": depths, "samples": samples}
-    given = {name: value for name, value in fields.items() if value}
-    if given and not recall:
-        raise UserError(f"--{next(iter(given))} has no effect without --recall", fix="add --recall")
-    if plot is not None:
-        check_picture(plot)
-    folders = [str(path) for path in data or []]
-    found, per_byte = evaluate_model(
-        model, folders, seq_len, micro_batch, max_sequences, recall=given if recall else None, tokenizer=tokenizer
-    )
-    if plot is not None:
-        findings.plot(found, plot)
-    if as_json:
-        typer.echo(json.dumps(findings.as_dict(found, per_byte), indent=2))
-    else:
-        findings.draw(found, per_byte, by_position=by_position)
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+app.command("eval")(cli_models.evaluate)
 
 
 @app.command()
@@ -428,17 +379,8 @@ def generate(
             typer.echo(f"--- {asked}\n{answer}")
 
 
-@app.command()
-def export(
-    model: ModelPath,
-    output: Annotated[Path, typer.Argument(help="folder to write")],
-    tokenizer: Annotated[str, typer.Option(help="tokenizer, if it is a Python class: module:Class")] = "",
-) -> None:
-    """Write a run's best (or the named) checkpoint as a Hugging Face folder in float32, with its tokenizer."""
-    from slm.loading import export_model
-
-    export_model(model, output, tokenizer)
-    typer.echo(f"wrote {output}: load it with transformers' AutoModelForCausalLM or SLMForCausalLM.from_pretrained")
+app.command("import")(cli_models.import_model)
+app.command()(cli_models.export)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """`slm doctor`: what is wrong with a machine, or with all of a cluster's, before a run; everything it says it has measured.
 
 Owns the order of the checks, the comparison of nodes, what a recipe needs, and the table. One machine's checks are
-doctor_node.py's, those between ranks doctor_ranks.py's.
+doctor_node.py's; how ranks meet and what is measured between them is in doctor_meeting.py and doctor_ranks.py.
 
     exit_code = examine(load_recipe("recipes/demo.yaml"), Path("runs"), as_json=False)      # 0, or 3 if something is wrong
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import urllib.error
 import urllib.request
@@ -51,7 +50,8 @@ def examine(recipe: Recipe | None, folder: Path, *, try_seconds: float = 60.0, a
         if speaks:
             print(f"measuring: {what}", file=sys.stderr, flush=True)
 
-    from slm.doctor_ranks import Absent, Meeting, measure, node_name, rates_of_ranks
+    from slm.doctor_meeting import Absent, Meeting, node_name
+    from slm.doctor_ranks import measure, rates_of_ranks
 
     try:
         meeting = Meeting(ranks, try_seconds)
@@ -199,13 +199,15 @@ def _needed_by(recipe: Recipe) -> list[Check]:
 
 
 def _room_for_checkpoints(recipe: Recipe) -> Check:
-    """As a run asks before its first step, too: 12 bytes a parameter, keep_last of them and the one that is being written."""
-    one = 12 * recipe.model.num_parameters()
-    num = recipe.checkpoint.keep_last + 1
-    where = next(folder for folder in recipe.run_dir.absolute().parents if folder.exists())
-    free = shutil.disk_usage(where).free
-    told = f"{free / 2**30:.1f} GiB free in {where}; {num} checkpoints (keep_last + 1) of {one / 2**30:.3g} GiB"
-    state = WRONG if free < one else WARNING if free < num * one else OK
+    """As a run asks before its first step, too."""
+    from slm.saving import room
+
+    found = room(recipe.run_dir, recipe, recipe.phases)
+    one, free = found.each_bytes, found.free_bytes
+    told = f"{free / 2**30:.1f} GiB free in {found.folder}; still to come at once (keep_last, the next one, ends of phases): "
+    told += f"{found.num} checkpoint{'s' * (found.num > 1)} of {one / 2**30:.3g} GiB"
+    hopeless = free < one and recipe.checkpoint.on_failure == "stop"
+    state = WRONG if hopeless else OK if found.is_enough else WARNING
     return Check("room for checkpoints", state, told, "free space there, give output another disk, or keep fewer")
 
 

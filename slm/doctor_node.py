@@ -30,6 +30,7 @@ from typing import Any, Literal
 import psutil
 
 from slm import installed
+from slm.memory import STATE_BYTES
 
 OK: Literal["ok"] = "ok"
 WARNING: Literal["warning"] = "warning"
@@ -343,7 +344,9 @@ def disk(folder: Path) -> list[Check]:
 def _free_space(folder: Path, free: int) -> Check:
     told = f"{free / _GIB:.1f} GiB free in {folder.absolute()}"
     if free < _LITTLE_DISK_BYTES:
-        return Check("disk", WARNING, told, "free space: a checkpoint has 12 bytes a parameter", {"free_bytes": free})
+        return Check(
+            "disk", WARNING, told, f"free space: a checkpoint has {STATE_BYTES} bytes a parameter", {"free_bytes": free}
+        )
     return Check("disk", OK, told, "", {"free_bytes": free})
 
 

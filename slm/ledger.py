@@ -10,8 +10,9 @@ Owns the arithmetic of time; who writes it down is train.py (events of the kind 
 Categories: init (start-up, opening data, building and filling engines), compile (the first step of a phase whose blocks are
 compiled), data (waiting for it), step, save (what training waits for), eval, check (comparing replicas), finish; and between
 attempts: lost (steps that a later attempt, or a rollback, computed again), hang (a rank hung until the watchdog ended the
-run), restart (from the last sign of life of an attempt to the first step of the next), idle (the same after one that was done:
-nobody wanted it to run, until it was given more to do).
+run), restart (from the last sign of life of an attempt to the first step of the next; also where the one before had done its
+phase, and the next phase's job waited in a queue), idle (between the end of the last phase and the start of the next attempt:
+nobody wanted the run to go on, until it was given more to do).
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
         total["step"] -= as_step
         total["hang"] += min(hung, gap) + as_step
         hung_in_steps += as_step
-        between = "idle" if any(event["kind"] == "done" for event in attempt) else "restart"
+        done = any(event["kind"] == "done" and not event.get("phases_left") for event in attempt)
+        between = "idle" if done else "restart"
         total[between if following else "finish"] += gap - min(hung, gap)
         if following:
             gaps.append({"seconds": gap - min(hung, gap), "step": following["step"]})

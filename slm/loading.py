@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
+from safetensors import SafetensorError
 
 from slm import checkpoint, parallel
 from slm.data.batches import Batch, EvaluationBatches
@@ -26,20 +30,23 @@ from slm.evaluate import Findings, HeldOut, examine
 from slm.model.config import ModelConfig
 from slm.model.hf import refuse_pickles
 from slm.model.llama import SLMForCausalLM, Visit
+from slm.model_card import write_card
 from slm.problems import readable
 from slm.recall.samples import Filler, Form, Grid
 from slm.recall.score import RecallBatches
 from slm.recall.settings import Recall
 
 
-def load_model(path: str | Path, *, exact: bool = False) -> tuple[SLMForCausalLM, dict[str, Any]]:
+def load_model(
+    path: str | Path, device: torch.device | None = None, *, exact: bool = False
+) -> tuple[SLMForCausalLM, dict[str, Any]]:
     """(model in eval mode, the checkpoint's state or {} for a Hugging Face folder), on the GPU in bfloat16 if there is
-    one that has it; with `exact` on the CPU in float32, whatever is there.
+    one that has it, or on the device given; with `exact` on the CPU in float32, whatever is there.
 
     A run directory means its best checkpoint, else its newest. Raises UserError, CorruptArtefact.
     """
     path = Path(path)
-    device = torch.device("cpu") if exact else parallel.local_device(0)
+    device = torch.device("cpu") if exact else device or parallel.local_device(0)
     half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if half else torch.float32
     if (path / "config.json").is_file():
@@ -57,11 +64,33 @@ def load_model(path: str | Path, *, exact: bool = False) -> tuple[SLMForCausalLM
     return model.to(device).eval(), reader.state
 
 
-def load_for_text(path: str, tokenizer: str = "") -> tuple[SLMForCausalLM, Any]:
+@dataclass(frozen=True)
+class RunPlace:
+    """The run that a path is of, and which checkpoint of it. step: of the whole run."""
+
+    folder: Path
+    checkpoint: str
+    step: int
+
+
+def run_of(path: str | Path) -> RunPlace | None:
+    """None for a Hugging Face folder, and for a checkpoint that has been copied out of its run. Raises CorruptArtefact."""
+    path = Path(path)
+    if (path / "config.json").is_file() or not path.exists():
+        return None
+    best = path / "best"
+    folder = checkpoint.locate(best if (best / "manifest.json").is_file() else path).resolve()
+    run = folder.parent.parent
+    if folder.parent.name != "checkpoints" or not (run / "recipe.yaml").is_file():
+        return None
+    return RunPlace(run, folder.name, checkpoint.read_manifest(folder)["global_step"])
+
+
+def load_for_text(path: str, tokenizer: str = "", device: torch.device | None = None) -> tuple[SLMForCausalLM, Any]:
     """(model, tokenizer). The tokenizer is the one given, else that of the recipe, else that of the folder."""
     from slm.tokenizer import load_tokenizer
 
-    model, state = load_model(path)
+    model, state = load_model(path, device)
     spec = tokenizer or (state["recipe"]["tokenizer"] if state else path)
     if not spec:
         raise UserError(f"{path}: its recipe names no tokenizer, so text cannot be encoded", fix="give --tokenizer")
@@ -209,18 +238,14 @@ def bytes_per_token(dataset: TokenDataset) -> float:
     return num_bytes / max(1, dataset.num_tokens - dataset.num_docs)
 
 
-def export_model(path: str, output: Path, tokenizer: str = "") -> None:
-    """Writes config.json, model.safetensors and the tokenizer's files. Raises UserError if `output` holds something."""
+@contextmanager
+def fresh_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `output` at the end: a kill leaves nothing that looks like one.
+
+    Raises UserError if `output` holds something or cannot be written, EnvironmentProblem if the disk is full.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; nothing was written, so that nothing is lost", fix="give a new folder")
-    model, state = load_model(path, exact=True)
-    spec = tokenizer or (state["recipe"]["tokenizer"] if state else "")
-    loaded = None
-    if spec:
-        from slm.tokenizer import load_tokenizer
-
-        loaded = load_tokenizer(spec, said_by=None if tokenizer else path)
-        _check_tokenizer(path, state, spec, loaded.fingerprint)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -229,15 +254,33 @@ def export_model(path: str, output: Path, tokenizer: str = "") -> None:
         raise UserError(
             f"{output} cannot be written: {output.parent} is no folder to write in", fix="give another path"
         )
-    partial = output.with_name(f".{output.name}.partial")  # a killed export leaves nothing that looks like one
+    partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial, loaded)
+        partial.mkdir()
+        yield partial
         if output.exists():
             output.rmdir()
         partial.rename(output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise EnvironmentProblem(f"{output} cannot be written: {told}", fix="give another path, or make room") from None
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise EnvironmentProblem(
-            f"{output} cannot be written: {error.strerror or error}", fix="give another path, or make room"
-        ) from None
+
+
+def export_model(path: str, output: Path, tokenizer: str = "") -> None:
+    """Writes config.json, model.safetensors, the tokenizer's files and a model card. Raises UserError if `output` holds
+    something."""
+    with fresh_folder(output) as partial:
+        model, state = load_model(path, exact=True)
+        spec = tokenizer or (state["recipe"]["tokenizer"] if state else "")
+        loaded = None
+        if spec:
+            from slm.tokenizer import load_tokenizer
+
+            loaded = load_tokenizer(spec, said_by=None if tokenizer else path)
+            _check_tokenizer(path, state, spec, loaded.fingerprint)
+        model.save_pretrained(partial, loaded)
+        place = run_of(path)
+        write_card(partial, path, place.folder if place is not None else None, state, model.config, loaded)

@@ -149,6 +149,12 @@ def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
         _append(file, _event(kind, fields))
 
 
+def append_row(run_dir: Path, step: int, values: dict[str, float]) -> None:
+    """A line in metrics.jsonl of what was measured after a run, of one of its checkpoints. Raises OSError."""
+    with _open_lines(run_dir / "metrics.jsonl") as file:
+        _append(file, {"step": step, "time": time.time(), **values})
+
+
 def _event(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {"time": time.time(), "kind": kind, **redacted_in(fields)}
 

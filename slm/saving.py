@@ -32,6 +32,7 @@ from slm import parallel, watchdog
 from slm.checkpoint import FORMAT, OPTIMIZER, file_digest, manifest_or_none, manifest_text, newest_first, recover
 from slm.engine import Fragment
 from slm.errors import EnvironmentProblem, SLMError
+from slm.memory import STATE_BYTES
 from slm.recipe import Checkpoint, Phase, Recipe
 from slm.runtime import atomic_write, fsync_folder
 
@@ -40,7 +41,6 @@ log = logging.getLogger("slm")
 _PEERS_TIMEOUT_SECONDS = 1800.0
 _PEERS_STILL_SECONDS = 60.0  # without a new byte from ranks of other machines, after training has failed
 _WAIT_SAID_SECONDS = 1.0
-BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and its two moments, in float32
 _FAILURES_IN_A_ROW = 3  # with on_failure: continue
 _CHUNK_BYTES = 8 << 20
 _SMALL_FILES_BYTES = 64 << 10  # manifest, done-files and their blocks
@@ -343,17 +343,36 @@ class Checkpointer:
         return [folder for folder in passing[keep_last:] if folder.resolve() not in kept and folder != best]
 
 
-def check_room(run_dir: Path, recipe: Recipe, phases: Sequence[Phase]) -> None:
-    """Before the first of these phases: whether the disk has room for the checkpoints that will lie there at once, whatever the
-    number of ranks. Warns; raises EnvironmentProblem if not even one fits and a failed save would end the run."""
-    settings, root = recipe.checkpoint, run_dir / "checkpoints"
-    each = BYTES_PER_PARAMETER * recipe.model.num_parameters()
-    here = [manifest_or_none(folder) for folder in newest_first(root)]
+@dataclass(frozen=True)
+class Room:
+    """On a run's disk, for the checkpoints that will lie there at once."""
+
+    folder: Path  # that was asked: the run's, or the nearest above it that is there
+    each_bytes: int
+    num: int  # that are still to be made room for
+    free_bytes: int
+
+    @property
+    def is_enough(self) -> bool:
+        return self.free_bytes >= self.num * self.each_bytes
+
+
+def room(run_dir: Path, recipe: Recipe, phases: Sequence[Phase]) -> Room:
+    """Before the first of these phases, whatever the number of ranks."""
+    keep_last, folder = recipe.checkpoint.keep_last, run_dir.absolute()
+    here = [manifest_or_none(one) for one in newest_first(folder / "checkpoints")]
     passing = sum(manifest is not None and not manifest.get("permanent", True) for manifest in here)
     # The newest keep_last, the next one before any of them goes, and the ends of the phases before the last.
-    more = max(1, settings.keep_last + 1 + len(phases) - 1 - min(passing, settings.keep_last))
-    free = shutil.disk_usage(run_dir).free
-    if free >= more * each:
+    num = max(1, keep_last + 1 + len(phases) - 1 - min(passing, keep_last))
+    there = next(above for above in (folder, *folder.parents) if above.exists())
+    return Room(there, STATE_BYTES * recipe.model.num_parameters(), num, shutil.disk_usage(there).free)
+
+
+def check_room(run_dir: Path, recipe: Recipe, phases: Sequence[Phase]) -> None:
+    """Warns if there is not enough room; raises EnvironmentProblem if not even one fits and a failed save would end the run."""
+    settings, found = recipe.checkpoint, room(run_dir, recipe, phases)
+    each, more, free = found.each_bytes, found.num, found.free_bytes
+    if found.is_enough:
         return
     problem = (
         f"checkpoints of this model have {each:,} bytes each, and {run_dir} has {free:,} free: "

@@ -91,7 +91,7 @@ def train(
         run_dir = recipe.run_dir
         setup_logging(ranks.rank, run_dir)
         limits, everyone = recipe.watchdog.model_dump(), parallel.gather_objects(watchdog.myself())
-        watchdog.start(run_dir, ranks.rank, **limits, everyone=everyone)
+        watchdog.start(run_dir, ranks.rank, **limits, everyone=everyone, on_gpu=device.type == "cuda")
         _train(recipe, ranks, device, run_dir, stop, profile_steps, until, resume or Resume(), ledger or Ledger())
         code, reason = 0, "done"
     except Stopped as error:
@@ -311,10 +311,11 @@ def run_phases(
             parallel.barrier()
             folder = run.run_dir / "checkpoints" / checkpoint.folder_name(phase.name, position.step)
             reader = parallel.together(checkpoint.Reader, folder)
-    run.metrics.event("done", step=position.global_step)
+    left = [phase.name for phase in phases_to_run(run.recipe, reader)]
+    run.metrics.event("done", step=position.global_step, phases_left=left)
     parallel.barrier()
-    if phases and phases[-1] != run.recipe.phases[-1]:
-        log.info("phase %s is over (--until); the next job goes on with the one after it", phases[-1].name)
+    if phases and left:
+        log.info("phase %s is over (--until); the next job goes on with %s", phases[-1].name, left[0])
     elif not phases:
         log.info("there is nothing left to train here")
     log.info("done: %d steps, %s document tokens; %s", position.global_step, f"{position.tokens:,}", run.run_dir)

@@ -58,13 +58,16 @@ def myself() -> Process:
     return machine, os.getpid(), _began(os.getpid())
 
 
-def start(run_dir: Path, rank: int, *, step_seconds: float, slow_seconds: float, everyone: list[Process]) -> None:
-    """Watches this process from now on. everyone: what `myself` says on each rank. A limit of 0 is none."""
+def start(
+    run_dir: Path, rank: int, *, step_seconds: float, slow_seconds: float, everyone: list[Process], on_gpu: bool = False
+) -> None:
+    """Watches this process from now on. everyone: what `myself` says on each rank. A limit of 0 is none. on_gpu: a rank may then
+    wait for others in any line that needs a result of the GPU."""
     global _watch
     stop()
     at("start-up")
     if step_seconds or slow_seconds:
-        _watch = _Watch(run_dir, rank, (step_seconds, slow_seconds), everyone)
+        _watch = _Watch(run_dir, rank, (step_seconds, slow_seconds), everyone, on_gpu)
 
 
 def at(what: str, step: int | None = None) -> None:
@@ -100,8 +103,11 @@ def _stacks(run_dir: Path, rank: int) -> Path:
 
 
 class _Watch:
-    def __init__(self, run_dir: Path, rank: int, limits: tuple[float, float], everyone: list[Process]) -> None:
+    def __init__(
+        self, run_dir: Path, rank: int, limits: tuple[float, float], everyone: list[Process], on_gpu: bool
+    ) -> None:
         self.run_dir, self.rank, (self.step_seconds, self.slow_seconds) = run_dir, rank, limits
+        self.world_size, self.on_gpu = len(everyone), on_gpu
         here, mine = everyone[rank][0], everyone[rank][1:]
         # By number, those on this machine beside this one. Ranks elsewhere watch themselves.
         self.siblings = {number: who[1:] for number, who in enumerate(everyone) if who[0] == here and who[1:] != mine}
@@ -210,9 +216,7 @@ class _Watch:
         places = {rank: _last_place(self._path(rank)) for rank in sorted([self.rank, *siblings])}
         where = {rank: place.text for rank, place in places.items()}
         where |= {rank: f"stopped (SIGSTOP) in {where[rank]}" for rank in asleep}
-        hung = asleep or [rank for rank, place in places.items() if not place.waits]
-        if len(hung) == len(places) > 1:  # nobody was seen to wait for another
-            hung = []
+        hung = asleep or _guilty(places, self.world_size, self.on_gpu)
         told = "; ".join(f"rank {rank} hangs: {where[rank]}" for rank in hung) or "a rank hangs"
         field = "watchdog.step_seconds" if doing[0] == STEP else "watchdog.slow_seconds"
         reason = (
@@ -336,6 +340,12 @@ def _headline(file: int, title: str) -> None:
 
 # A Python frame in which a rank waits for others: a collective call, or autograd's engine, in whose threads ZeRO makes its own.
 _WAITS = re.compile(r"/torch/distributed/distributed_c10d\.py$|/deepspeed/comm/|/torch/autograd/graph\.py$")
+# Here it waits, too, where this is the innermost frame: NCCL's calls return at once, and reading their result blocks.
+_READS_RESULT = re.compile(r"/slm/parallel\.py$")
+# Innermost of our files where a rank waits for nothing but its own disk and memory, and there the functions that do use the GPU.
+_OWN_WORK = re.compile(r"/slm/(?:data/\w+|distill/cache|checkpoint|saving)\.py$")
+_USE_GPU = frozenset({"to", "tensors_on", "is_one_piece_B", "part", "fill", "_allocate"})
+_LOADER = re.compile(r"/torch/utils/data/")
 
 
 @dataclass(frozen=True)
@@ -343,21 +353,45 @@ class _Place:
     """Where the main thread of a rank was at the last time."""
 
     text: str  # its innermost line, and the innermost of ours above it
-    waits: bool  # in a collective call or a backward pass
+    waits: bool = False  # in a collective call or a backward pass
+    own_work: bool = False  # in reading data, or writing a checkpoint: for no other rank, and for no GPU
+
+
+def _guilty(places: dict[int, _Place], world_size: int, on_gpu: bool) -> list[int]:
+    """Which of this machine's ranks hang, by where they are, none of them stopped.
+
+    With gloo whoever waits for others shows it. On a GPU a healthy rank may wait for another in any line that reads a result or
+    finds the queue of kernels full, and a rank that is alone on its machine has no other beside it to compare with: there only
+    those at work of their own are named.
+    """
+    if on_gpu or len(places) == 1 < world_size:
+        return [rank for rank, place in places.items() if place.own_work and not place.waits]
+    hung = [rank for rank, place in places.items() if not place.waits]
+    return [] if len(hung) == len(places) > 1 else hung  # nobody was seen to wait for another
 
 
 def _last_place(path: Path) -> _Place:
     try:
-        text = path.read_text(errors="replace").rpartition("\n=== ")[2]
+        return _place_in(path.read_text(errors="replace").rpartition("\n=== ")[2])
     except OSError as error:
-        return _Place(str(error), False)
-    main = re.split(r"^(?:Current thread|Thread) .*\n", text, flags=re.MULTILINE)[-1]  # threads go newest first
+        return _Place(str(error))
+
+
+def _place_in(stacks: str) -> _Place:
+    """Of what faulthandler has written of one process."""
+    main = re.split(r"^(?:Current thread|Thread) .*\n", stacks, flags=re.MULTILINE)[-1]  # threads go newest first
     frames = [
-        (f"{name} ({file}:{line})", file) for file, line, name in re.findall(r'File "(.*)", line (\d+) in (.*)', main)
+        (f"{name} ({file}:{line})", file, name)
+        for file, line, name in re.findall(r'File "(.*)", line (\d+) in (.*)', main)
     ]
     if not frames:
-        return _Place("it did not answer (no interpreter, or no such process)", False)
+        return _Place("it did not answer (no interpreter, or no such process)")
     root = str(Path(__file__).parent) + os.sep
-    ours = next((shown for shown, file in frames if file.startswith(root)), frames[0][0])
-    shown = frames[0][0] if ours == frames[0][0] else f"{frames[0][0]}, called by {ours}"
-    return _Place(shown, any(_WAITS.search(file) for _, file in frames))
+    shown, file, _ = frames[0]
+    ours, our_file, our_name = next((frame for frame in frames if frame[1].startswith(root)), ("", "", ""))
+    return _Place(
+        f"{shown}, called by {ours}" if ours not in ("", shown) else shown,
+        waits=any(_WAITS.search(file) for _, file, _ in frames) or bool(_READS_RESULT.search(file)),
+        own_work=any(_LOADER.search(file) for _, file, _ in frames)
+        or (bool(_OWN_WORK.search(our_file)) and our_name not in _USE_GPU),
+    )

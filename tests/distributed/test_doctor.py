@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from slm import doctor, doctor_ranks
+from slm import doctor, doctor_meeting
+from slm.doctor_network import lanes_of, of_pairs, rounds
 from slm.doctor_node import apart, look
-from slm.doctor_ranks import rounds
 from slm.errors import EnvironmentProblem
 from slm.runtime import free_port
 from tests.distributed.ranks import run_ranks
@@ -108,7 +108,7 @@ def test_under_mpirun(tmp_path):
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch, tmp_path, capsys):
     """The only one of two: it says who is missing and leaves with 3; the other, without a first, says what it tried to reach."""
-    monkeypatch.setattr(doctor_ranks, "MEET_SECONDS", 3.0)
+    monkeypatch.setattr(doctor_meeting, "MEET_SECONDS", 3.0)
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (env | {"MASTER_PORT": str(free_port())}).items():
         monkeypatch.setenv(name, value)
@@ -151,3 +151,50 @@ def test_in_n_minus_1_rounds_all_have_met(number):
     assert all(len({unit for pair in pairs for unit in pair}) == 2 * len(pairs) for pairs in found)
     met = sorted(pair for pairs in found for pair in pairs)
     assert met == [(a, b) for a in units for b in units if a < b]
+
+
+def test_the_lanes_of_two_nodes_are_told_as_their_sum_and_their_slowest():
+    """GPU i of one node with GPU i of the other; one lane of one pair is slow: that pair is named with it, the others are
+    not; one that fails names its ranks."""
+    nodes = {"a": [0, 1], "b": [2, 3], "c": [4, 5]}
+    assert lanes_of([0, 1, 2], [3, 4]) == [[0, 3], [1, 4]]
+
+    def told(rate_of):
+        found = []
+        for pair in (("a", "b"), ("a", "c"), ("b", "c")):
+            for lane in lanes_of(nodes[pair[0]], nodes[pair[1]]):
+                rate = rate_of(*lane)
+                rates = {f"{name}_bytes_per_second": rate for name in ("all_reduce", "all_to_all")} | {"bytes": 1}
+                found += 2 * [
+                    {"units": list(pair), "lane": lane, **({"error": "no result"} if rate is None else rates)}
+                ]
+        return {tuple(check.values["pair"]): check for check in of_pairs(found)}
+
+    checks = told(lambda a, b: 1e9 if (a, b) == (3, 5) else 10e9)
+    assert {pair: check.state for pair, check in checks.items()} == {
+        ("a", "b"): "ok", ("a", "c"): "ok", ("b", "c"): "warning",
+    }  # fmt: skip
+    assert checks["a", "b"].values["all_reduce_bytes_per_second"] == 20e9
+    assert checks["b", "c"].values["all_to_all_bytes_per_second"] == 11e9
+    assert "over 2 pairs of ranks at once; the slowest, rank 3 – rank 5: all-reduce 1.00" in checks["b", "c"].measured
+    checks = told(lambda a, b: None if (a, b) == (1, 3) else 10e9)
+    assert (checks["a", "b"].state, checks["a", "c"].state) == ("wrong", "ok")
+    assert "rank 1 – rank 3: no result" in checks["a", "b"].measured
+
+
+def test_two_nodes_of_two_ranks_measure_both_lanes(tmp_path):
+    """Under real ranks, which SLURMD_NODENAME puts on two nodes: both pairs give rates, at once."""
+    script = tmp_path / "nodes.py"
+    script.write_text(
+        "import os, sys\nos.environ['SLURMD_NODENAME'] = 'ab'[int(os.environ['RANK']) // 2]\n"
+        "from slm.cli import main\nsys.argv = ['slm', 'doctor', '--json', '--folder', sys.argv[1]]\nmain()\n"
+    )
+    done = run_ranks(script, [tmp_path / "runs"], world_size=4)
+    found = json.loads(done.stdout[done.stdout.index("{\n") : done.stdout.rindex("}") + 1])
+    (pair,) = [check for check in found["checks"] if check["name"] == "pair"]
+    assert pair["state"] in ("ok", "warning"), pair  # a busy machine may slow one down
+    assert pair["values"]["pair"] == ["a", "b"]
+    lanes = pair["values"]["lanes"]
+    assert sorted(lane["lane"] for lane in lanes) == [[0, 2], [1, 3]]
+    total = sum(lane["all_reduce_bytes_per_second"] for lane in lanes)
+    assert pair["values"]["all_reduce_bytes_per_second"] == pytest.approx(total)

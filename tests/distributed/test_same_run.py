@@ -379,6 +379,8 @@ def test_each_phase_may_have_its_own_ranks(runs, tmp_path):
     train_many([(path, jobs, "a")], 1)
     train_many([(path, jobs, "b")], 4)
     train_many([(path, jobs)], 2)
+    told = [json.loads(line) for line in (tmp_path / "jobs" / "events.jsonl").read_text().splitlines()]
+    assert [event["phases_left"] for event in told if event["kind"] == "done"] == [["b", "c"], ["c"], []]
     whole, found = metrics(tmp_path / "whole"), metrics(tmp_path / "jobs")
     assert sorted(found) == sorted(whole) == list(range(1, 13))
     for step, row in whole.items():

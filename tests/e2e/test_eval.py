@@ -184,3 +184,73 @@ def test_what_the_data_cannot_give_is_refused_before_the_first_step(write, folde
     message = caplog.records[-1].getMessage()
     assert "recall.lengths has 128, and the held-out documents have 126 tokens" in message
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_the_model_card_of_a_run(write, tmp_path, monkeypatch):
+    """What was trained, on what, and how well, from the run's own files, as a picture and without matplotlib as a table; a
+    benchmark's scores are in the run's log, its folder and the card; secrets are in none of it."""
+    from slm import model_card
+    from slm.errors import EnvironmentProblem
+    from slm.loading import export_model
+
+    monkeypatch.setenv("HUB_TOKEN", "hf_abcdefghijklmnop")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    recipe = load_recipe(write(), ["phases.long.tokens=512", "eval.recall.every_steps=2", "name=hf_abcdefghijklmnop"])
+    assert train(recipe) == 0
+    run = tmp_path / "run"
+    has_harness = _benchmark(run, tmp_path)
+    export_model(str(run / "latest"), tmp_path / "a")
+    card = (tmp_path / "a/README.md").read_text()
+    assert "![training and held-out loss by step](loss.png)" in card
+    assert (tmp_path / "a/loss.png").stat().st_size > 5_000
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "transformers"
+    assert "license" not in front
+    told = yaml.safe_load(card.split("```yaml\n")[1].split("\n```")[0])
+    assert [phase["name"] for phase in told["phases"]] == ["short", "long"]
+    written = json.loads((run / "eval/long-00000002.json").read_text())
+    assert (
+        f"| 256 | code | {written['loss']['256']['code']['targets']:,} | {written['loss']['256']['code']['loss']:.4f}"
+        in card
+    )
+    assert "| keys hidden |" in card
+    from slm.data.tokens import TokenDataset
+
+    for source in told["data"]["sources"], told["data"]["validation"]:
+        assert TokenDataset(source["code"]).fingerprint in card
+    assert "hf_abcdef" not in card
+    if has_harness:
+        assert "| t | acc |" in card
+
+    def missing(path):
+        raise EnvironmentProblem("no matplotlib")
+
+    monkeypatch.setattr(model_card, "check_picture", missing)
+    export_model(str(run / "latest"), tmp_path / "b")
+    assert "| step | loss |\n|---|---|\n| 1 | " in (tmp_path / "b/README.md").read_text()
+    assert not (tmp_path / "b/loss.png").exists()
+
+
+def _benchmark(run, tmp_path):
+    """One local task on the run, through the command's own function; whether lm-evaluation-harness is here."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        return False
+    from slm.cli_models import _suite
+
+    (tmp_path / "data.jsonl").write_text(json.dumps({"q": "def", "c": [" main", " x"], "g": 0}) + "\n")
+    (tmp_path / "tasks").mkdir()
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}}
+    task = {"task": "t", **data, "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}"}
+    task |= {"doc_to_choice": "{{c}}", "doc_to_target": "{{g}}", "num_fewshot": 0}
+    task["metric_list"] = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    (tmp_path / "tasks/t.yaml").write_text(yaml.safe_dump(task))
+    _suite(str(run / "latest"), ["t"], None, False, task_folders=[tmp_path / "tasks"])
+    found = json.loads((run / "eval/suite-long-00000002.json").read_text())
+    score = found["results"]["t"]["scores"]["acc,none"]
+    assert score in (0.0, 1.0)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"step": 6, "suite/step": 6, "suite/t/acc": score}.items() <= rows[-1].items()
+    assert len((run / "eval/answers/answers-0.jsonl").read_text().splitlines()) == 2
+    return True

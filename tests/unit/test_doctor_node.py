@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from slm import doctor_node, installed
+from slm import doctor, doctor_node, installed
 from slm.doctor import _differences
 from slm.installed import Package
+from slm.recipe import load_recipe
+from slm.saving import check_room
+from tests.faults.runs import write_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,3 +86,26 @@ def test_nvidia_smis_answers_are_read(tmp_path, monkeypatch):
     )
     (broken,) = doctor_node.gpus()
     assert (broken.state, "could not talk" in broken.measured) == ("wrong", True)
+
+
+def test_the_doctor_and_a_run_ask_for_the_same_room(tmp_path, caplog):
+    """12 bytes a parameter, keep_last and the next one, and the ends of two phases before the last: more than any disk has, so
+    both warn, of the same number; with one they do not."""
+    phases = [{"name": n, "tokens": 512, "seq_len": 64, "batch_tokens": 256, "micro_batch": 2} for n in "abc"]
+
+    def both(keep_last):
+        recipe = load_recipe(write_recipe(tmp_path, phases=phases, checkpoint={"keep_last": keep_last}))
+        caplog.clear()
+        check_room(tmp_path, recipe, recipe.phases)
+        assert (
+            f"of {12 * recipe.model.num_parameters() / 2**30:.3g} GiB" in doctor._room_for_checkpoints(recipe).measured
+        )
+        return doctor._room_for_checkpoints(recipe), caplog.text
+
+    found, said = both(10**12)
+    assert found.state == "warning"
+    assert f"{10**12 + 3} checkpoints of" in found.measured
+    assert f"of the {10**12 + 3} that are to lie there at once" in said
+    found, said = both(1)
+    assert (found.state, said) == ("ok", "")
+    assert "4 checkpoints of" in found.measured

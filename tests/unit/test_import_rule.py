@@ -62,6 +62,22 @@ def test_importing_slm_imports_nothing_heavy():
     assert result.stdout == "[]\n", result.stderr
 
 
+def test_a_plan_imports_nothing_heavy():
+    """`slm plan RECIPE --gpu`, the whole command, answers at once: no torch, and none of what stands on it."""
+    heavy = "('torch', 'deepspeed', 'transformers', 'pyarrow', 'datasets', 'scipy', 'matplotlib', 'wandb')"
+    code = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print('HEAVY', [m for m in {heavy} if m in sys.modules]))\n"
+        "from slm.cli import main\n"
+        "sys.argv = ['slm', 'plan', 'recipes/llama3.2-1b.yaml', '--gpus', '8', '--gpu', 'h100']\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "checkpoints: " in result.stdout
+    assert result.stdout.splitlines()[-1] == "HEAVY []"
+
+
 def test_no_module_is_named_like_one_of_the_standard_library():
     """A clash would break scripts that are run from inside the folder."""
     names = {p.stem for folder in ("slm", "data_prep") for p in (ROOT / folder).rglob("*.py")} - {

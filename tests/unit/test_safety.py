@@ -88,6 +88,25 @@ def test_goodput_of_a_run_that_was_killed_twice():
     assert found["attempts"] == 3
 
 
+def test_the_queue_between_the_jobs_of_two_phases_is_no_idleness():
+    """The first phase is done at 100 s and the job of the second starts an hour later: that lowers goodput, and is `restart`.
+    After the last phase a day is idle."""
+    events = [
+        event("start", 10, age=10.0, step=0),
+        told(100, 90, 10.0, 90.0),
+        event("done", 100, step=90, phases_left=["second"]),
+        event("start", 3710, age=10.0, step=90),
+        told(3800, 180, 10.0, 90.0),
+        event("done", 3800, step=180, phases_left=[]),
+        event("start", 3810 + 86400, age=10.0, step=180),
+        told(3900 + 86400, 270, 10.0, 90.0),
+    ]
+    found = goodput(events)
+    assert found["seconds"]["restart"] == pytest.approx(3600 + 10 + 10)
+    assert found["seconds"]["idle"] == pytest.approx(86400)
+    assert found["goodput"] == pytest.approx(270 / 3900)
+
+
 def test_days_after_a_run_was_done_are_idle_and_others_are_said(tmp_path):
     """Done at 100 s, made longer three days later; then killed, and gone on with after an hour: the days lower no goodput, the
     hour does; both add up to the wall, and the words have no "1 attempts"."""

@@ -201,3 +201,73 @@ def test_a_process_of_another_time_is_nobodys_sibling():
     assert watchdog._process(pid, began) is not None
     assert watchdog._process(pid, "1") is None
     assert watchdog._process(2**22 + 1, began) is None
+
+
+def stack(*frames):
+    """As faulthandler writes the main thread's, innermost first."""
+    lines = "".join(f'  File "{file}", line {line} in {name}\n' for file, line, name in frames)
+    return f'Thread 0x00007f01 [python] (most recent call first):\n  File "/x.py", line 1 in other\nThread 0x00007f02:\n{lines}'
+
+
+SLM = Path(watchdog.__file__).parent
+LOOP = (SLM / "loop.py", 200, "run_phase")
+HEALTHY_ON_NCCL = {  # where a rank is that waits for another: no c10d frame, since the call itself has returned
+    "tolist of a reduced tensor": [(SLM / "parallel.py", 117, "reduce_sum"), LOOP],
+    "int of a reduced tensor": [(SLM / "parallel.py", 144, "reduce_max"), LOOP],
+    "the loss": [(SLM / "step.py", 90, "train_step"), LOOP],
+    "a full queue of kernels": [
+        ("/site/torch/nn/functional.py", 2000, "linear"),
+        (SLM / "model/llama.py", 80, "forward"),
+    ],
+    "synchronize": [("/site/torch/cuda/__init__.py", 1108, "synchronize"), (SLM / "saving.py", 426, "fill"), LOOP],
+    "pinning a batch": [(SLM / "data/batches.py", 97, "tensors_on"), (SLM / "data/batches.py", 91, "to"), LOOP],
+    "a barrier": [
+        ("/site/torch/distributed/distributed_c10d.py", 4800, "barrier"),
+        (SLM / "saving.py", 1, "save"),
+        LOOP,
+    ],
+}
+AT_OWN_WORK = {
+    "data": [(SLM / "data/tokens.py", 220, "_open"), (SLM / "data/batches.py", 384, "step_batches"), LOOP],
+    "its loader's thread": [
+        ("/lib/concurrent/futures/_base.py", 445, "result"),
+        (SLM / "data/batches.py", 370, "step_batches"),
+    ],
+    "a loader of torch": [
+        ("/lib/queue.py", 171, "get"),
+        ("/site/torch/utils/data/dataloader.py", 1, "_get_data"),
+        LOOP,
+    ],
+    "the disk": [("/lib/threading.py", 1090, "join"), (SLM / "saving.py", 216, "_join"), LOOP],
+}
+
+
+def guilty(*stacks, world_size, on_gpu):
+    return watchdog._guilty({rank: watchdog._place_in(s) for rank, s in enumerate(stacks)}, world_size, on_gpu)
+
+
+@pytest.mark.parametrize("at", HEALTHY_ON_NCCL)
+@pytest.mark.parametrize("guilty_at", AT_OWN_WORK)
+def test_on_gpus_only_a_rank_at_work_of_its_own_is_named(at, guilty_at):
+    """Three healthy ranks wait for one that hangs in its data or its disk: it is named, and no other."""
+    healthy, hung = stack(*HEALTHY_ON_NCCL[at]), stack(*AT_OWN_WORK[guilty_at])
+    assert guilty(healthy, hung, healthy, healthy, world_size=4, on_gpu=True) == [1]
+    assert guilty(healthy, healthy, world_size=4, on_gpu=True) == []
+
+
+@pytest.mark.parametrize("at", HEALTHY_ON_NCCL)
+def test_a_node_of_one_rank_does_not_blame_itself(at):
+    """Its frame is not known as a wait, and there is no other rank beside it to compare with; at its own work it is named; and
+    where it is the whole run, it is the one."""
+    healthy = stack(*HEALTHY_ON_NCCL[at])
+    assert guilty(healthy, world_size=2, on_gpu=True) == guilty(healthy, world_size=2, on_gpu=False) == []
+    assert guilty(stack(*AT_OWN_WORK["data"]), world_size=2, on_gpu=False) == [0]
+    assert guilty(stack(LOOP), world_size=1, on_gpu=False) == [0]
+
+
+def test_what_reads_a_reduced_value_waits():
+    """slm/parallel.py as the innermost frame, and not where it has called something that hangs by itself."""
+    assert watchdog._place_in(stack(*HEALTHY_ON_NCCL["tolist of a reduced tensor"])).waits
+    assert not watchdog._place_in(stack(("/my.py", 1, "read"), (SLM / "parallel.py", 190, "together"))).waits
+    foreign = stack(("/my_loader.py", 85, "read"), LOOP)
+    assert guilty(stack(*HEALTHY_ON_NCCL["int of a reduced tensor"]), foreign, world_size=2, on_gpu=False) == [1]
