@@ -235,8 +235,8 @@ def submit(chain: list[Stage], run_dir: Path, cluster: Cluster, run: str, *, dry
         title = job_title(run, stage)
         if stage.name not in jobs and not stage.is_done and (others := named_so(title)):
             raise UserError(
-                f"job {others[0]} in the queue is named {title} too, and {run_dir}/{JOBS} does not know of it: {stage.name} would "
-                "be submitted twice",
+                f"job {others[0]} in the queue is named {title} too, and {run_dir}/{JOBS} does not know of it: {stage.name} "
+                "would be submitted twice",
                 fix=f"scancel {others[0]} if it is of this run (and what comes after it), or give this run another name",
             )
     live = {
