@@ -29,7 +29,16 @@ from typing import Any
 import torch
 
 from slm import parallel, watchdog
-from slm.checkpoint import FORMAT, OPTIMIZER, file_digest, manifest_or_none, manifest_text, newest_first, recover
+from slm.checkpoint import (
+    FORMAT,
+    OPTIMIZER,
+    file_digest,
+    folder_name,
+    manifest_or_none,
+    manifest_text,
+    newest_first,
+    recover,
+)
 from slm.engine import Fragment
 from slm.errors import EnvironmentProblem, SLMError
 from slm.memory import STATE_BYTES
@@ -359,11 +368,18 @@ class Room:
 
 def room(run_dir: Path, recipe: Recipe, phases: Sequence[Phase]) -> Room:
     """Before the first of these phases, whatever the number of ranks. What lies there of what will be kept needs no more."""
-    folder, names = run_dir.absolute(), [phase.name for phase in phases]
+    folder, settings = run_dir.absolute(), recipe.checkpoint
     here = {one: manifest for one in newest_first(folder / "checkpoints") if (manifest := manifest_or_none(one))}
     passing = sum(not manifest.get("permanent", True) for manifest in here.values())
-    lasting = sum(bool(m.get("permanent", True)) and one.name.rpartition("-")[0] in names for one, m in here.items())
-    num = max(1, recipe.most_checkpoints(phases) - min(passing, recipe.checkpoint.keep_last) - lasting)
+    # Ends of phases before the last, and those of keep_every_steps. (Of a phase made longer its earlier end stays, besides.)
+    counted = [folder_name(phase.name, phase.num_steps) for phase in phases[:-1]]
+    steps, every = {phase.name: phase.num_steps for phase in phases}, settings.keep_every_steps
+    for one in here if every else ():
+        name, _, step = one.name.rpartition("-")
+        if step.isdecimal() and int(step) < steps.get(name, 0) and int(step) % every == 0:
+            counted.append(one.name)
+    lasting = sum(one.name in counted for one in here)
+    num = max(1, recipe.most_checkpoints(phases) - min(passing, settings.keep_last) - lasting)
     there = next(above for above in (folder, *folder.parents) if above.exists())
     return Room(there, STATE_BYTES * recipe.model.num_parameters(), num, shutil.disk_usage(there).free)
 
