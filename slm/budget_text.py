@@ -36,10 +36,8 @@ def draw(found: Budget, *, all_rows: bool = False) -> None:
         console.print(found.count_from, soft_wrap=True)
     for part in found.phases:
         table = _table(found, part, all_rows)
-        least = Measurement.get(console, console.options.update(width=_WIDE), table).minimum
-        Console(width=max(least, console.width), highlight=False).print(
-            table
-        )  # a narrow terminal wraps; no word is cut
+        needed = Measurement.get(console, console.options.update(width=_WIDE), table).maximum
+        Console(width=max(needed, console.width), highlight=False).print(table)  # on a narrow terminal no word is cut
         for line in _lines(found, part):
             console.print(f"  {line}", soft_wrap=True)
     for line in _total_lines(found):
@@ -93,10 +91,10 @@ def _table(found: Budget, part: PhaseBudget, all_rows: bool) -> Table:
         title=f"phase {part.phase.name}: {part.phase.seq_len:,} tokens, {part.phase.batch_tokens:,} a step{missing}",
         title_justify="left",
     )
-    names = ["", "ZeRO", "GPUs a sequence", "recompute", "micro-batch", "GiB", "fits", "tokens/s/GPU"]
+    names = ["", "ZeRO", "GPUs a\nsequence", "recompute", "micro-batch", "GiB", "fits", "tokens/s\n/GPU"]
     parts = [name for name in part.own.memory.peak.parts() if any(row.memory.peak.parts()[name] for row in part.rows)]
     for name in names + (parts if all_rows else []):
-        table.add_column(name, justify="left" if name in ("", "ZeRO", "recompute", "fits") else "right")
+        table.add_column(name, no_wrap=True, justify="left" if name in ("", "ZeRO", "recompute", "fits") else "right")
     for row in _shown(part, all_rows):
         same = part.best is not None and row.is_own and part.best.overrides == row.overrides
         mark = "recipe, chosen" if same else "recipe" if row.is_own else "chosen" if row is part.best else ""
