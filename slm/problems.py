@@ -134,7 +134,7 @@ def _named(location: tuple[Any, ...], tree: dict[str, Any]) -> list[str]:
     parts = [str(part) for part in location]
     if parts[:2] == ["teacher", "teacher"] and "teacher" not in tree["teacher"]:
         del parts[1]  # one alone
-    if parts[:1] == ["phases"] and len(parts) > 1:
+    if parts[:1] == ["phases"] and len(parts) > 1 and isinstance(tree["phases"], list):
         phase = tree["phases"][location[1]]
         if isinstance(phase, dict) and re.fullmatch(NAME_PATTERN, str(phase.get("name"))) and parts[2:] != ["name"]:
             parts[1] = str(phase["name"])

@@ -26,6 +26,7 @@ from slm.runtime import atomic_write
 JOBS = "jobs.json"
 CHECKED = "checked"  # an empty file, as old as the last check of the nodes that found nothing wrong
 PHASE, DATA = "phase ", "data "  # a stage's name begins so
+ANSWER_SECONDS = 60  # for SLURM's controller
 CHECK_SECONDS = 24 * 3600  # a check of the nodes is good for a day
 # What squeue says of jobs that are still to come or going on; anything else has ended.
 LIVE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING",
@@ -110,10 +111,12 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """Empty if it is not there, or not what we write."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_done(stage: str, words: list[str], run_dir: Path, recipe: Recipe) -> bool:
@@ -147,7 +150,9 @@ def _age_seconds(path: Path) -> float:
 # ------------------------------------------------------------------------------------------------ the queue
 def read_jobs(run_dir: Path) -> dict[str, dict[str, Any]]:
     """{stage: {"job": its number, "submitted": time, "arguments": of its script}}"""
-    return _json(run_dir / JOBS)
+    found = _json(run_dir / JOBS)
+    entries = {name: entry for name, entry in found.items() if isinstance(entry, dict)}
+    return {n: e for n, e in entries.items() if isinstance(e.get("job"), str) and isinstance(e.get("arguments"), list)}
 
 
 def write_jobs(run_dir: Path, jobs: dict[str, dict[str, Any]]) -> None:
@@ -160,7 +165,10 @@ def queue() -> dict[str, list[tuple[str, str]]] | None:
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--noheader", "--states=all", "--array", "--format=%F|%T|%R"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
     if done.returncode:
         return None
     found: dict[str, list[tuple[str, str]]] = {}
@@ -202,6 +210,11 @@ def status(run_dir: Path) -> dict[str, Any]:
             said = in_words(members)
         else:
             said = "SLURM does not answer" if known is None else "" if done else "no longer in the queue, and not done"
+        if not done and not is_live(members) and known is not None:
+            logs = sorted(
+                run_dir.glob(f"logs/slm-*-{name.replace(' ', '-')}-*.log"), key=lambda path: path.stat().st_mtime
+            )
+            said += f": see {logs[-1]}" if logs else ""
         stages.append({"stage": name, "job": entry["job"], "queue": said, "live": is_live(members), "done": done})
     found: dict[str, Any] = {"run": str(run_dir), "stages": stages, "phases": []}
     if recipe is not None:

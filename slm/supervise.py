@@ -33,6 +33,7 @@ LEAVE_SUSPECTS = "SLM_LEAVE_SUSPECTS"  # in the environment: who started us leav
 _TIMES_AT_ONE_STEP = 3  # then it is no accident
 _LONGEST_WAIT_SECONDS = 60.0
 _TAIL_BYTES = 1 << 16
+_LOOK_SECONDS = 10.0  # between two looks for a checkpoint
 
 
 def supervise(command: list[str], run_dir: Path, restarts: int) -> int:
@@ -55,7 +56,7 @@ def _supervise(child: _Child, command: list[str], run_dir: Path, restarts: int) 
     failed_step, times_at_step = -1, 0
     for attempt in range(restarts + 1):
         earlier = _record(run_dir / "exit.json")
-        code = child.run(command)
+        code = child.run(command, run_dir)
         # The run's folder is for ranks that cannot write our file, as on another machine. An attempt may end before it
         # removes the record of the one before.
         record = _record(child.exit_file) or _record(run_dir / "exit.json")
@@ -80,6 +81,8 @@ def _supervise(child: _Child, command: list[str], run_dir: Path, restarts: int) 
         if attempt == restarts:
             log.error("given up after %d restarts; the last attempt ended after step %d: %s", restarts, step, reason)
             return code
+        if child.has_saved and "--must-resume" not in command:  # were its folder gone, it would begin anew
+            command = [*command, "--must-resume"]
         seconds = min(_LONGEST_WAIT_SECONDS, 2.0**attempt)
         if run_dir.is_dir():
             setup_logging(0, run_dir)  # from now on also in the run's own log
@@ -105,6 +108,7 @@ class _Child:
     def __init__(self, folder: Path) -> None:
         self.exit_file, self._folder = folder / "none", folder
         self.arrived: list[int] = []
+        self.has_saved = False
         self._process: subprocess.Popen[bytes] | None = None
         wanted = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup: let it be so
@@ -117,15 +121,26 @@ class _Child:
         if self._process is not None and self._process.returncode is None:
             os.kill(self._process.pid, signal.SIGTERM if number == signal.SIGHUP else number)
 
-    def run(self, command: list[str]) -> int:
+    def run(self, command: list[str], run_dir: Path) -> int:
+        """The command's code. Looks now and then whether the run has a checkpoint: afterwards its folder may be gone."""
         self.exit_file = self._folder / f"exit-{time.monotonic_ns()}.json"
         # A session of its own: Ctrl-C in a terminal then arrives once, through us.
         env = {**os.environ, EXIT_FILE_VARIABLE: str(self.exit_file)}
         self._process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_end_with_parent)
         for number in self.arrived:  # between two attempts
             self._process.send_signal(number)
-        code = self._process.wait()
+        while (code := self._poll(run_dir)) is None:
+            pass
         return code if code >= 0 else 128 - code  # as a shell says it
+
+    def _poll(self, run_dir: Path) -> int | None:
+        assert self._process is not None
+        try:
+            return self._process.wait(_LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            self.has_saved = self.has_saved or any(run_dir.glob("checkpoints/[!.]*/manifest.json"))
 
     def sleep(self, seconds: float) -> bool:
         """True if a signal came."""

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from slm import strict_yaml
 from slm.errors import UserError
 from slm.fields import Count, Section
 from slm.names import Name, Text, shortened
+from slm.problems import readable
 
 
 def _check_word(text: str) -> str:
@@ -36,6 +37,8 @@ def _check_variable(text: str) -> str:
 
 
 def _check_time(text: str) -> str:
+    if isinstance(text, int):
+        raise ValueError(f"{text} is no time limit: put it in quotes, which YAML wants for 24:00:00")
     if not re.fullmatch(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})", text):
         raise ValueError(f"{shortened(text)} is no time limit: write HH:MM:SS or DAYS-HH:MM:SS, in quotes")
     return text
@@ -52,7 +55,7 @@ class Job(Section):
     account: Word | None = Field(None, description="who pays")
     qos: Word | None = Field(None, description="quality of service")
     constraint: Word | None = Field(None, description="features that its nodes must have")
-    time: Annotated[str, AfterValidator(_check_time)] | None = Field(None, description='limit, such as "24:00:00"')
+    time: Annotated[str, BeforeValidator(_check_time)] | None = Field(None, description='limit, such as "24:00:00"')
     nodes: Count | None = Field(None, gt=0, description="machines")
     tasks_per_node: Count | None = Field(None, gt=0, description="processes on each: one for each GPU")
     gpus_per_node: Count | None = Field(None, gt=0, description="GPUs of each machine; null on a cluster without")
@@ -63,6 +66,18 @@ class Job(Section):
     @property
     def ranks(self) -> int:
         return (self.nodes or 1) * (self.tasks_per_node or 1)
+
+    @property
+    def limit_seconds(self) -> float | None:
+        """None without a limit: 0 means none, too. (sbatch(1): minutes, minutes:seconds, hours:…, days-hours, days-hours:…)"""
+        if self.time is None:
+            return None
+        days, dash, rest = self.time.rpartition("-")
+        parts = [int(part) for part in rest.split(":")]
+        hours_first = bool(dash) or len(parts) == 3
+        scale = (3600, 60, 1) if hours_first else (60, 1)
+        seconds = int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, scale, strict=False))
+        return seconds or None
 
     def options(self) -> list[str]:
         names = {"tasks_per_node": "ntasks-per-node", "memory": "mem"}
@@ -132,7 +147,7 @@ def load_cluster(path: str | Path) -> Cluster:
     try:
         cluster = Cluster.model_validate(tree if tree is not None else {})
     except ValidationError as error:
-        problems += [f"{'.'.join(map(str, item['loc'])) or path}: {_readable(item)}" for item in error.errors()]
+        problems += [line.replace("field of a recipe", "field of a cluster") for line in readable(error, tree, Cluster)]
     else:
         for name, given in (("train", cluster.train), ("eval", cluster.eval), *cluster.phases.items()):
             if given.array:
@@ -143,9 +158,3 @@ def load_cluster(path: str | Path) -> Cluster:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise UserError(f"{path} has problems:{listed}", fix="launchers/slurm/cluster.yaml has every field")
     return cluster
-
-
-def _readable(item: dict) -> str:
-    if item["type"] == "extra_forbidden":
-        return "there is no such field"
-    return item["msg"].removeprefix("Value error, ")

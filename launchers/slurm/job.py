@@ -35,15 +35,28 @@ STARTS_AT_ONE_STEP = 3  # then it is no accident
 WAIT_SECONDS = 120
 STOPPED = 75
 TIME_IS_UP = (STOPPED, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)  # what does not save leaves by the signal itself
+SAVED = "slm-saved"  # the comment of a job whose run has a checkpoint
 HARDWARE_CODES = (79, 80)  # a rank hung; ranks held different weights
 
 
 def main(arguments: list[str]) -> int:
     stage, rest = arguments[0], arguments[1:]
+    if not [word for word in rest if not word.startswith("-")]:
+        raise UserError(
+            f"{stage}.sbatch was given nothing to do", fix=f"sbatch ... {stage}.sbatch, and then as its head says"
+        )
     check_tasks()
     environment = step_environment()
     if stage == "train":
-        run_dir, command = run_of(rest), [*srun(), *slm(), "train", *rest]
+        # What the ranks would refuse, before they are started.
+        ranks = os.environ.get("SLURM_NTASKS", "1")
+        asked = subprocess.run([sys.executable, "-m", "slm", "train", *rest, "--check", ranks], env=environment)
+        if asked.returncode:
+            return asked.returncode
+        run_dir = run_of(rest)
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) and job_field(job_name(), "Comment") == SAVED:
+            rest = [*rest, *(["--must-resume"] if "--must-resume" not in rest else [])]
+        command = [*srun(), *slm(), "train", *rest]
         if RESTARTS != "0":
             again = ["--restarts", RESTARTS, "--launcher", shlex.join([*srun(), *slm()])]
             command = [sys.executable, "-m", "slm", "train", *rest, *again]
@@ -64,6 +77,10 @@ def main(arguments: list[str]) -> int:
     if stage == "check" and code == 0:
         Path(rest[0]).mkdir(parents=True, exist_ok=True)
         (Path(rest[0]) / CHECKED).touch()
+    if run_dir is not None and any(run_dir.glob("checkpoints/[!.]*/manifest.json")):
+        tell(
+            "scontrol", "update", f"JobId={job_name()}", f"Comment={SAVED}"
+        )  # it shall not begin anew, were its folder gone
     if code in TIME_IS_UP and stage not in ("eval", "check"):
         return requeue(code, run_dir)
     if code in HARDWARE_CODES and run_dir is not None:
@@ -150,7 +167,10 @@ def requeue(code: int, run_dir: Path | None, exclude: str = "") -> int:
     job = job_name()
     state = job_field(job, "JobState")
     if state != "RUNNING":
-        say(f"job {job} is {state}: SLURM ends it (scancel), or requeues it by itself (preemption)")
+        say(
+            f"job {job} is {state}: SLURM ends it (scancel, or a time limit that came without a warning in time), or requeues it "
+            "by itself (preemption)"
+        )
         return code
     if code in HARDWARE_CODES and not exclude:
         say("which node is to blame is not known, so the job is not started again by itself")

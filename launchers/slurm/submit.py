@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -37,7 +38,7 @@ from slm.hardware import find_gpu  # noqa: E402
 from slm.layout import check_ranks  # noqa: E402
 from slm.names import shortened  # noqa: E402
 from slm.recipe import Recipe, load_recipe  # noqa: E402
-from slm.status import DATA, PHASE, is_done, is_live, queue, read_jobs, suspects, write_jobs  # noqa: E402
+from slm.status import ANSWER_SECONDS, DATA, JOBS, PHASE, is_done, is_live, queue, read_jobs, suspects, write_jobs  # noqa: E402
 
 # What sbatch and a job need of the shell that submits it; others only by cluster.yaml's `environment`, so that no secret travels
 # unasked. (sbatch --export=NAME,NAME would have SLURM read the user's login files on the node, and all that they set.)
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be submitted, after all checks, and do nothing"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     for program in ("sbatch", "squeue"):
         if shutil.which(program) is None:
             raise EnvironmentProblem(
@@ -78,6 +79,7 @@ def main(arguments: list[str]) -> int:
     words = [str(options.recipe.resolve()), *options.overrides]
     chain = stages(recipe, cluster, words)
     check(recipe, cluster, chain)
+    tell_of_changes(recipe, chain)
     with locked(recipe.run_dir, write=not options.dry_run):
         submit(chain, recipe.run_dir, cluster, recipe.name, dry_run=options.dry_run)
     return 0
@@ -117,7 +119,9 @@ def stages(recipe: Recipe, cluster: Cluster, words: list[str]) -> list[Stage]:
     for phase in recipe.phases:
         after = (*before, *checked, *(("teacher",) if phase.name in cached else ()))
         name = PHASE + phase.name
-        add(name, "train.sbatch", [*words, "--until", phase.name], cluster.of_phase(phase.name), after)
+        arguments = [*words, "--until", phase.name]
+        arguments += ["--must-resume"] if phase != recipe.phases[0] else []  # the phase before has saved
+        add(name, "train.sbatch", arguments, cluster.of_phase(phase.name), after)
         before = (name,)
     if recipe.data.validation:
         job = cluster.job(cluster.eval)
@@ -129,6 +133,12 @@ def stages(recipe: Recipe, cluster: Cluster, words: list[str]) -> list[Stage]:
 def check(recipe: Recipe, cluster: Cluster, chain: list[Stage]) -> None:
     """Raises UserError with everything that would fail later: ranks that do not divide, what is not there, what SLURM refuses."""
     problems = []
+    gpu = None
+    if cluster.gpu:
+        try:
+            gpu = find_gpu(cluster.gpu)
+        except UserError as error:
+            problems.append(f"{error.problem.removeprefix('--')}. {error.fix}")
     if unknown := sorted(set(cluster.phases) - {phase.name for phase in recipe.phases}):
         problems.append(f"phases of the cluster that the recipe does not have: {', '.join(unknown)}")
     for phase in recipe.phases:
@@ -140,19 +150,26 @@ def check(recipe: Recipe, cluster: Cluster, chain: list[Stage]) -> None:
             )
         try:
             check_ranks([phase], job.ranks)
-            if cluster.gpu and job.gpus_per_node:
-                gpus = GPUs(job.ranks, job.gpus_per_node)
-                check_fits(budget(recipe, find_gpu(cluster.gpu), gpus, Assumptions(), [phase]))
+            if gpu and job.gpus_per_node:
+                check_fits(budget(recipe, gpu, GPUs(job.ranks, job.gpus_per_node), Assumptions(), [phase]))
+            elif gpu:
+                problems.append(f"phase {phase.name}: gpu is {cluster.gpu}, and its job has no gpus_per_node")
         except UserError as error:
             problems.append(
                 f"{error.problem}. {error.fix}. (Its job has {job.nodes or 1} nodes x {job.tasks_per_node or 1} tasks.)"
             )
-    if not cluster.data.shards:
-        missing = [path for path in recipe.data.sources.values() if not (Path(path) / MANIFEST).exists()]
-        if missing:
+        if (limit := job.limit_seconds) and limit < cluster.warn_seconds + 120:
             problems.append(
-                f"no token shards in {', '.join(missing)}, and data.shards of the cluster does not make them"
+                f"phase {phase.name}: its time limit is {limit:g} s, and warn_seconds {cluster.warn_seconds}: it would be told "
+                "to save before it has begun. Give it more time, or warn it later"
             )
+    outputs = [Path(arguments[arguments.index("--output") + 1]).resolve() for arguments in cluster.data.shards.values()]
+    for path in {*recipe.data.sources.values(), *recipe.data.validation.values()}:
+        made = Path(path).resolve() in outputs or Path(path).resolve().parent in outputs
+        if not made and not (Path(path) / MANIFEST).exists():
+            problems.append(f"no token shards in {path}, and none of data.shards makes them (their --output)")
+    if recipe.tokenizer and ":" not in recipe.tokenizer and not Path(recipe.tokenizer).exists():
+        problems.append(f"the tokenizer {recipe.tokenizer} does not exist")
     if cluster.setup and not Path(cluster.setup).is_file():
         problems.append(f"setup {cluster.setup} does not exist")
     unset = [name for name in cluster.environment if name not in os.environ]
@@ -166,13 +183,39 @@ def check(recipe: Recipe, cluster: Cluster, chain: list[Stage]) -> None:
         raise UserError(f"nothing is submitted, because of:{listed}", fix="mend the recipe or the cluster's file")
 
 
+def tell_of_changes(recipe: Recipe, chain: list[Stage]) -> None:
+    """Says what the recipe says otherwise than when it was last run: phases that are over stay as they were."""
+    then = recipe.run_dir / "recipe.yaml"
+    if not then.exists() or not any(stage.is_done for stage in chain if stage.name.startswith(PHASE)):
+        return
+    was, now = (flat(tree) for tree in (load_recipe(then).model_dump(mode="json"), recipe.model_dump(mode="json")))
+    changed = [
+        f"{name} was {was.get(name)}, is {now.get(name)}" for name in {**was, **now} if was.get(name) != now.get(name)
+    ]
+    if changed:
+        say(f"the recipe has changed, and what is done stays as it was: {'; '.join(sorted(changed))}")
+
+
+def flat(tree: Any, at: str = "") -> dict[str, Any]:
+    """{a.b.c: value}; phases by their names."""
+    if isinstance(tree, dict) and tree:
+        return {k: v for key, value in tree.items() for k, v in flat(value, f"{at}.{key}" if at else str(key)).items()}
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        return {k: v for item in tree for k, v in flat(item, f"{at}.{item.get('name')}").items()}
+    return {at: tree}
+
+
 def refused_by_slurm(stage: Stage, recipe: Recipe, cluster: Cluster) -> str:
     """What sbatch says against a job without submitting it: its partition, account, limits, nodes."""
     options = sbatch_options(stage, recipe.run_dir, cluster, recipe.name, excluded_nodes(recipe.run_dir, cluster))
     command = ["sbatch", "--test-only", *options, script(stage)]
-    done = subprocess.run(
-        command, env=environment(cluster), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    try:
+        done = subprocess.run(
+            command, env=environment(cluster), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=ANSWER_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"no answer in {ANSWER_SECONDS} s: does the controller run, and is SLURM_CONF right?"
     if done.returncode == 0:
         return ""
     lines = [line.removeprefix("sbatch: error: ") for line in done.stdout.splitlines() if line.strip()]
@@ -188,6 +231,14 @@ def submit(chain: list[Stage], run_dir: Path, cluster: Cluster, run: str, *, dry
             "squeue does not answer, so nobody could tell what is in the queue already",
             fix="try again when `squeue` works",
         )
+    for stage in chain:  # of a chain whose jobs.json is gone
+        title = job_title(run, stage)
+        if stage.name not in jobs and not stage.is_done and (others := named_so(title)):
+            raise UserError(
+                f"job {others[0]} in the queue is named {title} too, and {run_dir}/{JOBS} does not know of it: {stage.name} "
+                "would be submitted twice",
+                fix=f"scancel {others[0]} if it is of this run (and what comes after it), or give this run another name",
+            )
     live = {
         stage.name: old for stage in chain if is_live(known.get(old := jobs.get(stage.name, {}).get("job", ""), []))
     }
@@ -242,7 +293,7 @@ def sbatch_options(
     stage: Stage, run_dir: Path, cluster: Cluster, run: str, exclude: list[str], after: list[str] | None = None
 ) -> list[str]:
     """One word each; values were checked by cluster.py and by the recipe."""
-    name = f"slm-{run}-{stage.name.replace(' ', '-')}"
+    name = job_title(run, stage)
     member = "%A_%a" if stage.job.array else "%j"
     logs = str(run_dir.resolve() / "logs").replace("%", "%%")  # in which SLURM would put numbers of its own
     options = [*stage.job.options(), f"--job-name={name}", f"--output={logs}/{name}-{member}.log"]
@@ -254,6 +305,16 @@ def sbatch_options(
     if exclude:
         options.append(f"--exclude={','.join(exclude)}")
     return options
+
+
+def job_title(run: str, stage: Stage) -> str:
+    return f"slm-{run}-{stage.name.replace(' ', '-')}"
+
+
+def named_so(title: str) -> list[str]:
+    """Jobs of that name, of this user, that are not over."""
+    command = ["squeue", "--noheader", f"--user={os.getuid()}", f"--name={title}", "--format=%F"]
+    return sorted(set(subprocess.run(command, capture_output=True, text=True).stdout.split()))
 
 
 def script(stage: Stage) -> str:
@@ -300,7 +361,10 @@ def locked(run_dir: Path, *, write: bool) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except OSError:  # nobody listens any more, as behind `| head`: no reason to submit half a chain
+        sys.stdout = open(os.devnull, "w")
 
 
 if __name__ == "__main__":

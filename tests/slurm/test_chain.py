@@ -114,12 +114,12 @@ class Lab:
         """A requeued job waits for two minutes by default, counted anew from when its last process has gone."""
 
         def has_started() -> bool:
-            if self.state(job) == {"PENDING"}:
+            shown = self.cluster.run("scontrol", "show", "job", "-o", job, check=False).stdout
+            if "JobState=PENDING" in shown:
                 self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-            return self.state(job) == {"RUNNING"}
+            return "Restarts=1" in shown and "JobState=RUNNING" in shown
 
-        self.cluster.wait_until(lambda: self.state(job) != {"RUNNING"}, seconds=90)
-        self.cluster.wait_until(has_started, seconds=90)
+        self.cluster.wait_until(has_started, seconds=180)
 
     def local(self, recipe: Path, run_dir: Path) -> list[tuple]:
         """The same recipe on two ranks of this machine, uninterrupted."""
@@ -168,7 +168,7 @@ def test_a_chain_from_text_to_an_evaluation_preempted_on_the_way(lab):
     told = lab.submit("--dry-run", **asked)
     assert told.returncode == 0
     assert [line.partition(":")[0] for line in told.stdout.splitlines() if "would submit" in line] == [
-        "data text", "teacher", "check", "phase one", "phase two", "evaluation",
+        "data text", "check", "teacher", "phase one", "phase two", "evaluation",
     ]  # fmt: skip
     assert not lab.run_dir.exists()
     assert not lab.cluster.run("squeue", "-h").stdout

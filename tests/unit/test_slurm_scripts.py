@@ -122,6 +122,50 @@ def test_a_queue_that_does_not_answer_is_not_taken_for_an_empty_one(chain, slurm
     assert not [call for call in slurm.calls if call.startswith("sbatch")]
 
 
+def test_a_chain_whose_jobs_json_is_gone_is_not_submitted_twice(chain, slurm, tmp_path):
+    """Its jobs are found by their names."""
+    (tmp_path / "run" / "jobs.json").write_text("[1]")
+    slurm.answer("squeue", 'case "$*" in *--name=slm-t-phase-two*) echo 102;; esac')
+    with pytest.raises(UserError, match="job 102 in the queue is named slm-t-phase-two"):
+        chain()
+    assert not [call for call in slurm.calls if call.startswith("sbatch")]
+
+
+def checked(tmp_path, monkeypatch, shards=None, **cluster):
+    """What check finds wrong with a recipe of one phase on one rank, whose shards are in a/train and a/validation."""
+    submit = launcher("submit", monkeypatch)
+    phase = {"name": "one", "tokens": 640, "batch_tokens": 64, "seq_len": 64}
+    data = {"sources": {"a": str(tmp_path / "a" / "train")}, "validation": {"a": str(tmp_path / "a" / "validation")}}
+    tree = {"name": "t", "output": str(tmp_path / "r"), "model": "cpu-tiny", "data": data, "phases": [phase]}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(tmp_path / "t.yaml")
+    given = {"data": {"shards": shards}} if shards else {}
+    fields = submit.Cluster.model_validate({**given, **cluster})
+    with pytest.raises(UserError) as caught:
+        submit.check(recipe, fields, submit.stages(recipe, fields, []))
+    return str(caught.value)
+
+
+def test_shards_that_nobody_makes_are_missed_whatever_else_is_made(tmp_path, monkeypatch, slurm):
+    """Sources and validation; made by a stage of the chain is as good as there."""
+    said = checked(tmp_path, monkeypatch, {"b": ["text", "--output", str(tmp_path / "b")]})
+    assert said.count("none of data.shards makes them") == 2
+    said = checked(tmp_path, monkeypatch, {"a": ["text", "--output", str(tmp_path / "a")]}, time="1")
+    assert "none of data.shards" not in said
+
+
+@pytest.mark.parametrize(("time", "warn"), [("5", 300), ("00:04:00", 300), ("20", 1200), ("0-1", 3600)])
+def test_a_warning_before_the_job_has_begun_is_refused(tmp_path, monkeypatch, slurm, time, warn):
+    """Minutes, hours, days; with what to change."""
+    assert "would be told to save before it has begun" in checked(tmp_path, monkeypatch, time=time, warn_seconds=warn)
+
+
+def test_a_kind_of_gpu_that_nobody_knows_and_gpus_that_nobody_asked_for(tmp_path, monkeypatch, slurm):
+    """Said once, as the cluster file's field; and no plan without its GPUs."""
+    assert checked(tmp_path, monkeypatch, gpu="h9000").count("gpu is 'h9000'") == 1
+    assert "gpu is h100, and its job has no gpus_per_node" in checked(tmp_path, monkeypatch, gpu="h100")
+
+
 def test_only_what_is_named_reaches_the_job(monkeypatch):
     """sbatch gets an environment of its own: a few variables, and those of the cluster's file."""
     submit = launcher("submit", monkeypatch)

@@ -56,6 +56,23 @@ def test_what_the_same_command_would_not_mend_is_not_tried_again(tmp_path, signa
     assert not (tmp_path / "events.jsonl").exists()
 
 
+def test_a_run_that_had_saved_does_not_begin_anew_when_its_folder_is_gone(tmp_path, signals):
+    """The next attempt is told --must-resume; before a checkpoint it is not."""
+    told = tmp_path / "told"
+    program = """
+import pathlib, shutil, sys
+run, told = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+told.write_text((told.read_text() if told.exists() else "") + " ".join(sys.argv[3:]) + ";")
+count = told.read_text().count(";")
+if count == 2:
+    (run / "checkpoints" / "main-00000004").mkdir(parents=True)
+    (run / "checkpoints" / "main-00000004" / "manifest.json").write_text("{}")
+sys.exit(0 if count == 3 else 5)
+"""
+    assert supervise([sys.executable, "-c", program, str(tmp_path / "run"), str(told)], tmp_path / "run", 5) == 0
+    assert told.read_text() == ";;--must-resume;"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_is_told_to_stop_in_its_first_seconds_is_not_started_again(tmp_path, signals, number):
     """By somebody else than us, as SLURM tells its tasks: there is nothing to save yet, so it ends by the signal."""
