@@ -66,6 +66,7 @@ def main() -> int:
         if not 0 <= options.port < 1 << 16:
             raise UserError(f"--port is {options.port}, which is no port", fix="give 1024 to 65535, or leave it out")
         hosts = read_hostfile(options.hostfile)
+        given = exported(options.export)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])}
         if code := check_recipe([options.target, *options.arguments], sum(hosts.values()), env):
             return code
@@ -75,9 +76,8 @@ def main() -> int:
             order |= {"module": options.module, "target": options.target, "arguments": options.arguments}
             nodes = []
             for number, interface in enumerate(interfaces):
-                env = exported(options.export)
-                env.setdefault("GLOO_SOCKET_IFNAME", interface)  # gloo looks up the host's own name, often a loopback's
-                nodes.append(order | {"node": number, "env": env})
+                # gloo looks up the host's own name, often a loopback's.
+                nodes.append(order | {"node": number, "env": {"GLOO_SOCKET_IFNAME": interface, **given}})
             return Run(list(hosts), nodes, shared / "exit.json").wait()
     except SLMError as error:
         print(f"{error.title}: {error}", file=sys.stderr)
@@ -113,13 +113,20 @@ def read_hostfile(path: str) -> dict[str, int]:
         line = line.partition("#")[0].strip()
         if not line:
             continue
-        host, slots = re.fullmatch(r"(.*?)(?:\s+slots=(\d+))?", line).groups()  # type: ignore[union-attr]
-        if not HOST.fullmatch(host):
+        host, slots = re.fullmatch(r"(.*?)(?:\s+slots=(.*))?", line).groups()  # type: ignore[union-attr]
+        first, *rest = host.split(None, 1) or [""]
+        if rest and HOST.fullmatch(first):
+            wrong.append(f"line {number}: after {first} stands {shortened(rest[0])}, and not slots=N")
+        elif not HOST.fullmatch(host):
             wrong.append(
                 f"line {number}: {shortened(host)} is no host: letters, digits, and . _ : - within, after USER@"
             )
-        elif slots is None or int(slots) < 1:
+        elif slots is None:
             wrong.append(f"line {number}: {host} has no slots=N, the number of ranks there, at least 1")
+        elif not re.fullmatch("0*[1-9][0-9]{0,5}", slots):
+            wrong.append(
+                f"line {number}: slots of {host} is {shortened(slots)}: it is the number of ranks there, 1 or more"
+            )
         elif host in hosts:
             wrong.append(f"line {number}: {host} is named a second time")
         else:
@@ -320,9 +327,8 @@ def first_look(probe: Probe, shared: Path, token: str) -> dict[str, Any]:
 
 def problems_of(host: str, answer: dict[str, Any]) -> list[str]:
     if "lost" in answer:
-        return [
-            f"{answer['lost']} (try: ssh -o BatchMode=yes HOST, and in it: cd {os.getcwd()} && {sys.executable} -V)"
-        ]
+        by_hand = shlex.join([*shlex.split(os.environ.get("SLM_SSH", "ssh")), "-o", "BatchMode=yes", host])
+        return [f"{answer['lost']} (try: {by_hand}, and in it: cd {os.getcwd()} && {sys.executable} -V)"]
     found = []
     if not answer["shared"]:
         found.append(

@@ -63,7 +63,8 @@ def main() -> int:
     num_ranks = options.ranks if options.ranks is not None else max(1, num_gpus)
     if num_ranks < 1 or 0 < num_gpus < num_ranks:
         what = f"this machine has {num_gpus} visible GPUs" if num_gpus else "at least 1 is needed"
-        print(f"Error: --ranks is {num_ranks} but {what}\n  Fix: ask for fewer or none", file=sys.stderr)
+        fix = f"ask for {f'1 to {num_gpus}' if num_gpus else '1 or more'}, or name no number"
+        print(f"Error: {num_ranks} ranks were asked for, but {what}\n  Fix: {fix}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="slm-launch-") as scratch:
         exit_file = Path(scratch) / "exit.json"
@@ -78,9 +79,9 @@ def main() -> int:
 
 def check_recipe(words: list[str], num_ranks: int, env: dict[str, str]) -> int:
     """What is wrong with a recipe is said once and at once, not by each rank after all of them have started: the code."""
-    if words[:2] != ["slm.cli", "train"]:
-        return 0
-    return subprocess.run([sys.executable, "-m", *words, "--check", str(num_ranks)], env=env).returncode
+    checks = {("slm.cli", "train"): ["--check", str(num_ranks)], ("slm.cli", "doctor"): ["--check"]}
+    check = checks.get(tuple(words[:2]))
+    return subprocess.run([sys.executable, "-m", *words, *check], env=env).returncode if check else 0
 
 
 def run_node() -> int:
@@ -179,7 +180,9 @@ def deepspeed_command(num_ranks: int, num_gpus: int) -> list[str]:
 
 
 def deepspeed_runner(port: int) -> list[str]:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "warning"]
+    # Its log calls a run that was stopped in order an error, and a hostfile that nobody gave a warning. What it cannot start for
+    # it raises, and how ranks end is said here.
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
     return [*command, "--master_port", str(port)]
 
 
@@ -287,6 +290,8 @@ class Launch:
                     if status & 127 == signal.SIGKILL and not self.exit_file.exists():  # no rank has said why
                         name += " (out of memory?)"
                     say(f"rank {number} (process {process.pid}) was ended by {name}")
+                elif not self.exit_file.exists():
+                    say(f"rank {number} (process {process.pid}) ended with code {status >> 8}")
         elif time.monotonic() - self.failed_at > GRACE_SECONDS:
             kill_all(self.runner.pid, self.mark)
 

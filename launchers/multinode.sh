@@ -10,9 +10,13 @@
 set -euo pipefail
 
 options=()
-while [[ ${1:-} == --port || ${1:-} == --address || ${1:-} == --export ]]; do
-    options+=("$1" "${2:?}")
-    shift 2
+while [[ ${1:-} =~ ^--(port|address|export)(=.*)?$ ]]; do
+    options+=("$1")
+    if [[ $1 != *=* ]]; then
+        options+=("${2:?}")
+        shift
+    fi
+    shift
 done
 if [[ $# -lt 2 || $1 == -h || $1 == --help ]]; then
     sed -n '2,10s/^# \{0,1\}//p' "$0"
@@ -21,6 +25,13 @@ if [[ $# -lt 2 || $1 == -h || $1 == --help ]]; then
 fi
 hostfile=$1
 shift
+for argument in "$@"; do
+    if [[ $argument =~ ^--(port|address|export)(=|$) ]]; then
+        echo "Error: ${argument%%=*} stands after HOSTFILE, where the options of slm go, and it is the launcher's" >&2
+        echo "  Fix: bash launchers/multinode.sh ${argument%%=*} … HOSTFILE RECIPE" >&2
+        exit 2
+    fi
+done
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-}

@@ -49,11 +49,10 @@ def draw(found: Budget, *, all_rows: bool = False) -> None:
 
 def _kept(found: Budget) -> str:
     recipe = found.recipe
-    most = recipe.checkpoint.keep_last + len(recipe.phases) + 2  # the best, and the one being written
+    most = recipe.most_checkpoints()
     size = _gb(STATE_BYTES * recipe.model.num_parameters() * most)
-    more = " and those of keep_every_steps" if recipe.checkpoint.keep_every_steps else ""
     alone = _gb(2 * recipe.model.num_parameters())
-    return f"at most {most} at once, {size}{more}; the model alone in 16 bits {alone}"
+    return f"at most {most} at once, {size}; the model alone in 16 bits {alone}"
 
 
 def _gb(num_bytes: float) -> str:

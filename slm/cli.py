@@ -441,11 +441,14 @@ def doctor(
     folder: Annotated[Path | None, typer.Option(help="where runs are written (runs, or where the recipe's is)")] = None,
     limit: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="of one measurement between ranks")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    check: Annotated[bool, typer.Option("--check", help="measure nothing: say what is wrong with the recipe")] = False,
 ) -> None:
     """Measure what a run will need of this machine or, under any launcher, of all its machines and the network between."""
+    loaded = _load(recipe, overrides) if recipe is not None else None
+    if check:
+        return
     from slm.doctor import examine
 
-    loaded = _load(recipe, overrides) if recipe is not None else None
     folder = folder or (loaded.run_dir.parent if loaded else Path("runs"))
     code = examine(loaded, folder, try_seconds=limit, as_json=as_json)
     _note_exit(code, "something is wrong; see the table" if code else "done")

@@ -204,8 +204,8 @@ def _room_for_checkpoints(recipe: Recipe) -> Check:
 
     found = room(recipe.run_dir, recipe, recipe.phases)
     one, free = found.each_bytes, found.free_bytes
-    told = f"{free / 2**30:.1f} GiB free in {found.folder}; still to come at once (keep_last, the next one, ends of phases): "
-    told += f"{found.num} checkpoint{'s' * (found.num > 1)} of {one / 2**30:.3g} GiB"
+    told = f"{free / 2**30:.1f} GiB free in {found.folder}; still to come at once (keep_last, the next one, "
+    told += f"ends of phases, the best): {found.num} checkpoint{'s' * (found.num > 1)} of {one / 2**30:.3g} GiB"
     hopeless = free < one and recipe.checkpoint.on_failure == "stop"
     state = WRONG if hopeless else OK if found.is_enough else WARNING
     return Check("room for checkpoints", state, told, "free space there, give output another disk, or keep fewer")

@@ -88,13 +88,31 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
-        if (
-            isinstance(event, dict)
-            and isinstance(event.get("kind"), str)
-            and isinstance(event.get("time"), int | float)
-        ):
+        if _is_event(event):
             events.append(event)
     return events
+
+
+def _is_event(event: Any) -> bool:
+    """Whether a line holds what `goodput` reads of its kind; a file may be damaged, or another tool's."""
+    if (
+        not isinstance(event, dict)
+        or not isinstance(kind := event.get("kind"), str)
+        or not _is_number(event.get("time"))
+    ):
+        return False
+    if kind == "start":
+        return _is_number(event.get("step")) and _is_number(event.get("age", 0.0))
+    if kind == "seconds":
+        spent = event.get("seconds")
+        return _is_number(event.get("step")) and isinstance(spent, dict) and all(map(_is_number, spent.values()))
+    if kind == "rollback":
+        return _is_number(event.get("to_step"))
+    return kind != "hang" or _is_number(event.get("seconds", 0.0))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e15  # no NaN either
 
 
 def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -147,7 +165,7 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "wall": wall,
         "seconds": dict(sorted(seconds.items(), key=lambda item: -item[1])),
-        "goodput": total["step"] / (wall - total["idle"]) if wall else 0.0,
+        "goodput": total["step"] / (wall - total["idle"]) if wall > total["idle"] else 0.0,
         "attempts": len(attempts),
         "longest_gap": max(gaps, key=lambda gap: gap["seconds"], default=None),
         "steps_lost": steps_lost,
@@ -159,16 +177,21 @@ def goodput(events: list[dict[str, Any]]) -> dict[str, Any]:
 def describe(found: dict[str, Any]) -> str:
     """What goodput returns, as a table with bars."""
     wall = found["wall"]
-    if not wall:
+    if wall <= found["seconds"].get("idle", 0.0):
         return "no attempt of this run has told its time"
+    idle = found["seconds"].get("idle", 0.0)
+    busy = wall - idle  # the whole that all shares are of
     lines = [
-        f"goodput {found['goodput']:.1%}: of {duration(wall - found['seconds'].get('idle', 0.0))} "
+        f"goodput {found['goodput']:.1%}: of {duration(busy)} "
         f"{'in' if found['attempts'] == 1 else 'over'} {counted(found['attempts'], 'attempt')}, so much was steps that count",
         "",
     ]
     for name, seconds in found["seconds"].items():
-        bar = "#" * round(40 * seconds / wall)
-        lines.append(f"  {name:8} {duration(seconds):>10} {seconds / wall:7.2%}  {bar}")
+        if name != "idle":
+            bar = "#" * round(40 * seconds / busy)
+            lines.append(f"  {name:8} {duration(seconds):>10} {seconds / busy:7.2%}  {bar}")
+    if idle:
+        lines.append(f"  {'idle':8} {duration(idle):>10}  not counted: it was done, until it was given more to do")
     lines.append("")
     if gap := found["longest_gap"]:
         lines.append(
@@ -188,7 +211,7 @@ def how_it_ended(run_dir: Path) -> str:
         return f"the last attempt ended at {when} with code {record['code']}: {reason}"
     except OSError:
         return "it is still running, or was killed without a word (there is no exit.json)"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return f"how the last attempt ended is not known: {run_dir / 'exit.json'} is damaged"
 
 

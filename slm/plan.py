@@ -27,6 +27,7 @@ from slm.model.config import ModelConfig, effective_theta
 from slm.model.shape import shape_fields
 from slm.recall.samples import Form, fitting_lengths
 from slm.recipe import Phase, Recipe
+from slm.runtime import look_at_lock
 from slm.tokenizer import load_tokenizer
 
 
@@ -126,6 +127,7 @@ def check_before_start(recipe: Recipe, world_size: int, until: str = "") -> None
     """
     names = [phase.name for phase in recipe.phases]
     check_until(until, names)
+    look_at_lock(recipe.run_dir)
     if any((recipe.run_dir / "checkpoints").glob("*/manifest.json")):
         return
     phases = recipe.phases[: names.index(until) + 1] if until else recipe.phases

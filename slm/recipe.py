@@ -12,6 +12,8 @@ Precedence: defaults < YAML < overrides. Unknown and duplicate keys are errors; 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -272,6 +274,24 @@ class Recipe(Section):
         context = min(self.model.max_position_embeddings, scaling.reach_tokens or self.model.max_position_embeddings)
         return self.model.model_copy(update={"rope_scaling": scaling, "max_position_embeddings": context})
 
+    def most_checkpoints(self, phases: Sequence[Phase] | None = None) -> int:
+        """That a run of these phases (all) lets lie at once, while the last one is written: the newest keep_last, that one, the
+        ends of the phases before it, the best where there is one within a phase, and those of keep_every_steps. Gates that repeat
+        a phase add an end each time."""
+        phases = self.phases if phases is None else phases
+        every, milestone, looks = self.checkpoint.every_steps, self.checkpoint.keep_every_steps, self.eval.every_steps
+        best = bool(self.data.validation and looks)
+
+        def multiples(phase: Phase, *of: int) -> int:
+            return (phase.num_steps - 1) // math.lcm(*of)
+
+        kept = sum(
+            multiples(phase, milestone, every)
+            + (multiples(phase, milestone, looks) - multiples(phase, milestone, every, looks) if best else 0)
+            for phase in (phases if milestone else ())
+        )
+        return self.checkpoint.keep_last + len(phases) + best + kept
+
     @property
     def run_dir(self) -> Path:
         return Path(self.output or f"runs/{self.name}")
@@ -287,8 +307,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         tree, duplicates = strict_yaml.read(path)
     except FileNotFoundError:
         raise UserError(f"the recipe {path} does not exist", fix="give the path of a YAML file, see recipes/") from None
+    except IsADirectoryError:
+        inside = ", ".join(sorted(str(file) for file in path.glob("*.yaml"))[:5])
+        raise UserError(
+            f"{path} is a folder, and a recipe is a file",
+            fix=f"give one of the files in it: {inside}" if inside else "give the path of a YAML file, see recipes/",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable recipe ({error})", fix="give a YAML file, see recipes/") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path} is not a readable recipe ({reason})", fix="give a YAML file, see recipes/") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}", fix="mend it; recipes/ has examples") from None
     if not isinstance(tree, dict):

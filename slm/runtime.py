@@ -269,16 +269,10 @@ class RunLock:
                 f"run directory {run_dir} cannot be written: {error}", fix="give the run another directory"
             ) from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._file, fcntl.LOCK_EX, seconds=0.2)  # longer than look_at_lock holds it
         except BlockingIOError:
-            self._file.seek(0)
-            holder = _json_or_empty(self._file.read())
-            self._file.close()
-            raise UserError(
-                f"run directory in use by another job: {run_dir} is held by process {holder.get('pid', '?')} "
-                f"on host {holder.get('host', '?')} since {holder.get('started', '?')}",
-                fix="wait for that job, stop it, or give this run another directory",
-            ) from None
+            with self._file:
+                raise _in_use(run_dir, self._file) from None
         except OSError as error:  # some network file systems have no locks; the run is more important
             log = logging.getLogger("slm")
             log.warning("%s cannot be locked (%s): start no second job there", run_dir, error)
@@ -306,6 +300,40 @@ class RunLock:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def look_at_lock(run_dir: Path) -> None:
+    """Raises UserError if another job holds the run directory, and for seconds: one that was just killed may hold it yet."""
+    try:
+        with open(run_dir / "lock") as file:
+            try:
+                _lock(file, fcntl.LOCK_SH, seconds=3.0)
+            except BlockingIOError:
+                raise _in_use(run_dir, file) from None
+    except OSError:  # there is none, or there are no locks
+        return
+
+
+def _lock(file: IO[str], kind: int, seconds: float) -> None:
+    """Raises BlockingIOError if another holds it for so long."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+
+
+def _in_use(run_dir: Path, file: IO[str]) -> UserError:
+    file.seek(0)
+    holder = _json_or_empty(file.read())
+    return UserError(
+        f"run directory in use by another job: {run_dir} is held by process {holder.get('pid', '?')} "
+        f"on host {holder.get('host', '?')} since {holder.get('started', '?')}",
+        fix="wait for that job, stop it, or give this run another directory",
+    )
 
 
 def write_exit(run_dir: str | Path | None, code: int, reason: str, **extra: Any) -> None:

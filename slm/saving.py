@@ -358,12 +358,12 @@ class Room:
 
 
 def room(run_dir: Path, recipe: Recipe, phases: Sequence[Phase]) -> Room:
-    """Before the first of these phases, whatever the number of ranks."""
-    keep_last, folder = recipe.checkpoint.keep_last, run_dir.absolute()
-    here = [manifest_or_none(one) for one in newest_first(folder / "checkpoints")]
-    passing = sum(manifest is not None and not manifest.get("permanent", True) for manifest in here)
-    # The newest keep_last, the next one before any of them goes, and the ends of the phases before the last.
-    num = max(1, keep_last + 1 + len(phases) - 1 - min(passing, keep_last))
+    """Before the first of these phases, whatever the number of ranks. What lies there of what will be kept needs no more."""
+    folder, names = run_dir.absolute(), [phase.name for phase in phases]
+    here = {one: manifest for one in newest_first(folder / "checkpoints") if (manifest := manifest_or_none(one))}
+    passing = sum(not manifest.get("permanent", True) for manifest in here.values())
+    lasting = sum(bool(m.get("permanent", True)) and one.name.rpartition("-")[0] in names for one, m in here.items())
+    num = max(1, recipe.most_checkpoints(phases) - min(passing, recipe.checkpoint.keep_last) - lasting)
     there = next(above for above in (folder, *folder.parents) if above.exists())
     return Room(there, STATE_BYTES * recipe.model.num_parameters(), num, shutil.disk_usage(there).free)
 
@@ -376,8 +376,8 @@ def check_room(run_dir: Path, recipe: Recipe, phases: Sequence[Phase]) -> None:
         return
     problem = (
         f"checkpoints of this model have {each:,} bytes each, and {run_dir} has {free:,} free: "
-        f"{free // each} of the {more} that are to lie there at once (checkpoint.keep_last {settings.keep_last}, the next one"
-        f"{', ends of phases' if len(phases) > 1 else ''})"
+        f"{free // each} of the {more} that are to lie there at once (checkpoint.keep_last {settings.keep_last}, the next "
+        "one, and what stays: ends of phases, the best, those of keep_every_steps)"
     )
     fix = f"free {more * each - free:,} bytes, give the run (output) a larger disk, or lower checkpoint.keep_last"
     if free < each and settings.on_failure == "stop":

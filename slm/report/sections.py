@@ -68,7 +68,10 @@ def time_spent(view: View) -> str:
             f"{counted(found['steps_lost'], 'step')} computed again, {found['skipped']} skipped, "
             f"{counted(found['rollbacks'], 'rollback')}."
         )
-        shares = [(name, found["seconds"].get(name, 0.0) / found["wall"], _colour(name)) for name in CATEGORIES]
+        counting = [name for name in CATEGORIES if name != "idle"]
+        shares = (
+            [(name, found["seconds"].get(name, 0.0) / wall, _colour(name)) for name in counting] if wall > 0 else []
+        )
         parts.append(f"<p>{told.capitalize() if view.is_one else text(f'{label}: {told}')}</p>")
         parts.append(stacked_bar([part for part in shares if part[1]], "where time went"))
     rows = [
@@ -81,8 +84,11 @@ def time_spent(view: View) -> str:
 
 
 def _spent(found: dict[str, Any], category: str) -> str:
+    """Shares are of the time without what was idle, as goodput is."""
     seconds = found["seconds"].get(category, 0.0)
-    return f"{duration(seconds)} ({seconds / found['wall']:.1%})" if seconds else "-"
+    if not seconds or category == "idle":
+        return duration(seconds) if seconds else "-"
+    return f"{duration(seconds)} ({seconds / (found['wall'] - found['seconds'].get('idle', 0.0)):.1%})"
 
 
 def _colour(category: str) -> int:

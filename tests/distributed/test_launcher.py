@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from slm.runtime import RunLock
 from tests.distributed.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +27,7 @@ def launch(run_dir: Path, *arguments: str) -> subprocess.Popen:
     env["DS_ACCELERATOR"] = "cpu"
     command = [sys.executable, ROOT / "launchers" / "launch.py", "--ranks", "2", PROBE, run_dir, *arguments]
     with open(run_dir / "stderr", "w") as stderr:
-        return subprocess.Popen(command, env=env, stderr=stderr)
+        return subprocess.Popen(command, env=env, stdout=stderr, stderr=stderr)
 
 
 def exit_code(run: subprocess.Popen, run_dir: Path) -> int:
@@ -95,8 +97,10 @@ def test_a_signal_reaches_every_rank_and_the_run_stops_in_order(run_dir, name):
     run.send_signal(getattr(signal, name))
     assert exit_code(run, run_dir) == 75
     assert [(run_dir / f"signal-{rank}").read_text() for rank in (0, 1)] == [name, name]
-    # Said by one rank, as the signal comes: before the loop has looked at it.
-    assert (run_dir / "stderr").read_text().count(f"{name}: stopping after this step, then saving") == 1
+    # Said by one rank, as the signal comes: before the loop has looked at it. Nothing calls it an error.
+    said = (run_dir / "stderr").read_text()
+    assert not re.search("ERROR|exits with|Unable to find", said)
+    assert said.count(f"{name}: stopping after this step, then saving") == 1
 
 
 def test_a_signal_before_the_ranks_exist_ends_the_launch(run_dir):
@@ -195,6 +199,17 @@ def test_what_is_wrong_is_said_once_and_before_any_rank(tmp_path, arguments, sai
     assert json.loads(record.read_text())["code"] == 2
 
 
+def test_a_held_folder_is_said_before_any_rank(tmp_path):
+    """By the same check: no rank is started to find out that another job has the folder."""
+    command = ["bash", ROOT / "launchers" / "local.sh", ROOT / "recipes" / "demo.yaml", "2", f"output={tmp_path}/run"]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHON": sys.executable}
+    with RunLock(tmp_path / "run"):
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+    assert result.returncode == 2
+    assert f"is held by process {os.getpid()} on host" in result.stderr
+    assert "launch:" not in result.stderr
+
+
 def test_ranks_that_another_launcher_started_say_it_once(tmp_path):
     """torchrun: all ranks of a machine read the same recipe. Each leaves by itself with code 2, so none waits."""
     (tmp_path / "r.yaml").write_text("name: t\nmodle: cpu-tiny\n")
@@ -209,5 +224,5 @@ def test_an_impossible_number_of_ranks_is_a_users_mistake():
     command = [sys.executable, ROOT / "launchers" / "launch.py", "--ranks", "0", PROBE]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2
-    assert "Error: --ranks is 0" in result.stderr
+    assert "Error: 0 ranks were asked for, but at least 1 is needed\n  Fix: ask for 1 or more" in result.stderr
     assert "Traceback" not in result.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -190,6 +191,7 @@ def test_everything_wrong_with_the_hosts_is_said_at_once(lab, tmp_path):
     assert "2.4.1 on odd" in said
     assert "odd: does not see the run's folder" in said
     assert "gone: ssh: connect to host" in said
+    assert re.search(r"\(try: ssh .*-o BatchMode=yes gone, and in it", said)
     assert "Traceback" not in said
     assert not list(lonely.iterdir())
 
@@ -252,6 +254,10 @@ def test_deepspeeds_own_hostfile_launcher_trains_too(lab, tmp_path):
         ("-oProxyCommand=touch pwned slots=1\n", "is no host"),
         ("a slots=1\n\na slots=2\n", "line 3: a is named a second time"),
         ("a slots=0\nb\nc slots=x\n", "line 2: b has no slots=N"),
+        ("gpu01 slots=eight\n", "line 1: slots of gpu01 is 'eight'"),
+        ("gpu01 slots=-1\n", "line 1: slots of gpu01 is '-1'"),
+        ("gpu01 slots=0\n", "line 1: slots of gpu01 is '0'"),
+        ("gpu01 slots = 4\n", "line 1: after gpu01 stands 'slots = 4', and not slots=N"),
         ("# nothing\n", "is empty"),
     ],
 )
@@ -282,6 +288,29 @@ def test_a_bad_recipe_is_refused_before_any_host_is_asked(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("none.yaml") == 1
     assert "asking" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["hosts", "doctor", "none.yaml"], "none.yaml"),
+        (["hosts", "doctor", "--bogus"], "--bogus"),
+        (["--export", "NOT_SET", "hosts", "doctor"], "--export names NOT_SET, which is not set here"),
+        (["--export=NOT_SET", "hosts", "doctor"], "--export names NOT_SET, which is not set here"),
+        (["hosts", "r.yaml", "--port", "29500"], "multinode.sh --port … HOSTFILE RECIPE"),
+        (["hosts", "doctor", "--export=A"], "multinode.sh --export … HOSTFILE RECIPE"),
+        (["hosts", "r.yaml", "--restarts", "2", "--address", "a"], "multinode.sh --address … HOSTFILE RECIPE"),
+    ],
+)
+def test_wrong_words_are_refused_before_any_host_is_asked(tmp_path, arguments, said):
+    """Of the doctor, of a variable that is not set, and options of the launcher that stand where those of slm do."""
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    env = environment(SLM_SSH="touch pwned-by-ssh")
+    done = subprocess.run(["bash", SCRIPT, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count(said) == 1, done.stderr
+    assert "asking" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["hosts"]
 
 
 def test_a_signal_while_hosts_are_asked_ends_it(tmp_path):

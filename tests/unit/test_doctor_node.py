@@ -11,10 +11,11 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from slm import doctor, doctor_node, installed
+from slm.checkpoint import FORMAT, manifest_text
 from slm.doctor import _differences
 from slm.installed import Package
 from slm.recipe import load_recipe
-from slm.saving import check_room
+from slm.saving import check_room, room
 from tests.faults.runs import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -109,3 +110,33 @@ def test_the_doctor_and_a_run_ask_for_the_same_room(tmp_path, caplog):
     found, said = both(1)
     assert (found.state, said) == ("ok", "")
     assert "4 checkpoints of" in found.measured
+
+
+def test_room_is_asked_for_what_a_whole_run_keeps(tmp_path):
+    """Counted one by one over two phases of ten steps, with a save every second and the best at the third: the most that lie
+    there at once is what the doctor asks room for. What lies there already needs no more room."""
+    phases = [{"name": n, "tokens": 2560, "seq_len": 64, "batch_tokens": 256, "micro_batch": 2} for n in "ab"]
+    checkpoint = {"keep_last": 1, "every_steps": 2, "keep_every_steps": 4}
+    recipe = load_recipe(write_recipe(tmp_path, phases=phases, checkpoint=checkpoint, eval={"every_steps": 3}))
+    lasting, passing, best, most = 0, [], None, 0
+    for _ in phases:
+        for step in range(1, 11):
+            if step % 2 and step != 3:
+                continue
+            others = len(passing) + (best is not None and best not in passing)
+            most = max(most, lasting + others + 1)
+            if step % 4 == 0 or step == 10:
+                lasting += 1
+            else:
+                passing = [object()]
+                best = passing[0] if step == 3 else best
+    assert most == recipe.most_checkpoints() == room(tmp_path, recipe, recipe.phases).num == 8
+    files = [{"file": "state.json", "bytes": 2, "sha256": "x"}]
+    for name, permanent in {"a-00000004": True, "a-00000006": False}.items():
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(
+            manifest_text({"format": FORMAT, "global_step": 4, "permanent": permanent, "files": files})
+        )
+    assert room(tmp_path, recipe, recipe.phases).num == 6
+    assert room(tmp_path, recipe, recipe.phases[1:]).num == 4

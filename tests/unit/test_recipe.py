@@ -333,6 +333,10 @@ def test_files_that_are_no_recipe(tmp_path, text, message):
         load_recipe(write(tmp_path, text))
     with pytest.raises(UserError, match="does not exist"):
         load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(UserError) as error:
+        load_recipe(tmp_path)
+    assert error.value.problem == f"{tmp_path} is a folder, and a recipe is a file"
+    assert error.value.fix.endswith(".yaml")
 
 
 def test_overrides(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm.errors import EnvironmentProblem, UserError
+from slm.ledger import how_it_ended
 from slm.metrics import MetricsLogger
 from slm.report.charts import Axis, Band, Line, Mark, axis, line_chart, number, smooth, thinned
 from slm.report.curves import View
@@ -153,7 +154,18 @@ def test_events_that_are_none(run):
     """Lines of events.jsonl that hold no event do not stop goodput, the text of slm report, or the page."""
     folder = run([row(1, 5.0)])
     with open(folder / "events.jsonl", "a") as file:
-        file.write('null\n[]\n{"kind": "skip"}\n{"time": 1.0}\n{"kind": 3, "time": 1.0}\n{cut')
+        file.write('null\n[]\n{"a":1}\n{"kind": "skip"}\n{"time": 1.0}\n{"kind": 3, "time": 1.0}\n')
+        file.write('{"kind": "start", "time": 1}\n{"kind": "start", "time": 1, "step": 0, "age": "x"}\n')
+        file.write(
+            '{"kind": "seconds", "time": 1, "step": 1}\n{"kind": "seconds", "time": 1, "step": 1, "seconds": [1]}\n'
+        )
+        file.write(
+            '{"kind": "seconds", "time": 1, "step": 1, "seconds": {"step": null}}\n{"kind": "rollback", "time": 1}\n'
+        )
+        file.write('{"kind": "hang", "time": 1, "seconds": "long"}\n{"kind": "done", "time": NaN}\n{cut')
+    for ended in ("[]", '{"code": 0, "reason": "done", "time": 1e300}'):
+        (folder / "exit.json").write_text(ended)
+        assert "is damaged" in how_it_ended(folder)
     assert [event["kind"] for event in read_record(folder).events] == ["start"]
 
 

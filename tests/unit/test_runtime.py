@@ -21,6 +21,7 @@ from slm.runtime import (
     _first_host,
     atomic_write,
     discover_ranks,
+    look_at_lock,
     setup_logging,
     write_exit,
 )
@@ -185,6 +186,19 @@ def test_a_second_job_is_refused_by_name(tmp_path):
         RunLock(tmp_path)
     assert str(os.getpid()) in str(error.value)
     assert socket.gethostname() in str(error.value)
+    RunLock(tmp_path).close()
+
+
+def test_a_look_at_the_lock_takes_nothing(tmp_path):
+    """It refuses with the holder's name while the directory is held; else, or where there is none, it leaves all as it was."""
+    look_at_lock(tmp_path / "none")
+    with RunLock(tmp_path):
+        before = (tmp_path / "lock").read_bytes()
+        with pytest.raises(UserError, match=f"is held by process {os.getpid()}"):
+            look_at_lock(tmp_path)
+    look_at_lock(tmp_path)
+    assert not (tmp_path / "none").exists()
+    assert (tmp_path / "lock").read_bytes() == before
     RunLock(tmp_path).close()
 
 

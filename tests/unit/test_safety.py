@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import statistics
 import time
 
@@ -126,6 +127,11 @@ def test_days_after_a_run_was_done_are_idle_and_others_are_said(tmp_path):
     assert sum(found["seconds"].values()) == pytest.approx(found["wall"]) == pytest.approx(300 + days + hour)
     assert found["goodput"] == pytest.approx(270 / (300 + hour))
     assert found["longest_gap"] == {"seconds": pytest.approx(days), "step": 90}
+    shown = describe(found)
+    shares = dict(re.findall(r"^  (\w+) .* ([\d.]+)%  #*$", shown, re.MULTILINE))
+    assert f"goodput {float(shares['step']):.1f}%: of 1:05:00 over" in shown  # header and table are of one whole
+    assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.02)
+    assert "idle     3 days 0:00:00  not counted" in shown
     assert "longest time between two attempts: 3 days 0:00:00, before the one from step 90" in describe(found)
     once = goodput(events[:2])
     assert once["longest_gap"] is None
