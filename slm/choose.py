@@ -6,9 +6,11 @@ Owns the combinations that are looked at and the rule of choice; memory.py says 
     best = choose(found.rows)                          # None: none fits
     print(reasons(best, found.rows, gpu))
 
-The rule: optimiser and weights stay on the GPUs if they can. Of all that then fit and are within 2 % of the fastest, the least
-recomputation, then no offloading of activations, the smallest sequence degree, the lowest ZeRO stage, the largest micro-batch.
-Stage 1 is not given several micro-batches in half precision: it would add them up in half precision.
+The rule: no more host memory than servers have, if that can be; then optimiser and weights stay on the GPUs, if they can. Of all
+that then fit and are within 2 % of the fastest, the least recomputation, then no offloading of activations, the smallest sequence
+degree, the lowest ZeRO stage, the largest micro-batch. Stage 1 is not given several micro-batches in half precision: it would
+add them up in half precision. Settings whose micro-batch is too small for the rule of speed are taken only where there are no
+others, and then the simplest.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 from slm.activations import POLICIES
 from slm.distill.beside import Teachers, teacher_memory, teachers_of
 from slm.forecast import GPUs, StepTime, Work, step_time
-from slm.hardware import GPU
+from slm.hardware import GPU, HOST_MEMORY
 from slm.layout import sequence_problems
 from slm.memory import Layout, RankMemory, Zero, rank_memory
 from slm.recipe import Phase, Recipe
@@ -28,6 +30,7 @@ from slm.recipe import Phase, Recipe
 STRATEGIES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 _FOLDER = Path(__file__).parents[1] / "ds_configs"
 _EQUAL = 0.98  # of the fastest
+_LAUNCH_SECONDS = 1e-3  # about what Python needs to start the kernels of one block, both passes
 _TILE_TOKENS = 8192
 _ZERO_PLUS_PLUS = (
     "of ZeRO++ the second copy of the weights within a node (parameters x 2 bytes / zero_hpz_partition_size, on each GPU) is not "
@@ -49,9 +52,15 @@ class Candidate:
     memory: RankMemory
     time: StepTime
     tokens_per_second: float  # of all GPUs
-    fits: bool
+    fits: bool  # the GPUs; of the host's memory, see too_much_for_a_host
+    host_bytes_per_node: int  # what is offloaded, and the copy that a checkpoint is written from
+    has_forecast: bool  # else the GPU would wait for its kernels to be started, which the rule of speed does not know
     not_counted: tuple[str, ...] = ()  # what comes on top of memory and time, in words
     is_own: bool = False  # what the recipe says
+
+    @property
+    def too_much_for_a_host(self) -> bool:
+        return self.host_bytes_per_node > HOST_MEMORY
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -85,7 +94,8 @@ class Candidates:
 def candidates(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidates:
     """gpus.count must divide the phase's work as it is (layout.check_ranks). The rows are those with the phase's tiles
     and offloading of activations; those with tiles, then with both, where of the others none fits with its optimiser and weights
-    on the GPUs. If that never does, the first of these lists in which anything fits."""
+    on the GPUs and no more in host memory than servers have. If that never does, the first of these lists in which anything
+    fits, without too much host memory if that can be."""
     teachers = teachers_of(recipe, phase)
     own = replace(evaluate(recipe, phase, gpu, gpus, teachers), is_own=True)
     names = [name for name in STRATEGIES if (_FOLDER / f"{name}.json").exists()]
@@ -111,10 +121,12 @@ def candidates(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs) -> Candidates
                         asked["offload_activations"] = False  # nothing is kept apart that could go
                     if (row := largest(recipe, phase.model_copy(update=asked), gpu, gpus, teachers)) is not None:
                         rows.append(row)
-        if any(row.fits and not row.zero.offloads for row in rows):
-            return Candidates(own, tuple(rows))
         tried.append(rows)
-    return Candidates(own, tuple(next((rows for rows in tried if any(row.fits for row in rows)), tried[-1])))
+        if any(row.fits and not row.zero.offloads and not row.too_much_for_a_host for row in rows):
+            return Candidates(own, tuple(rows))
+    fitting = [rows for rows in tried if any(row.fits for row in rows)]
+    sound = [rows for rows in fitting if any(row.fits and not row.too_much_for_a_host for row in rows)]
+    return Candidates(own, tuple((sound or fitting or tried[-1:])[0]))
 
 
 def degrees(recipe: Recipe, phase: Phase, gpus: GPUs) -> list[int]:
@@ -186,6 +198,8 @@ def evaluate(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs, teachers: Teach
         time,
         phase.batch_tokens / time.seconds,
         memory.peak.total_bytes <= gpu.usable_bytes,
+        (memory.host_bytes + memory.save_bytes) * min(gpus.count, gpus.per_node),
+        time.compute_seconds / accumulation > config.num_hidden_layers * _LAUNCH_SECONDS,
         unknown,
     )
 
@@ -196,10 +210,14 @@ def evaluate(recipe: Recipe, phase: Phase, gpu: GPU, gpus: GPUs, teachers: Teach
 def choose(rows: tuple[Candidate, ...]) -> Candidate | None:
     """By the rule at the top of this file; None if nothing fits. ZeRO++ is not counted in full, and not proposed."""
     fitting = [row for row in rows if row.fits and not row.zero.plus_plus]
+    fitting = [row for row in fitting if not row.too_much_for_a_host] or fitting
     fitting = [row for row in fitting if not row.zero.offloads] or fitting
     fitting = [row for row in fitting if not _adds_in_half(row)] or fitting
     if not fitting:
         return None
+    if not any(row.has_forecast for row in fitting):
+        return min(fitting, key=Candidate.rank)
+    fitting = [row for row in fitting if row.has_forecast]
     fastest = max(row.tokens_per_second for row in fitting)
     return min((row for row in fitting if row.tokens_per_second >= _EQUAL * fastest), key=Candidate.rank)
 
@@ -213,7 +231,7 @@ def reasons(best: Candidate, rows: tuple[Candidate, ...], gpu: GPU) -> list[str]
     held = best.memory.peak.total_bytes
     spare = f"{gib(held)} of the {gib(gpu.usable_bytes)} GiB that tensors may fill"
     told = []
-    rows = tuple(row for row in rows if row.zero.offloads <= best.zero.offloads)
+    all_rows, rows = rows, tuple(row for row in rows if row.zero.offloads <= best.zero.offloads)
     if best.policy == "none":
         told.append(f"no recomputation: it fits without, in {spare}")
     else:
@@ -227,7 +245,14 @@ def reasons(best: Candidate, rows: tuple[Candidate, ...], gpu: GPU) -> list[str]
     ]
     lower = [r for r in same if _strategy_order(r) < _strategy_order(best)]
     if best.zero.offloads:
-        told.append(f"{best.deepspeed}: nothing that was looked at fits with its optimiser and weights on the GPUs")
+        host = (
+            " and no more host memory than servers have"
+            if any(r.fits and not r.zero.offloads for r in all_rows)
+            else ""
+        )
+        told.append(
+            f"{best.deepspeed}: nothing that was looked at fits with its optimiser and weights on the GPUs{host}"
+        )
     elif lower and all(_adds_in_half(r) for r in lower if r.fits) and any(r.fits for r in lower):
         told.append(
             f"{best.deepspeed}: ZeRO-1 would add {best.gradient_accumulation} micro-batches up in half precision"
@@ -235,7 +260,35 @@ def reasons(best: Candidate, rows: tuple[Candidate, ...], gpu: GPU) -> list[str]
     elif lower:
         told.append(f"{best.deepspeed}: {_why_not(lower, best, 'a lower stage')}")
     told.append(f"micro-batch {best.micro_batch}: the largest that fits and divides the batch")
+    if not best.has_forecast:
+        told.append("by speed nothing was compared: at micro-batches so small there is no forecast")
+    elif (faster := _faster(best, rows)) is not None:
+        told.append(
+            f"not the fastest row ({_named(faster)}): its {faster.tokens_per_second / best.tokens_per_second - 1:.1%} more are "
+            f"less than the {1 - _EQUAL:.0%} that count here, and then less recomputation, fewer GPUs a sequence, and the lower "
+            "ZeRO stage are taken, in this order"
+        )
     return told
+
+
+def _faster(best: Candidate, rows: tuple[Candidate, ...]) -> Candidate | None:
+    """The fastest of those that the choice was among, if it is not the best."""
+    among = [
+        row
+        for row in rows
+        if row.fits
+        and row.has_forecast
+        and not row.zero.plus_plus
+        and (_adds_in_half(best) or not _adds_in_half(row))
+        and row.too_much_for_a_host <= best.too_much_for_a_host
+    ]
+    found = max(among, key=lambda row: row.tokens_per_second, default=best)
+    return found if found.tokens_per_second > best.tokens_per_second else None
+
+
+def _named(row: Candidate) -> str:
+    shared = f", {row.sequence_parallel} GPUs a sequence" if row.sequence_parallel > 1 else ""
+    return f"{row.deepspeed}{shared}, recomputation {row.policy}, micro-batch {row.micro_batch}"
 
 
 def _strategy_order(row: Candidate) -> tuple[bool, bool, int]:
@@ -248,10 +301,13 @@ def _why_not(others: list[Candidate], best: Candidate, what: str) -> str:
         return f"with {what} the GPUs cannot share the batch"
     if not fitting:
         return f"with {what} the least is {gib(min(r.memory.peak.total_bytes for r in others))} GiB, which does not fit"
+    if not best.has_forecast or not any(row.has_forecast for row in fitting):
+        return f"with {what} there is no forecast of speed"
+    fitting = [row for row in fitting if row.has_forecast]
     slower = 1 - max(row.tokens_per_second for row in fitting) / best.tokens_per_second
     return f"with {what} it is {slower:.0%} slower"
 
 
 def gib(num_bytes: float) -> str:
     size = num_bytes / GIB
-    return f"{size:.1f}" if size >= 1 or size == 0 else f"{size:.2g}"
+    return f"{size:,.1f}" if size >= 1 or size == 0 else f"{size:.2g}" if size >= 0.001 else "<0.001"

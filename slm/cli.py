@@ -99,22 +99,25 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", "--ranks", min=1, help="number of devices; the fewest that fit, if not given"),
+        typer.Option(
+            min=1, help="number of devices; if not given, the fewest that divide the work and, with --gpu, hold it"
+        ),
     ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="the same as --gpus")] = None,
     gpu: Annotated[
-        str,
+        str | None,
         typer.Option(metavar="NAME", help="their kind, as h200: also memory, speed, time and cost of every setting"),
-    ] = "",
+    ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="--gpu: GPUs that share a fast link")] = 8,
     price: Annotated[
-        float | None, typer.Option("--price-per-gpu-hour", min=0.0, help="--gpu: for the cost, in any currency")
+        float | None, typer.Option("--price-per-gpu-hour", help="--gpu: for the cost, in any currency")
     ] = None,
     mtbf_hours: Annotated[
         float | None,
-        typer.Option(min=1.0, help="--gpu: hours between failures of one GPU; else those of Llama 3's run"),
+        typer.Option(help="--gpu: hours between failures of one GPU; else those of Llama 3's run"),
     ] = None,
     save_stall: Annotated[
-        float | None, typer.Option("--save-stall-seconds", min=0.001, help="--gpu: what a save blocks, as measured")
+        float | None, typer.Option("--save-stall-seconds", help="--gpu: what a save blocks, as measured")
     ] = None,
     all_rows: Annotated[bool, typer.Option("--all", help="--gpu: every setting, with its memory by part")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for programs: everything")] = False,
@@ -134,12 +137,18 @@ def plan(
         ("all", all_rows),
     ]
     for option, given in options:
-        if given and not gpu:
+        if given and gpu is None:
             raise UserError(f"--{option} has no effect without --gpu", fix="add --gpu NAME, such as --gpu h200")
+    if gpus is not None and ranks is not None and gpus != ranks:
+        raise UserError(f"--gpus is {gpus} and --ranks {ranks}, and both are the number of devices", fix="give one")
+    gpus = gpus or ranks
     loaded = _load(recipe, overrides)
     check_what_is_here(loaded)
+    found = None
+    if gpu is not None:
+        found = _budget(loaded, gpu, gpus, gpus_per_node, price, mtbf_hours, save_stall)
+        gpus = found.gpus.count
     gpus = gpus or next(iter(fitting_ranks(loaded.phases)), None)
-    found = _budget(loaded, gpu, gpus, gpus_per_node, price, mtbf_hours, save_stall) if gpu else None
     if as_json:
         phases = [asdict(plan_phase(loaded, phase, gpus or phase.sequence_parallel)) for phase in loaded.phases]
         told: dict[str, Any] = {"parameters": loaded.model.num_parameters(), "ranks": gpus, "phases": phases}
@@ -151,7 +160,8 @@ def plan(
     else:
         typer.echo(describe(loaded, gpus))
     if found is not None:
-        from slm.budget import check_fits, draw
+        from slm.budget import check_fits
+        from slm.budget_text import draw
 
         if not as_json:
             draw(found, all_rows=all_rows)
@@ -167,15 +177,16 @@ def _budget(
     mtbf_hours: float | None,
     save_stall: float | None,
 ) -> Budget:
-    from slm.budget import Assumptions, budget
+    from slm.budget import Assumptions, budget, fewest_gpus
     from slm.forecast import MTBF_HOURS_PER_GPU, GPUs
     from slm.hardware import find_gpu
 
-    kind = find_gpu(gpu)
+    kind, count_from = find_gpu(gpu), ""
+    assumed = Assumptions(price, MTBF_HOURS_PER_GPU if mtbf_hours is None else mtbf_hours, save_stall)
+    assumed.check()
     if count is None:
-        raise UserError("no number of GPUs fits all phases, so --gpu has nothing to plan for", fix="give --gpus N")
-    assumed = Assumptions(price, mtbf_hours or MTBF_HOURS_PER_GPU, save_stall)
-    return budget(recipe, kind, GPUs(count, per_node), assumed)
+        count, count_from = fewest_gpus(recipe, kind, per_node)
+    return budget(recipe, kind, GPUs(count, per_node), assumed, count_from=count_from)
 
 
 @app.command()

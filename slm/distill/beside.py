@@ -21,6 +21,7 @@ from slm.model.config import ModelConfig
 from slm.model.shape import shape_of
 
 if TYPE_CHECKING:
+    from slm.distill.settings import TeacherCache
     from slm.recipe import Phase, Recipe
 
 WEIGHT_BYTES = 2  # on a GPU a teacher is in bfloat16, whatever the student's precision (models.py)
@@ -72,6 +73,15 @@ def teachers_of(recipe: Recipe, phase: Phase) -> Teachers:
         )
     at_one = all(value == 1 for _, value in points(loss.temperature))
     return Teachers(tuple(beside), tuple(unknown), form, tuple(entries), len(used) > 1 or not at_one)
+
+
+def cache_bytes_per_token(cache: TeacherCache, vocab_size: int) -> int:
+    """Of a file of cache.py (planes; held together by a test): an entry has two bytes of its index, a bitmap for each further bit
+    of it, and one of its value; a token four bytes a temperature for the rest, and four for label and tag."""
+    sets = len(cache.temperatures) if cache.kind == "sampled" else 1
+    more_bits = max(0, (vocab_size - 1).bit_length() - 16)
+    entries = sets * (3 * cache.k + more_bits * -(-cache.k // 8))
+    return entries + 4 * len(cache.temperatures) + 4 + (sets if cache.kind == "sampled" else 0)
 
 
 def teacher_memory(
