@@ -200,7 +200,7 @@ def _needed_by(recipe: Recipe) -> list[Check]:
 
 def _room_for_checkpoints(recipe: Recipe) -> Check:
     """As a run asks before its first step, too."""
-    from slm.saving import room
+    from slm.room import room
 
     found = room(recipe.run_dir, recipe, recipe.phases)
     one, free = found.each_bytes, found.free_bytes

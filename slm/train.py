@@ -47,9 +47,10 @@ from slm.metrics import MetricsLogger, append_event
 from slm.model.llama import Objective
 from slm.recipe import Phase, Recipe, dump_recipe
 from slm.resume import Position, Resume, as_far_as_run, open_checkpoint, phases_to_run, position_of, recipe_changes
+from slm.room import check_room
 from slm.runtime import Ranks, RunLock, StopRequest, atomic_write, discover_ranks, setup_logging, write_exit
 from slm.safety import ReplicasDiffer, RollBack
-from slm.saving import Checkpointer, check_room, remove
+from slm.saving import Checkpointer, remove
 
 log = logging.getLogger("slm")
 

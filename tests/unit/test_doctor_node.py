@@ -15,7 +15,7 @@ from slm.checkpoint import FORMAT, manifest_text
 from slm.doctor import _differences
 from slm.installed import Package
 from slm.recipe import load_recipe
-from slm.saving import check_room, room
+from slm.room import check_room, room
 from tests.faults.runs import write_recipe
 
 ROOT = Path(__file__).parents[2]
