@@ -123,10 +123,12 @@ def check_tasks() -> None:
 
 def step_environment() -> dict[str, str]:
     """Where ranks meet: SLURM knows the address of this node, which is the step's first, even where no name server does."""
-    env = dict(os.environ)
+    # What the shell that submitted has of another launcher, as in a notebook that has trained, must not lend its ranks to these.
+    foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in foreign}
     found = tell("scontrol", "show", "node", "-o", env.get("SLURMD_NODENAME", ""))
     if address := re.search(r"\bNodeAddr=(\S+)", found):
-        env.setdefault("MASTER_ADDR", address[1])
+        env["MASTER_ADDR"] = address[1]
     tasks = re.match(r"\d+", env.get("SLURM_TASKS_PER_NODE", "1"))
     cores = int(env.get("SLURM_CPUS_ON_NODE", "1")) // int(tasks[0] if tasks else 1)
     env[LEAVE_SUSPECTS] = "1"

@@ -21,7 +21,7 @@ from slm.recipe import Optim
 from slm.runtime import discover_ranks
 from slm.step import train_step
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 training_memory = importlib.import_module("training_memory")
 
 DEEPSPEEDS = 500_000_000  # for any model

@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.ranks import run_ranks
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 training_memory = importlib.import_module("training_memory")
 
 

@@ -12,7 +12,7 @@ from slm import ModelConfig, SLMForCausalLM
 from slm.model.recompute import BlockStore
 from tests.unit.test_recompute import BOUNDS, TOKENS, check_kept_tensors, gradients
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import activation_memory  # noqa: E402
 
 GPU = pytest.mark.gpu

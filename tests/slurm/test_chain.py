@@ -36,7 +36,9 @@ def lab(tmp_path, cluster):
 class Lab:
     def __init__(self, folder: Path, cluster) -> None:
         self.folder, self.cluster, self.run_dir = folder, cluster, folder / "run"
-        self.environment = {"DS_ACCELERATOR": "cpu", "WANDB_API_KEY": CANARY, "VIRTUAL_ENV": sys.prefix}
+        # Ranks and a port of another launcher in the shell that submits do no harm.
+        foreign = {"RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "7", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1"}
+        self.environment = {**foreign, "DS_ACCELERATOR": "cpu", "WANDB_API_KEY": CANARY, "VIRTUAL_ENV": sys.prefix}
 
     def recipe(self, **changes) -> Path:
         """Two phases of 6 steps of 256 tokens, saved every two steps."""

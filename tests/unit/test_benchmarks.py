@@ -20,7 +20,7 @@ from slm.recipe import recipe_from_tree
 from slm.tokenizer import SLMTokenizer
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.append(str(BENCHMARKS))
 
 import activation_memory  # noqa: E402
 import long_context  # noqa: E402

@@ -31,7 +31,7 @@ def megatron():
             pytest.skip("no Megatron: pip install --no-deps megatron-core, or SLM_MEGATRON=/path/to/Megatron-LM")
         root = Path(next(iter(found.submodule_search_locations))).parent
     before = dict(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
+    sys.path.append(str(BENCHMARKS))
     try:
         from megatron_shim import indexed_dataset
 
