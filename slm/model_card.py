@@ -8,7 +8,6 @@ The license is left to who publishes the weights.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from slm.model.config import ModelConfig
 from slm.pictures import check_picture, save_picture
 from slm.redact import redacted, redacted_in
 from slm.runtime import atomic_write
+from slm.status import json_lines, json_object
 
 _ROWS = 12  # of the table that stands for the picture
 
@@ -122,7 +122,7 @@ def _data(state: dict[str, Any], recipe: dict[str, Any]) -> str:
 def _evaluation(state: dict[str, Any], run: Path | None) -> str:
     position = state.get("position") or {}
     name = f"{position.get('phase')}-{position.get('step', 0):08d}"
-    found = state.get("findings") or (_json(run / "eval" / f"{name}.json") if run is not None else {})
+    found = state.get("findings") or (json_object(run / "eval" / f"{name}.json") if run is not None else {})
     lines: list[str] = []
     losses = found.get("loss") or {}
     if losses:
@@ -138,7 +138,7 @@ def _evaluation(state: dict[str, Any], run: Path | None) -> str:
             cells = [cell for cell in recall if (cell["keys"], cell["length"]) == (keys, length)]
             samples, exact = (sum(cell[field] for cell in cells) for field in ("samples", "exact"))
             lines.append(f"| {keys} | {length} | {samples} | {exact / max(1, samples):.1%} |")
-    suite = _json(run / "eval" / f"suite-{name}.json") if run is not None else {}
+    suite = json_object(run / "eval" / f"suite-{name}.json") if run is not None else {}
     if suite:
         lines += [
             "",
@@ -195,25 +195,6 @@ def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
 def _rows(path: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl, without those that a kill cut short."""
-    rows = []
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-            if isinstance(row["step"], int):
-                rows.append(row)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return rows
+    return [row for row in json_lines(path) if isinstance(row.get("step"), int)]

@@ -92,10 +92,11 @@ def newest_suspect(run_dir: Path) -> str:
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
     """What is readable of events.jsonl: a kill leaves lines that are cut short."""
-    return _json_lines(run_dir / "events.jsonl")
+    return json_lines(run_dir / "events.jsonl")
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that are JSON objects; none if it is not there. For any file that a run appends to."""
     found = []
     try:
         lines = path.read_text(errors="replace").splitlines()
@@ -110,13 +111,18 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """Empty if it is not there, or not what we write."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def has_saved(run_dir: Path) -> bool:
+    """Whether a run has a checkpoint, whole or not."""
+    return any(run_dir.glob("checkpoints/[!.]*/manifest.json"))
 
 
 def is_done(stage: str, words: list[str], run_dir: Path, recipe: Recipe) -> bool:
@@ -150,7 +156,7 @@ def _age_seconds(path: Path) -> float:
 # ------------------------------------------------------------------------------------------------ the queue
 def read_jobs(run_dir: Path) -> dict[str, dict[str, Any]]:
     """{stage: {"job": its number, "submitted": time, "arguments": of its script}}"""
-    found = _json(run_dir / JOBS)
+    found = json_object(run_dir / JOBS)
     entries = {name: entry for name, entry in found.items() if isinstance(entry, dict)}
     return {n: e for n, e in entries.items() if isinstance(e.get("job"), str) and isinstance(e.get("arguments"), list)}
 
@@ -226,12 +232,12 @@ def status(run_dir: Path) -> dict[str, Any]:
                 row |= {"loss": last.get("loss"), "tokens_per_second": last.get("tokens_per_second")}
             found["phases"].append(row)
         found["last_step_time"] = last.get("time")
-    found["exit"] = _json(run_dir / "exit.json") or None
+    found["exit"] = json_object(run_dir / "exit.json") or None
     return found
 
 
 def _last_row(run_dir: Path) -> dict[str, Any]:
-    rows = [row for row in _json_lines(run_dir / "metrics.jsonl")[-50:] if "loss" in row]
+    rows = [row for row in json_lines(run_dir / "metrics.jsonl")[-50:] if "loss" in row]
     return rows[-1] if rows else {}
 
 

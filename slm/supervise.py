@@ -23,7 +23,7 @@ from typing import Any
 
 from slm.metrics import append_event
 from slm.runtime import EXIT_CODES, EXIT_FILE_VARIABLE, setup_logging
-from slm.status import newest_suspect
+from slm.status import has_saved, json_object, newest_suspect
 
 log = logging.getLogger("slm")
 
@@ -55,11 +55,11 @@ def _supervise(child: _Child, command: list[str], run_dir: Path, restarts: int) 
     setup_logging(0, None)
     failed_step, times_at_step = -1, 0
     for attempt in range(restarts + 1):
-        earlier = _record(run_dir / "exit.json")
+        earlier = json_object(run_dir / "exit.json")
         code = child.run(command, run_dir)
         # The run's folder is for ranks that cannot write our file, as on another machine. An attempt may end before it
         # removes the record of the one before.
-        record = _record(child.exit_file) or _record(run_dir / "exit.json")
+        record = json_object(child.exit_file) or json_object(run_dir / "exit.json")
         record = {} if record == earlier else record
         code = record.get("code", code)
         # A rank that is told to stop saves and says so (75), but in its first seconds, when it just ends.
@@ -140,7 +140,7 @@ class _Child:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            self.has_saved = self.has_saved or any(run_dir.glob("checkpoints/[!.]*/manifest.json"))
+            self.has_saved = self.has_saved or has_saved(run_dir)
 
     def sleep(self, seconds: float) -> bool:
         """True if a signal came."""
@@ -171,13 +171,6 @@ def last_step(run_dir: Path) -> int:
         except (ValueError, KeyError, TypeError):  # cut short by a kill
             continue
     return 0
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def _why(code: int, record: dict[str, Any]) -> str:

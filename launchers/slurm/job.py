@@ -24,7 +24,7 @@ from slm.errors import SLMError, UserError
 from slm.metrics import append_event
 from slm.recipe import load_recipe
 from slm.runtime import atomic_write
-from slm.status import CHECKED, events, newest_suspect, read_jobs
+from slm.status import CHECKED, events, has_saved, newest_suspect, read_jobs
 from slm.supervise import LEAVE_SUSPECTS, last_step
 
 RESTARTS = os.environ.get("SLM_RESTARTS", "3")  # within one job, of a run that crashed or hung
@@ -77,10 +77,8 @@ def main(arguments: list[str]) -> int:
     if stage == "check" and code == 0:
         Path(rest[0]).mkdir(parents=True, exist_ok=True)
         (Path(rest[0]) / CHECKED).touch()
-    if run_dir is not None and any(run_dir.glob("checkpoints/[!.]*/manifest.json")):
-        tell(
-            "scontrol", "update", f"JobId={job_name()}", f"Comment={SAVED}"
-        )  # it shall not begin anew, were its folder gone
+    if run_dir is not None and has_saved(run_dir):  # it shall not begin anew, were its folder gone
+        tell("scontrol", "update", f"JobId={job_name()}", f"Comment={SAVED}")
     if code in TIME_IS_UP and stage not in ("eval", "check"):
         return requeue(code, run_dir)
     if code in HARDWARE_CODES and run_dir is not None:
