@@ -59,8 +59,11 @@ if [ ${#part[@]} -gt 0 ]; then
     "data.sources={part: '$work/part/train'}" "data.validation={corpus: '$work/tokens/validation'}"
     phases.main.tokens=240Ki phases.main.seq_len=256 phases.main.batch_tokens=4Ki phases.main.micro_batch=8
     eval.every_steps=0 eval.max_sequences=64 checkpoint.every_steps=100)
-  slm-data shards "${part[@]}" --tokenizer $work/tokenizer --validation-fraction "$HELD_OUT" --max-bad-fraction 0.05 \
-    --output $work/part
+  # What step 2 has held out stays out. Where none of it is among these few documents, that is refused, and there is nothing to hold out.
+  shards=(slm-data shards "${part[@]}" --tokenizer $work/tokenizer --max-bad-fraction 0.05 --output $work/part)
+  if ! [ -e $work/part/train/manifest.json ]; then
+    "${shards[@]}" --validation-fraction "$HELD_OUT" 2>/dev/null || { rm -rf "$work/part"; "${shards[@]}" --validation-fraction 0; }
+  fi
   slm teacher recipes/distill.yaml "${distill[@]}"
   slm teacher stats recipes/distill.yaml "${distill[@]}"
   bash launchers/local.sh recipes/distill.yaml "$RANKS" "${distill[@]}"
