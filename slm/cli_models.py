@@ -84,7 +84,7 @@ def evaluate(
         _refuse("--text", {**of_shards, **of_suite})
         from slm import text_loss
 
-        measured = text_loss.evaluate_text(
+        texts = text_loss.evaluate_text(
             model,
             data or [],
             seq_len=seq_len,
@@ -93,10 +93,10 @@ def evaluate(
             detokenise=detokenise,
             tokenizer=tokenizer,
         )
-        if measured is not None and as_json:
-            typer.echo(json.dumps([m.as_dict() for m in measured], indent=2))
-        elif measured is not None:
-            text_loss.draw(measured)
+        if texts is not None and as_json:
+            typer.echo(json.dumps([m.as_dict() for m in texts], indent=2))
+        elif texts is not None:
+            text_loss.draw(texts)
         return
     _refuse("the loss on shards", of_suite | of_text, "add --suite NAME or --text, which it is for")
     from slm import findings
@@ -110,9 +110,12 @@ def evaluate(
     if plot is not None:
         check_picture(plot)
     folders = [str(path) for path in data or []]
-    found, per_byte = evaluate_model(
+    measured = evaluate_model(
         model, folders, seq_len, micro_batch, max_sequences, recall=given if recall else None, tokenizer=tokenizer
     )
+    if measured is None:  # a rank that has done its share
+        return
+    found, per_byte = measured
     if plot is not None:
         findings.plot(found, plot)
     if as_json:

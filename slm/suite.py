@@ -20,11 +20,11 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from slm import parallel
-from slm.errors import EnvironmentProblem, SLMError, UserError
+from slm.errors import EnvironmentProblem, UserError
 from slm.harness import HarnessModel
 from slm.loading import RunPlace
 from slm.metrics import append_row
-from slm.runtime import atomic_write, discover_ranks
+from slm.runtime import atomic_write
 from slm.supervise import last_step
 
 log = logging.getLogger("slm")
@@ -58,12 +58,8 @@ def evaluate_suite(
 
     Under any launcher the ranks share the requests. Raises UserError, EnvironmentProblem.
     """
-    ranks = discover_ranks()
-    if joined := ranks.world_size > 1:
-        # Ranks wait for rank 0 while it fetches data and computes metrics.
-        parallel.start(parallel.local_device(ranks.local_rank), timeout_minutes=24 * 60)
-    try:
-        device = parallel.local_device(ranks.local_rank) if joined else None
+    # Ranks wait for rank 0 while it fetches data and computes metrics.
+    with parallel.launched(timeout_minutes=24 * 60) as device:
         lm = HarnessModel(model, tokenizer, rows, max_length, answers, device)
         if parallel.rank():
             lm.serve()
@@ -72,13 +68,6 @@ def evaluate_suite(
             return _run(lm, model, names, num_fewshot, limit, task_folders, allow_code)
         finally:
             lm.dismiss()
-    except SLMError as error:
-        if ranks.rank:
-            raise SystemExit(error.exit_code) from None  # rank 0 says it
-        raise
-    finally:
-        if joined:
-            parallel.stop()
 
 
 def _run(

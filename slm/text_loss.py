@@ -24,11 +24,10 @@ from typing import Any
 import torch
 
 from slm import parallel
-from slm.errors import SLMError, UserError
+from slm.errors import UserError
 from slm.loading import load_for_text
 from slm.losses import IGNORE
 from slm.model.llama import SLMForCausalLM
-from slm.runtime import discover_ranks
 
 
 @dataclass(frozen=True)
@@ -185,11 +184,7 @@ def evaluate_text(
         raise UserError("--text has no file", fix="slm eval MODEL --text FILE…")
     if detokenise not in ("", "wikitext"):
         raise UserError(f"--detokenise is {detokenise!r}", fix="wikitext is the one that there is")
-    ranks = discover_ranks()
-    if joined := ranks.world_size > 1:
-        parallel.start(parallel.local_device(ranks.local_rank))
-    try:
-        device = parallel.local_device(ranks.local_rank) if joined else None
+    with parallel.launched() as device:
         documents = parallel.together(lambda: {str(file): read_documents(file) for file in files})
         model, text = parallel.together(load_for_text, path, tokenizer, device)
         context = model.config.max_position_embeddings
@@ -210,13 +205,6 @@ def evaluate_text(
             sizes = words, sum(map(len, texts)), sum(len(t.encode()) for t in texts)
             measured.append(Measured(name, total, int(count), *sizes, seq_len, stride))
         return None if parallel.rank() else measured
-    except SLMError as error:
-        if ranks.rank:
-            raise SystemExit(error.exit_code) from None  # rank 0 says it
-        raise
-    finally:
-        if joined:
-            parallel.stop()
 
 
 def _prepared(text: str, detokenise: str) -> str:
