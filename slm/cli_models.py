@@ -82,21 +82,10 @@ def evaluate(
         return
     if text:
         _refuse("--text", {**of_shards, **of_suite})
-        from slm import text_loss
-
-        texts = text_loss.evaluate_text(
-            model,
-            data or [],
-            seq_len=seq_len,
-            stride=stride,
-            rows=micro_batch,
-            detokenise=detokenise,
+        _text(
+            model, data or [], as_json, seq_len=seq_len, stride=stride, rows=micro_batch, detokenise=detokenise,
             tokenizer=tokenizer,
-        )
-        if texts is not None and as_json:
-            typer.echo(json.dumps([m.as_dict() for m in texts], indent=2))
-        elif texts is not None:
-            text_loss.draw(texts)
+        )  # fmt: skip
         return
     _refuse("the loss on shards", of_suite | of_text, "add --suite NAME or --text, which it is for")
     from slm import findings
@@ -136,6 +125,7 @@ def _suite(model: str, names: list[str], output: Path | None, as_json: bool, **o
         raise EnvironmentProblem(
             f"--suite needs lm-evaluation-harness, which is not here ({error})", fix='pip install -e ".[eval]"'
         ) from None
+    from slm.afterwards import keep
     from slm.loading import run_of
 
     place = run_of(model)
@@ -144,13 +134,32 @@ def _suite(model: str, names: list[str], output: Path | None, as_json: bool, **o
     found = suite.evaluate_suite(model, names, answers=answers, **options)
     if found is None:  # a rank that has served
         return
-    if folder is not None:
-        path = suite.write(found, folder, place)
-        typer.echo(f"wrote {path}", err=True)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
         suite.draw(found)
+    if folder is not None:
+        typer.echo(f"wrote {keep('suite', found, suite.values_of(found), folder, place)}", err=True)
+
+
+def _text(model: str, files: list[Path], as_json: bool, **options: Any) -> None:
+    from slm import text_loss
+    from slm.afterwards import keep
+    from slm.distill.models import describe_teacher
+    from slm.loading import run_of
+
+    measured = text_loss.evaluate_text(model, files, **options)
+    if measured is None:  # a rank that has done its share
+        return
+    if as_json:
+        typer.echo(json.dumps([m.as_dict() for m in measured], indent=2))
+    else:
+        text_loss.draw(measured)
+    if (place := run_of(model)) is not None:
+        fingerprint = describe_teacher(model).identity["fingerprint"]
+        found = {"model": model, "fingerprint": fingerprint, "results": {m.name: m.as_dict() for m in measured}}
+        path = keep("text", found, text_loss.values_of(measured), place.folder / "eval", place)
+        typer.echo(f"wrote {path}", err=True)
 
 
 def _listed(text: str) -> list[str]:

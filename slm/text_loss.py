@@ -211,6 +211,14 @@ def _prepared(text: str, detokenise: str) -> str:
     return detokenised_wikitext(text) if detokenise else text
 
 
+def values_of(measured: list[Measured]) -> dict[str, float]:
+    """FILE/RATIO: value, for the log of a run; FILE without its folders, where that tells them apart."""
+    short = [Path(m.name).name for m in measured]
+    names = short if len(set(short)) == len(short) else [m.name for m in measured]
+    ratios = ("perplexity", "word_perplexity", "bits_per_byte", "bits_per_character")
+    return {f"{name}/{ratio}": getattr(m, ratio) for name, m in zip(names, measured, strict=True) for ratio in ratios}
+
+
 def draw(measured: list[Measured]) -> None:
     from rich.console import Console
     from rich.table import Table
