@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from slm.errors import EnvironmentProblem, UserError
+from slm.runtime import said_once
 
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="a run, a checkpoint, or a Hugging Face folder")]
 TokenizerPath = Annotated[str, typer.Option(help="tokenizer, if the model's own recipe names none")]
@@ -115,16 +116,18 @@ def evaluate(
 
 def _refuse(what: str, options: dict[str, Any], fix: str = "leave it out, or give two commands") -> None:
     if given := [name for name, value in options.items() if value]:
-        raise UserError(f"{given[0]} has no effect on {what}", fix=fix)
+        with said_once():
+            raise UserError(f"{given[0]} has no effect on {what}", fix=fix)
 
 
 def _suite(model: str, names: list[str], output: Path | None, as_json: bool, **options: Any) -> None:
     try:
         from slm import suite
     except ImportError as error:
-        raise EnvironmentProblem(
-            f"--suite needs lm-evaluation-harness, which is not here ({error})", fix='pip install -e ".[eval]"'
-        ) from None
+        with said_once():
+            raise EnvironmentProblem(
+                f"--suite needs lm-evaluation-harness, which is not here ({error})", fix='pip install -e ".[eval]"'
+            ) from None
     from slm.afterwards import keep
     from slm.loading import run_of
 
