@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from slm.errors import SLMError, UserError
-from slm.runtime import discover_ranks
+from slm.runtime import discover_ranks, write_exit
 
 log = logging.getLogger("slm")
 
@@ -112,8 +112,11 @@ def launched(timeout_minutes: float = 30.0) -> Iterator[torch.device | None]:
         joined = start(device, timeout_minutes)
     try:
         yield device
+        if ranks.rank == 0:
+            write_exit(None, 0, "done")  # launchers/launch.py takes a command that leaves no word for one that crashed
     except SLMError as error:
         if ranks.rank:
+            write_exit(None, error.exit_code, str(error))
             raise SystemExit(error.exit_code) from None
         raise
     finally:
