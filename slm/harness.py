@@ -76,7 +76,7 @@ class HarnessModel(TemplateLM):
         self._rows = int(batch_size or 4)
         self.fingerprint = describe_teacher(pretrained).identity["fingerprint"]
         what = [self.fingerprint, self._text.fingerprint, str(next(self._model.parameters()).dtype), self.max_length]
-        self._answers = Answers(answers, what)
+        self._answers = parallel.together(Answers, answers, what)
 
     @property
     def eot_token_id(self) -> int:
@@ -299,7 +299,12 @@ class Answers:
         self._path = folder / f"answers-{parallel.rank()}.jsonl" if folder is not None else None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder}, which keeps the answers, cannot be written: {error.strerror}", fix="give another --output"
+            ) from None
         for path in sorted(folder.glob("answers-*.jsonl")):
             for line in path.read_text(errors="replace").splitlines():
                 try:

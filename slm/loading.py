@@ -94,6 +94,11 @@ def load_for_text(path: str, tokenizer: str = "", device: torch.device | None = 
     spec = tokenizer or (state["recipe"]["tokenizer"] if state else path)
     if not spec:
         raise UserError(f"{path}: its recipe names no tokenizer, so text cannot be encoded", fix="give --tokenizer")
+    if state and not tokenizer and ":" not in spec and not Path(spec).exists():
+        raise UserError(
+            f"the recipe of {path} names the tokenizer {spec}, which is not there as seen from {Path.cwd()}",
+            fix="start slm from where the run was started, as a recipe's paths are relative, or give --tokenizer",
+        )
     loaded = load_tokenizer(spec, said_by=None if tokenizer else path)
     if len(loaded) > model.config.vocab_size:
         raise UserError(

@@ -201,6 +201,10 @@ def evaluate_text(
         for name, texts in documents.items():
             ids = [text.encode(_prepared(t, detokenise), add_bos=text.bos_token_id is not None) for t in texts]
             total, count = parallel.reduce_sum(parallel.together(loss_of, model, ids, seq_len, stride, rows))
+            if not count:
+                raise UserError(
+                    f"{name} is one token, and the tokenizer has no BOS to predict it from", fix="give a longer text"
+                )
             words = sum(len(re.split(r"\s+", t)) for t in texts)
             sizes = words, sum(map(len, texts)), sum(len(t.encode()) for t in texts)
             measured.append(Measured(name, total, int(count), *sizes, seq_len, stride))
