@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,7 +123,8 @@ class HarnessModel(TemplateLM):
     def serve(self) -> None:
         """Ranks other than 0: takes part until rank 0 has done with them."""
         while (task := parallel.broadcast(None)) is not None:
-            self._together(task)
+            with suppress(Exception):  # rank 0 has it too (parallel.together), says it, and dismisses
+                self._together(task)
 
     def dismiss(self) -> None:
         parallel.broadcast(None)

@@ -102,8 +102,8 @@ def launched(timeout_minutes: float = 30.0) -> Iterator[torch.device | None]:
     """The ranks that a launcher has started, together until the end of the block: yields this one's device, or None where
     this process is alone.
 
-    In the block a UserError and its like must be raised by all ranks (see `together`): rank 0 says it, the others leave with
-    its exit code.
+    In the block a UserError and its like must be raised by all ranks (see `together`): rank 0 says it, and its exit code is the
+    one that counts. The others leave in silence with 0: when one fails, torchrun ends all, rank 0 before it has spoken.
     """
     ranks = discover_ranks()
     device, joined = None, False
@@ -117,7 +117,7 @@ def launched(timeout_minutes: float = 30.0) -> Iterator[torch.device | None]:
     except SLMError as error:
         if ranks.rank:
             write_exit(None, error.exit_code, str(error))
-            raise SystemExit(error.exit_code) from None
+            raise SystemExit(0) from None
         raise
     finally:
         if joined:

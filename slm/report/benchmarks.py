@@ -47,8 +47,17 @@ def _scores(columns: list[tuple[str, dict[str, Any]]]) -> str:
             cells.setdefault((task, name, *about), {})[i] = shown
     if not cells:
         return ""
-    rows = [[*about, *(of.get(i, "-") for i in range(len(columns)))] for about, of in cells.items()]
-    heads = ["benchmark", "metric", "shots", "documents", *(head for head, _ in columns)]
+    rows = [
+        [task, name, *(of.get(i, "-") for i in range(len(columns))), *about]
+        for (task, name, *about), of in cells.items()
+    ]
+    heads = [
+        "benchmark",
+        "metric",
+        *(head for head, _ in columns),
+        "shots",
+        "documents",
+    ]  # on a phone the first are seen
     shown = table(heads, rows, numeric=range(2, len(heads)))
     return f'<div class="card"><h3>lm-evaluation-harness</h3>{shown}<p class="note">± is the standard error.</p></div>'
 
@@ -56,8 +65,8 @@ def _scores(columns: list[tuple[str, dict[str, Any]]]) -> str:
 def _texts(columns: list[tuple[str, dict[str, Any]]]) -> str:
     rows = [
         [
-            name, head, f"{m['num_tokens']:,}", f"{m['seq_len']:,} by {m['stride']:,}",
-            *(number(m[ratio]) for ratio in ("perplexity", "word_perplexity", "bits_per_byte", "bits_per_character")),
+            name, head, *(number(m[ratio]) for ratio in ("bits_per_byte", "bits_per_character", "perplexity", "word_perplexity")),
+            f"{m['num_tokens']:,}", f"{m['seq_len']:,} by {m['stride']:,}",
         ]
         for name in dict.fromkeys(name for _, results in columns for name in results)
         for head, results in columns
@@ -65,5 +74,5 @@ def _texts(columns: list[tuple[str, dict[str, Any]]]) -> str:
     ]  # fmt: skip
     if not rows:
         return ""
-    heads = ["text", "checkpoint", "tokens", "windows", "perplexity", "per word", "bits a byte", "bits a character"]
+    heads = ["text", "checkpoint", "bits a byte", "bits a character", "perplexity", "per word", "tokens", "windows"]
     return f'<div class="card"><h3>Texts</h3>{table(heads, rows, numeric=range(2, len(heads)))}</div>'

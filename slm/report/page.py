@@ -32,7 +32,7 @@ SECTIONS = [
     ("time", "Where time went", sections.time_spent),
     ("position", "Loss by position", sections.positions),
     ("recall", "Pass keys", sections.recall),
-    ("benchmarks", "Benchmarks and texts", benchmarks),
+    ("benchmarks", "Benchmarks", benchmarks),
     ("teacher", "Teacher", sections.teachers),
     ("data", "Data", sections.data),
     ("events", "Events", sections.events),

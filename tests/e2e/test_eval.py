@@ -261,7 +261,7 @@ def _text(run, tmp_path):
     drawn = {event.step: event.value for event in events.Scalars("text/a.txt/perplexity")}
     assert drawn == {step: pytest.approx(value, rel=1e-6) for step, value in found.items()}
     assert len(events.Scalars("loss")) == 6
-    last = max(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    last = sorted(run.glob("wandb/offline-run-*/*.wandb"))[-1]  # by the time in its name
     assert _summary(last)["text/a.txt/perplexity"] == pytest.approx(found[2])
 
 

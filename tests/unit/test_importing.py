@@ -295,7 +295,9 @@ def test_export_of_a_folder_is_what_transformers_loads_without_our_code(tiny_con
 @pytest.mark.timeout(1800)
 def test_the_real_1b_with_random_weights_of_that_shape(tmp_path):
     """The published config of Llama 3.2 1B in the form of transformers 4, its 146 names and shapes in float32 (4.9 GB), one
-    tensor at a time: imported, loaded, and the same numbers. Needs about 11 GB of disk and 6 of memory."""
+    tensor at a time: imported, the same numbers, and transformers' logits. Needs about 11 GB of disk and 6 of memory."""
+    from transformers import AutoModelForCausalLM
+
     config = ModelConfig.preset("llama3.2-1b")
     published = {
         "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
@@ -320,14 +322,20 @@ def test_the_real_1b_with_random_weights_of_that_shape(tmp_path):
         {name: torch.empty(shape).normal_(0, 0.02, generator=generator) for name, shape in shapes.items()},
         folder / "model.safetensors",
     )
-    found = import_folder(folder, tmp_path / "in")
-    assert found.config == config
-    assert found.num_bytes == 4 * 1_235_814_400
+    imported = import_folder(folder, tmp_path / "in")
+    assert imported.config == config
+    assert imported.num_bytes == 4 * 1_235_814_400
     stored = hf.weight_files(folder)
     copied = hf.weight_files(tmp_path / "in")
     assert copied.keys() == stored.keys() == shapes.keys()
     for name in shapes:
         assert torch.equal(hf.read_tensor(stored, name), hf.read_tensor(copied, name)), name
-    model = SLMForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.bfloat16)
-    with torch.no_grad():
-        assert bool(model(torch.tensor([[128000, 9906, 1917]])).isfinite().all())
+    tokens = torch.tensor([[128000, 9906, 1917, *range(1000, 1029)]])
+    found = []
+    for load in (SLMForCausalLM, AutoModelForCausalLM):  # one after the other, in the memory of one
+        model = load.from_pretrained(tmp_path / "in" if load is SLMForCausalLM else folder, dtype=torch.float32)
+        with torch.no_grad():
+            logits = model(tokens)
+        found.append(getattr(logits, "logits", logits))
+        del model
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
