@@ -147,11 +147,15 @@ def generate(
     compiled = compiled and lean
     forwards = _forwards(model, rows, limits, choose, set(stop_ids), on_tokens, use_cache, lean, compiled)
 
+    model._inv_freq_R = model._inv_freq_R.to(
+        device
+    )  # not first in inference mode: training could not use it afterwards
     was_training = model.training
     model.eval()
     try:
         # Blocks that are compiled for training would be compiled anew for every length of the cache.
-        with torch.no_grad(), torch.compiler.set_stance("default" if compiled else "force_eager"):
+        stance = torch.compiler.set_stance("default" if compiled else "force_eager")
+        with torch.inference_mode() if lean else torch.no_grad(), stance:
             wants = next(forwards, False)
             while any_rank(wants):
                 if wants:
