@@ -59,7 +59,10 @@ def arm_of(name: str, folder: Path, new: int, device: torch.device, dtype: torch
     if name == PEER:
         from transformers import AutoModelForCausalLM
 
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+        theirs.to(device).eval()
         return lambda ids: theirs.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -187,7 +187,7 @@ def generate(
         )
     if prompts is None:
         _refuse(given[0], {"--output": output is not None}, "use it with --prompts")
-    from slm.loading import load_for_text, stop_ids
+    from slm.loading import load_for_text, run_of, stop_ids
 
     if prompts is not None:
         from slm.prompts import read_prompts
@@ -210,14 +210,14 @@ def generate(
     elif prompts is not None:
         from slm.prompts import answer
 
+        place = run_of(model)
+        about = {"model": model, "checkpoint": place.checkpoint if place is not None else ""}
         began = time.monotonic()
-        num, tokens = answer(loaded, text, asked, output, batch=batch, about={"model": model}, seed=seed, **options)
+        num, tokens = answer(loaded, text, asked, output, batch=batch, about=about, seed=seed, **options)
         seconds = time.monotonic() - began
-        kept = f", {len(asked) - num} were there" if num < len(asked) else ""
-        typer.echo(
-            f"{num} answers{kept}; {tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s",
-            err=True,
-        )
+        kept = f" ({len(asked) - num} were there)" if num < len(asked) else ""
+        rate = f"; {tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s" if num else ""
+        typer.echo(f"{num} answers{kept}{rate}", err=True)
     else:
         _continue(loaded, text, prompt or [], seed=seed, **options)
 
