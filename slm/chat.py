@@ -63,9 +63,12 @@ class Chat:
         while True:
             try:
                 said = input("> " if sys.stdin.isatty() else "")
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 print(file=sys.stderr)
                 return
+            except KeyboardInterrupt:  # perhaps meant for the answer, which has just ended
+                print(file=sys.stderr)
+                continue
             if said.strip() == "/new":
                 self.turns = []
             elif said.strip():

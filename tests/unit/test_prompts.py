@@ -2,8 +2,12 @@
 
 import io
 import json
+import os
+import pty
 import shutil
+import signal
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -215,6 +219,55 @@ def test_the_command_chats_over_standard_input(folder, monkeypatch, capsys):
     told = capsys.readouterr()
     assert "no chat template" in told.err
     assert told.out.count("\n") >= 2
+
+
+@pytest.mark.timeout(120)
+def test_keys_on_a_terminal(folder):
+    """Ctrl-C ends an answer half way and the chat goes on, at the prompt it does nothing, Ctrl-D ends with code 0."""
+    command = [
+        sys.executable,
+        "-m",
+        "slm",
+        "generate",
+        str(folder),
+        "--chat",
+        "--max-new-tokens",
+        "200",
+        "--temperature",
+        "0",
+    ]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(command[0], command)
+    try:
+        read_until(terminal, "> ")
+        os.write(terminal, b"hello\n")
+        read_until(terminal, "hello\r\n")
+        read_until(terminal, "")  # something of the answer
+        os.write(terminal, b"\x03")
+        read_until(terminal, "\n> ")
+        os.write(terminal, b"\x03")
+        read_until(terminal, "\n")
+        os.write(terminal, b"/new\n")
+        read_until(terminal, "/new\r\n> ")
+        os.write(terminal, b"\x04")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(terminal)
+
+
+def read_until(terminal, wanted):
+    """What a terminal shows, up to `wanted`, or whatever comes next. The test's time limit ends a wait in vain."""
+    shown = ""
+    while not shown or wanted not in shown:
+        try:
+            shown += os.read(terminal, 1 if wanted else 64).decode(errors="replace")
+        except OSError:  # it has ended
+            raise AssertionError(f"the command ended: {shown}") from None
+    return shown
 
 
 @pytest.mark.parametrize(
