@@ -226,8 +226,8 @@ def job_field(job: str, name: str) -> str:
 def code_of_run(code: int, run_dir: Path, since: float) -> int:
     """What the run itself has written of how this attempt ended, else the command's code.
 
-    srun says the largest of its tasks' codes, such as that of one which the watchdog had to kill. But where `slm train --restarts`
-    was told to stop while nothing ran, the record is of the failure before.
+    srun says the largest of its tasks' codes, such as that of one which the watchdog had to kill. But where `slm train
+    --restarts` was told to stop while nothing ran, the record is of the failure before.
     """
     if RESTARTS != "0" and code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM):
         return code

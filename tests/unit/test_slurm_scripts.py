@@ -241,7 +241,7 @@ def test_the_code_is_what_this_attempt_has_written(tmp_path, job):
 
 
 def test_a_warning_between_two_attempts_is_no_failure(tmp_path, job, monkeypatch):
-    """Of a run that has crashed and waits to be started again: the record is the crash's, and the job is requeued all the same."""
+    """Of a run that has crashed and waits to be started again: the record is the crash's, and the job is requeued anyway."""
     (tmp_path / "exit.json").write_text('{"code": 1, "time": 10}')
     told = 128 + signal.SIGUSR1
     assert job.code_of_run(told, tmp_path, 5.0) == told
