@@ -175,7 +175,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="only the likeliest that make up this probability")] = 0.95,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="for the same text again")] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="by torch.compile: slow to begin with, for thousands of tokens")
+        bool, typer.Option("--compile", help="by torch.compile: slow to begin with; for thousands of tokens on a GPU")
     ] = False,
 ) -> None:
     """Continue a prompt, which is shown token by token; or a file of prompts (--prompts); or chat (--chat)."""

@@ -108,7 +108,7 @@ def generate(
     eos_token_id: one or several stop ids; the one found stays in the row.
     seed: for the same draws again; None takes torch's own generator.
     use_cache: False computes everything anew for each token; for checks.
-    compiled: a step by torch.compile: half a minute or more once for a shape, then faster (slm/model/decode.py).
+    compiled: each step by torch.compile, which takes half a minute or more once for a shape; for a GPU (model/decode.py).
     num_tokens: ids from here on (rows that only fill up the embedding) are never chosen.
     on_tokens: called after each token with the new id of every row, None for finished ones.
     Raises UserError.
@@ -147,9 +147,8 @@ def generate(
     compiled = compiled and lean
     forwards = _forwards(model, rows, limits, choose, set(stop_ids), on_tokens, use_cache, lean, compiled)
 
-    model._inv_freq_R = model._inv_freq_R.to(
-        device
-    )  # not first in inference mode: training could not use it afterwards
+    # Not first in inference mode: training could not use them afterwards.
+    model._inv_freq_R = model._inv_freq_R.to(device)
     was_training = model.training
     model.eval()
     try:
@@ -201,9 +200,8 @@ def _forwards(
             slots = max(slots, 1 << (max(limits) - 1).bit_length())
         cache = KVCache.empty(model.config, len(rows), slots, weight.dtype, device)
         step = DecodeStep(model, cache, compiled) if lean else None
-        if (
-            cache.tokens_BS is not None
-        ):  # the first forward makes all keys and values, at the angles of each row's length
+        if cache.tokens_BS is not None:
+            # The first forward makes all keys and values, at the angles of each row's length.
             tokens_BT, _ = _padded(rows, device)
             cache.tokens_BS[:, : tokens_BT.shape[1]] = tokens_BT
     ids_B = torch.empty(0)
