@@ -189,20 +189,33 @@ class Head(nn.Linear):
         distillation: Distillation | None = None,
         visit: Visit | None = None,
     ) -> Any:
-        hidden_NE = hidden_BTE.flatten(0, 1)
-        if visit is not None:
-            chunk = chunk_tokens(self.weight.shape[0], hidden_NE.device.type)
-            for start in range(0, len(hidden_NE), chunk):
-                visit(start, F.linear(hidden_NE[start : start + chunk], self.weight))
-            return None
-        if labels_BT is None:
-            return F.linear(hidden_BTE, self.weight)
-        labels_N = labels_BT.flatten()
-        if each:
-            return token_losses(hidden_NE, self.weight, labels_N).view(labels_BT.shape)
-        if distillation is not None:
-            return linear_distillation(hidden_NE, self.weight, labels_N, distillation, z_loss=z_loss)
-        return linear_cross_entropy(hidden_NE, self.weight, labels_N, z_loss=z_loss)
+        return head_outputs(hidden_BTE, self.weight, labels_BT, z_loss, each, distillation, visit)
+
+
+def head_outputs(
+    hidden_BTE: torch.Tensor,
+    weight_VE: torch.Tensor,
+    labels_BT: torch.Tensor | None,
+    z_loss: float,
+    each: bool,
+    distillation: Distillation | None,
+    visit: Visit | None,
+) -> Any:
+    """What SLMForCausalLM.forward returns, of hidden states and the output matrix."""
+    hidden_NE = hidden_BTE.flatten(0, 1)
+    if visit is not None:
+        chunk = chunk_tokens(weight_VE.shape[0], hidden_NE.device.type)
+        for start in range(0, len(hidden_NE), chunk):
+            visit(start, F.linear(hidden_NE[start : start + chunk], weight_VE))
+        return None
+    if labels_BT is None:
+        return F.linear(hidden_BTE, weight_VE)
+    labels_N = labels_BT.flatten()
+    if each:
+        return token_losses(hidden_NE, weight_VE, labels_N).view(labels_BT.shape)
+    if distillation is not None:
+        return linear_distillation(hidden_NE, weight_VE, labels_N, distillation, z_loss=z_loss)
+    return linear_cross_entropy(hidden_NE, weight_VE, labels_N, z_loss=z_loss)
 
 
 class Decoder(nn.Module):
