@@ -22,7 +22,9 @@ import torch
 from slm import parallel
 from slm.errors import UserError
 from slm.model.attention import padded_bounds
+from slm.model.decode import DecodeStep
 from slm.model.llama import KVCache, SLMForCausalLM
+from slm.model.rope import follows_length
 
 log = logging.getLogger("slm")
 
@@ -92,6 +94,7 @@ def generate(
     attention_mask: torch.Tensor | None = None,
     seed: int | None = None,
     use_cache: bool = True,
+    compiled: bool = False,
     num_tokens: int | None = None,
     on_tokens: OnTokens | None = None,
 ) -> torch.Tensor:
@@ -107,6 +110,7 @@ def generate(
     eos_token_id: one or several stop ids; the one found stays in the row.
     seed: for the same draws again; None takes torch's own generator.
     use_cache: False computes everything anew for each token; for checks.
+    compiled: a step by torch.compile: half a minute or more once for a shape, then faster (slm/model/decode.py).
     num_tokens: ids from here on (rows that only fill up the embedding) are never chosen.
     on_tokens: called after each token with the new id of every row, None for finished ones.
     Raises UserError.
@@ -137,19 +141,19 @@ def generate(
             return logits_BV.argmax(-1)
         return sample(logits_BV, temperature, top_k or 0, top_p, generator)
 
-    tokens_BW = torch.zeros(len(lengths), max(limits, default=0), dtype=torch.long)
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        tokens_BW[row, :length] = input_ids[row, start : start + length]
-    tokens_BW = tokens_BW.to(device)
-    length_B, limit_B, stops_S = (torch.tensor(x, device=device).long() for x in (lengths, limits, stop_ids))
-    longest_prompt = max(lengths, default=0)
-    forwards = _forwards(model, tokens_BW, length_B, limit_B, longest_prompt, choose, stops_S, on_tokens, use_cache)
+    rows = [
+        input_ids[row, start : start + length].tolist()
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
+    lean = use_cache and not collective and not follows_length(model.config)
+    compiled = compiled and lean
+    forwards = _forwards(model, rows, limits, choose, set(stop_ids), on_tokens, use_cache, lean, compiled)
 
     was_training = model.training
     model.eval()
     try:
-        # Compiled blocks would be compiled anew for every length of the cache.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        # Blocks that are compiled for training would be compiled anew for every length of the cache.
+        with torch.no_grad(), torch.compiler.set_stance("default" if compiled else "force_eager"):
             wants = next(forwards, False)
             while any_rank(wants):
                 if wants:
@@ -159,78 +163,114 @@ def generate(
     finally:
         model.train(was_training)
 
-    lengths = length_B.tolist()
-    width = max((start + length for start, length in zip(starts, lengths, strict=True)), default=0)
+    width = max((start + len(ids) for start, ids in zip(starts, rows, strict=True)), default=0)
     fill = pad_token_id if pad_token_id is not None else next(iter(stop_ids), 0)
-    out = torch.full((len(lengths), width), fill, dtype=torch.long, device=input_ids.device)
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+    out = torch.full((len(rows), width), fill, dtype=torch.long)
+    for row, (start, ids) in enumerate(zip(starts, rows, strict=True)):
         out[row, :start] = input_ids[row, :start]
-        out[row, start : start + length] = tokens_BW[row, :length]
-    return out
+        out[row, start : start + len(ids)] = torch.tensor(ids)
+    return out.to(input_ids.device)
 
 
 def _forwards(
     model: SLMForCausalLM,
-    tokens_BW: torch.Tensor,
-    length_B: torch.Tensor,
-    limit_B: torch.Tensor,
-    longest_prompt: int,
+    rows: list[list[int]],
+    limits: list[int],
     choose: Callable[[torch.Tensor], torch.Tensor],
-    stops_S: torch.Tensor,
+    stops: set[int],
     on_tokens: OnTokens | None,
     use_cache: bool,
+    lean: bool,
+    compiled: bool,
 ) -> Iterator[bool]:
-    """Extends tokens_BW and length_B in place until all rows are finished; yields True before every forward.
+    """Extends the rows in place until all are finished; yields True before every forward.
 
-    A finished row goes through them unchanged. Per token the host waits once, for the ids and the stop flags.
+    Finished rows go through them as they are, and what comes out is not looked at. Per token the host waits once, for the ids.
     """
-    B, W = tokens_BW.shape
-    rows_B = torch.arange(B, device=tokens_BW.device)
-    done_B = torch.zeros_like(length_B, dtype=torch.bool)
-    dtype = model.model.embed_tokens.weight.dtype
-    cache = KVCache.empty(model.config, B, W, dtype, tokens_BW.device) if use_cache else None
-    if cache is not None and cache.tokens_BS is not None:
-        cache.tokens_BS.copy_(tokens_BW)  # angles follow each row's own length: the first forward makes keys and values
-    for step in range(W if B else 0):
-        last_B = length_B - 1
+    if not rows:
+        return
+    weight = next(model.parameters())
+    device = weight.device
+    done = [False] * len(rows)
+    cache, step = None, None
+    if use_cache:
+        slots = -(-max(limits) // 64) * 64
+        if compiled:  # few different ones, each of which is compiled
+            slots = max(slots, 1 << (max(limits) - 1).bit_length())
+        cache = KVCache.empty(model.config, len(rows), slots, weight.dtype, device)
+        step = DecodeStep(model, cache, compiled) if lean else None
+        if (
+            cache.tokens_BS is not None
+        ):  # the first forward makes all keys and values, at the angles of each row's length
+            tokens_BT, _ = _padded(rows, device)
+            cache.tokens_BS[:, : tokens_BT.shape[1]] = tokens_BT
+    ids_B = torch.empty(0)
+    while not all(done):
         if cache is None:
             yield True
-            width = min(W, longest_prompt + step)
-            logits_BV = model(tokens_BW[:, :width], piece_bounds=padded_bounds(length_B, width))[rows_B, last_B]
-        elif step == 0 and cache.tokens_BS is None:
-            logits_BV = yield from _prefill(model, tokens_BW[:, :longest_prompt], last_B, cache)
+            logits_BV = _at_ends(model, rows, device)
+        elif not ids_B.numel() and cache.tokens_BS is None:
+            logits_BV = yield from _prefill(model, rows, cache, lean)
         else:
             yield True
-            cache.length_B = last_B.clone()  # a row's newest token is not cached yet
-            logits_BV = model(tokens_BW[rows_B, last_B][:, None], cache=cache)[:, 0]
-        slot_B = length_B.clamp(max=W - 1)
-        ids_B = torch.where(done_B, tokens_BW[rows_B, slot_B], choose(logits_BV))
-        tokens_BW[rows_B, slot_B] = ids_B
-        length_B += ~done_B
-        new_B = ids_B.masked_fill(done_B, -1)
-        done_B = done_B | (ids_B[:, None] == stops_S).any(1) | (length_B >= limit_B)
-        new, done = torch.stack([new_B, done_B]).tolist()
+            # A row's newest token is not in the cache yet; a finished row's last one is put there again.
+            lengths = [len(ids) - 1 for ids in rows]
+            if step is not None:
+                logits_BV = step(ids_B, lengths)
+            else:
+                cache.length_B = torch.tensor(lengths, device=device)
+                logits_BV = model(torch.tensor([ids[-1:] for ids in rows], device=device), cache=cache)[:, 0]
+        ids_B = choose(logits_BV)
+        new: list[int | None] = [None] * len(rows)
+        for row, token in enumerate(ids_B.tolist()):
+            if not done[row]:
+                rows[row].append(token)
+                new[row] = token
+                done[row] = token in stops or len(rows[row]) >= limits[row]
         if on_tokens is not None:
-            on_tokens([None if token < 0 else token for token in new])
-        if all(done):
-            return
+            on_tokens(new)
+
+
+def _at_ends(model: SLMForCausalLM, rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    """Logits [B, V] after each row, with everything computed anew."""
+    tokens_BT, length_B = _padded(rows, device)
+    logits_BTV = model(tokens_BT, piece_bounds=padded_bounds(length_B, tokens_BT.shape[1]))
+    return logits_BTV[torch.arange(len(rows), device=device), length_B - 1]
+
+
+def _padded(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [B, T] with zeros on the right, lengths [B])"""
+    tokens_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, ids in enumerate(rows):
+        tokens_BT[row, : len(ids)] = torch.tensor(ids)
+    return tokens_BT.to(device), torch.tensor([len(ids) for ids in rows], device=device)
 
 
 def _prefill(
-    model: SLMForCausalLM, tokens_BT: torch.Tensor, last_B: torch.Tensor, cache: KVCache
+    model: SLMForCausalLM, rows: list[list[int]], cache: KVCache, lean: bool
 ) -> Generator[bool, None, torch.Tensor]:
-    """Fills the cache with the prompts, some tokens a forward; returns the logits [B, V] at row ends."""
+    """Fills the cache with the prompts, some tokens a forward; returns the logits [B, V] at row ends.
+
+    lean: the head sees the row ends alone.
+    """
+    tokens_BT, length_B = _padded(rows, cache.length_B.device)
     B, T = tokens_BT.shape
     rows_B = torch.arange(B, device=tokens_BT.device)
     chunk = max(16, PREFILL_TOKENS // B)
-    logits_BV = torch.empty(0)
+    out_BX = torch.empty(0)
     for start in range(0, T, chunk):
         yield True
-        logits_BCV = model(tokens_BT[:, start : start + chunk], cache=cache)
+        chunk_BC = tokens_BT[:, start : start + chunk]
+        C = chunk_BC.shape[1]
+        # Nothing is before the first chunk, so attention needs neither the cache nor a mask.
+        bounds = None if start else padded_bounds(length_B.clamp(max=C), C)
+        with torch.compiler.set_stance("force_eager"):
+            forward = model.hidden_states if lean else model
+            out_BCX = forward(chunk_BC, piece_bounds=bounds, cache=cache)
         # Rows that end later are overwritten by a later chunk, so only those that end here must be right.
-        here_BV = logits_BCV[rows_B, (last_B - start).clamp(0, logits_BCV.shape[1] - 1)]
-        logits_BV = torch.where((last_B >= start)[:, None], here_BV, logits_BV) if start else here_BV
-    return logits_BV
+        here_BX = out_BCX[rows_B, (length_B - 1 - start).clamp(0, C - 1)]
+        out_BX = torch.where((length_B > start)[:, None], here_BX, out_BX) if start else here_BX
+    return model.lm_head(out_BX) if lean else out_BX
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float, do_sample: bool) -> None:
