@@ -1,7 +1,7 @@
-"""The `slm` command: plan, train, teacher, eval, generate, import, export, report, status, doctor, schema.
+"""The `slm` command: plan, train, teacher, eval, generate, import, export, quantize, report, status, doctor, schema.
 
-Owns the arguments and what is printed (of eval, import and export: cli_models.py); each command is one call into the module
-that does the work. Heavy imports are inside the commands, so that `slm plan` and `slm --help` answer at once.
+Owns the arguments and what is printed (of eval, import, export and quantize: cli_models.py); each command is one call
+into the module that does the work. Heavy imports are inside the commands, so that `slm plan` and `slm --help` answer at once.
 
     slm train recipes/quickstart.yaml optim.lr=1e-3
 """
@@ -392,6 +392,7 @@ def generate(
 
 app.command("import")(cli_models.import_model)
 app.command()(cli_models.export)
+app.command()(cli_models.quantize)
 
 
 @app.command()

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,9 @@ from slm.model.rope import (
     piece_lengths,
     rotary_table,
 )
+
+if TYPE_CHECKING:
+    from slm.model.quantized_files import Quantization
 
 
 @dataclass
@@ -236,6 +239,7 @@ class SLMForCausalLM(nn.Module):
         self.config = config = config.shape()
         self.recompute = "none"  # activation checkpointing of each block: none, full or selective
         self.offload_activations = False  # what it keeps waits in host memory
+        self.quantization: Quantization | None = None  # how its weights are coded; such a model is only read
         self.objective: Objective | None = None  # a loss of the user's own, instead of cross-entropy
         with _no_default_init():
             self.model = Decoder(config)
@@ -372,6 +376,9 @@ class SLMForCausalLM(nn.Module):
 
     def resize_token_embeddings(self, num_tokens: int) -> None:
         """Changes the vocabulary to `num_tokens` rows; new rows are the mean of the old ones. Raises ValueError."""
+        from slm.model.hf import refuse_quantized
+
+        refuse_quantized(self, "what is to be enlarged")
         if num_tokens < 1:
             raise ValueError(f"num_tokens is {num_tokens}; a vocabulary has at least one token")
         embedding, head = self.model.embed_tokens, self.lm_head
@@ -383,7 +390,7 @@ class SLMForCausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> SLMForCausalLM:
-        """Loads a Hugging Face Llama folder (config.json, safetensors), ours or theirs. Raises UserError."""
+        """Loads a Hugging Face Llama folder (config.json, safetensors), ours or theirs, or a quantised one. Raises UserError."""
         from slm.model.hf import load_pretrained
 
         return load_pretrained(path, dtype)

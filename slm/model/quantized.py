@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slm.model.llama import Head, SLMForCausalLM, Visit, head_outputs
 from slm.losses import Distillation
+from slm.model.llama import Visit, head_outputs
 
 # Up to so many rows the kernels are faster than making the weights again. Measured at 2048 x 8192 on one core of an AMD EPYC
 # with AVX-512 (torch 2.13.0): 64 rows 71 ms by the kernel, 136 ms otherwise; 128 rows 259 and 249 ms.
@@ -122,16 +122,16 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedDown(QuantizedLinear):
-    """The MLP's last matrix, which also applies the activation (llama.py, Down)."""
+    """The MLP's last matrix, which also applies the activation (llama.py, Down), unless that is done already (decode.py)."""
 
-    def forward(self, gate_BTF: torch.Tensor, up_BTF: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return super().forward(F.silu(gate_BTF) * up_BTF)
+    def forward(self, gate_BTF: torch.Tensor, up_BTF: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(gate_BTF if up_BTF is None else F.silu(gate_BTF) * up_BTF)
 
 
 class QuantizedHead(QuantizedLinear):
     """The output matrix [V, E]; for losses it is made whole in the dtype of the hidden states (1B shape, float32: 1.1 GB)."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_BTE: torch.Tensor,
         labels_BT: torch.Tensor | None = None,
@@ -155,6 +155,10 @@ class QuantizedEmbedding(nn.Module):
         if not tied:
             self.matrix = matrix
         self._matrix = (matrix,)  # in a tuple it is no second submodule
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedEmbedding:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._matrix[0].rows(tokens, self.dtype)
