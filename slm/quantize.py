@@ -108,8 +108,8 @@ def quantize_matrix(
         codes, scales, zeros, error = search(w_nGg)
         parts.append((codes.view(-1, K), scales, zeros, error, float(w_nGg.square().sum(dtype=torch.float64))))
     codes_, scales_, zeros_, errors, squares = zip(*parts, strict=True)
-    zeros = torch.cat(zeros_) if bits == 4 else None
-    return torch.cat(codes_), torch.cat(scales_), zeros, sum(errors), sum(squares)
+    all_zeros = torch.cat(zeros_) if bits == 4 else None
+    return torch.cat(codes_), torch.cat(scales_), all_zeros, sum(errors), sum(squares)
 
 
 _Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
@@ -296,7 +296,7 @@ def _card(path: str, config: ModelConfig, state: dict[str, Any], q: Quantization
     name = (state.get("recipe") or {}).get("name") or Path(path).resolve().name
     group = f"groups of {q.group_size}" if q.group_size else "whole rows"
     where = "everywhere but in norms" if q.embeddings else "but for embeddings and head (16 bits) and norms"
-    rows = "\n".join(f"| {row[0]} | {row[1]} |" for row in _rows(report))
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in _rows(report))
     return f"""---
 tags: [slm, llama]
 # license: to be said by who publishes these weights
@@ -307,34 +307,43 @@ tags: [slm, llama]
 {config.num_parameters():,} parameters, made by slm quantize ({__version__}): {q.bits} bits in {group}, {where}. slm reads it
 (`slm generate FOLDER`, `slm eval FOLDER`, `SLMForCausalLM.from_pretrained(FOLDER)`), and other tools do not.
 
-| | |
-|---|---|
+| | before | after | |
+|---|---|---|---|
 {rows}
+
+{_remark(report)}
 """
 
 
-def _rows(report: Report) -> list[tuple[str, str]]:
+def _rows(report: Report) -> list[tuple[str, str, str, str]]:
+    before, after = report.bytes_before, report.bytes_after
+    bits_before, bits_after = (8 * size / report.num_parameters for size in (before, after))
     rows = [
-        ("weights before", f"{report.bytes_before:,} bytes"),
-        ("weights after", f"{report.bytes_after:,} bytes"),
-        ("ratio", f"{report.bytes_before / report.bytes_after:.2f}"),
-        ("bits a parameter", f"{8 * report.bytes_after / report.num_parameters:.2f}"),
-        ("relative error of the weights", f"{100 * report.relative_error:.2f} %"),
+        ("bytes of weights", f"{before:,}", f"{after:,}", f"1/{before / after:.2f}"),
+        ("bits a parameter", f"{bits_before:.2f}", f"{bits_after:.2f}", ""),
     ]
     for m in report.measured:
-        before, after = (math.exp(min(700.0, loss)) for loss in (m.loss_before, m.loss_after))
-        told = f"{before:.4f} -> {after:.4f} ({100 * m.change:+.3f} %, {m.num_tokens:,} tokens)"
-        rows.append((f"perplexity, {m.name}", told))
-    if report.not_measured:
-        rows.append(("perplexity", f"not measured: {report.not_measured}"))
+        was, is_now = (f"{math.exp(min(700.0, loss)):.4f}" for loss in (m.loss_before, m.loss_after))
+        rows.append((f"perplexity of {m.name}", was, is_now, f"{100 * m.change:+.3f} %"))
     return rows
+
+
+def _remark(report: Report) -> str:
+    tokens = ", ".join(f"{m.num_tokens:,}" for m in report.measured)
+    told = f"over {tokens} tokens" if tokens else f"not measured: {report.not_measured}"
+    return f"Relative error of the weights: {100 * report.relative_error:.2f} %. Perplexity {told}."
 
 
 def draw(report: Report) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_header=False)
-    for name, told in _rows(report):
-        table.add_row(Text(name, overflow="fold"), Text(told, overflow="fold"))
-    Console().print(table)
+    table = Table()
+    table.add_column("", overflow="fold")
+    for name in ("before", "after", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, *told in _rows(report):
+        table.add_row(Text(name), *told)
+    console = Console()
+    console.print(table)
+    console.print(_remark(report), highlight=False)

@@ -145,7 +145,7 @@ def _scaling_from_hf(
     return RopeScaling(rope_type=kind, **known), context
 
 
-_ONLY_READ = ": it generates and is evaluated, but its weights are rounded, and no start, teacher, export or import is made of them"
+_ONLY_READ = ": its weights are rounded; it generates and is evaluated, but is no start, no teacher, and not exported or imported"
 _ORIGINAL = "give the model that it was made from"
 
 

@@ -173,7 +173,7 @@ def tiled_codes(codes_NK: torch.Tensor, tile: int) -> torch.Tensor:
     N, K = codes_NK.shape
     low_high_nhK = codes_NK.view(N // tile, 2, tile // 2, K)
     pairs_nhK = low_high_nhK[:, 0] | (low_high_nhK[:, 1] << 4)
-    return pairs_nhK.transpose(1, 2).reshape(N, K // 2)
+    return pairs_nhK.transpose(1, 2).contiguous().view(N, K // 2)
 
 
 def _fast_cpu() -> bool:

@@ -196,7 +196,8 @@ def _check_tensors(
                 if not as_told or tuple(found.get_shape()) != shape:
                     told = "floating-point numbers" if dtype is None else _NAMES[dtype]
                     raise CorruptArtefact(
-                        f"{folder}: {name} is {found.get_dtype()} {found.get_shape()}, and its config.json wants {told} {list(shape)}",
+                        f"{folder}: {name} is {found.get_dtype()} {found.get_shape()}, instead of {told} {list(shape)} as its "
+                        "config.json says",
                         fix=_AGAIN,
                     )
 
