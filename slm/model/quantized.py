@@ -46,7 +46,9 @@ class QuantizedLinear(nn.Module):
         self.group_size = self.in_features // scales_NG.shape[1]
         self.bits = 8 if zeros_NG is None else 4
         if zeros_NG is None:
-            self.register_buffer("codes", codes_NK.contiguous())
+            # Into memory of torch's own: tensors of a safetensors file begin anywhere in it, and the 8-bit kernel (2.13) ends the
+            # process where codes or x do not lie at a multiple of 32 bytes.
+            self.register_buffer("codes", codes_NK.clone(memory_format=torch.contiguous_format))
             self.register_buffer("scales", scales_NG.contiguous())
         else:
             self.tile = _kernel_tile() or _TILE
@@ -65,7 +67,7 @@ class QuantizedLinear(nn.Module):
         if self.bits == 4:
             kernel &= bool(_kernel_tile()) and self.group_size in _KERNEL_GROUPS and self.in_features % 32 == 0
         else:  # that kernel knows one scale a row
-            kernel &= _fast_cpu() and self.group_size == self.in_features
+            kernel &= _fast_cpu() and self.group_size == self.in_features and self.in_features % 32 == 0
         self._kernel_numbers = KERNEL_ROWS * self.in_features if kernel else -1
         self._row_scales = self.scales[:, 0].contiguous() if self.bits == 8 else self.scales
 
@@ -78,10 +80,11 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() > self._kernel_numbers:
             return torch.matmul(x, self.transposed(x.dtype))
-        x_MK = x.reshape(-1, self.in_features).to(torch.bfloat16)
         if self.bits == 8:
+            x_MK = x.reshape(-1, self.in_features).to(torch.bfloat16, copy=True)
             y_MN = torch.ops.aten._weight_int8pack_mm(x_MK, self.codes, self._row_scales)
         else:
+            x_MK = x.reshape(-1, self.in_features).to(torch.bfloat16)
             y_MN = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, self.codes, self.group_size, self.scales)
             y_MN = y_MN[:, : self.out_features]
         return y_MN.to(x.dtype).view(*x.shape[:-1], self.out_features)
