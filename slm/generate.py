@@ -1,21 +1,19 @@
-"""Generation: prompts in, continuations out, with a key/value cache, in a batch, stopped by ids or by length.
+"""Generation: token ids in, their continuations out, with a key/value cache, in a batch, stopped by ids or by length.
 
-Owns the choice of the next token, the loop and the text shown; the model and its cache are llama.py's. Under
-ZeRO-3, where every forward is a collective, all ranks do equally many, whatever prompts each of them has.
+Owns the choice of the next token and the loop. The model and its cache are llama.py's, the fast step for one token a row
+model/decode.py's, text completion.py's. Under ZeRO-3, where every forward is a collective, all ranks do equally many, whatever
+prompts each of them has.
 
     ids = generate(model, input_ids, max_new_tokens=64, temperature=0.8, top_p=0.95, eos_token_id=2, seed=0)
-    [text] = generate_text(model, tokenizer, ["def main("], max_new_tokens=64, stream=True)
 
-`B` prompts, `T` their width, `W` the longest a row can get, `V` vocabulary, `S` stop ids. Inside, every row
-starts at slot 0 of the cache: what stands behind a shorter row is not seen, and overwritten as the row grows.
+`B` prompts, `T` their width, `C` of a chunk, `V` vocabulary. Inside, every row starts at slot 0 of the cache: what stands behind
+a shorter row is not seen, and overwritten as the row grows.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -110,7 +108,7 @@ def generate(
     eos_token_id: one or several stop ids; the one found stays in the row.
     seed: for the same draws again; None takes torch's own generator.
     use_cache: False computes everything anew for each token; for checks.
-    compiled: a step by torch.compile: half a minute or more once for a shape, then faster (slm/model/decode.py).
+    compiled: each step by torch.compile, which takes half a minute or more once for a shape; for a GPU (model/decode.py).
     num_tokens: ids from here on (rows that only fill up the embedding) are never chosen.
     on_tokens: called after each token with the new id of every row, None for finished ones.
     Raises UserError.
@@ -149,11 +147,14 @@ def generate(
     compiled = compiled and lean
     forwards = _forwards(model, rows, limits, choose, set(stop_ids), on_tokens, use_cache, lean, compiled)
 
+    # Not first in inference mode: training could not use them afterwards.
+    model._inv_freq_R = model._inv_freq_R.to(device)
     was_training = model.training
     model.eval()
     try:
         # Blocks that are compiled for training would be compiled anew for every length of the cache.
-        with torch.no_grad(), torch.compiler.set_stance("default" if compiled else "force_eager"):
+        stance = torch.compiler.set_stance("default" if compiled else "force_eager")
+        with torch.inference_mode() if lean else torch.no_grad(), stance:
             wants = next(forwards, False)
             while any_rank(wants):
                 if wants:
@@ -199,9 +200,8 @@ def _forwards(
             slots = max(slots, 1 << (max(limits) - 1).bit_length())
         cache = KVCache.empty(model.config, len(rows), slots, weight.dtype, device)
         step = DecodeStep(model, cache, compiled) if lean else None
-        if (
-            cache.tokens_BS is not None
-        ):  # the first forward makes all keys and values, at the angles of each row's length
+        if cache.tokens_BS is not None:
+            # The first forward makes all keys and values, at the angles of each row's length.
             tokens_BT, _ = _padded(rows, device)
             cache.tokens_BS[:, : tokens_BT.shape[1]] = tokens_BT
     ids_B = torch.empty(0)
@@ -366,100 +366,3 @@ def _limits(
                 fix=f"use a shorter prompt or fewer new tokens (--max-new-tokens): {context} in all",
             )
     return limits
-
-
-# --- text ---------------------------------------------------------------------------------------------------
-
-
-class TextStream:
-    """Token ids in, text out as soon as it is final: a character spread over several tokens comes whole.
-
-    Decodes from a few tokens back, because some tokenizers drop the space of the first token that they see.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int]) -> None:
-        self._decode = decode
-        self._ids = list(prompt)
-        self._from, self._complete = 0, len(self._ids)  # decode from here; up to there all is shown
-        self._before = decode(self._ids)  # text of [_from, _complete)
-        self._num_shown = 0  # characters behind _before
-
-    def add(self, token: int) -> str:
-        """The text that this token completes; often empty inside a character."""
-        self._ids.append(token)
-        text = self._text()
-        final = text.rstrip("\ufffd")  # what ends in replacement characters may yet become a character
-        shown = final[self._num_shown :]
-        self._num_shown = max(self._num_shown, len(final))
-        if text == final and text:
-            self._from, self._complete, self._num_shown = self._complete, len(self._ids), 0
-            self._before = self._decode(self._ids[self._from :])
-        return shown
-
-    def finish(self) -> str:
-        """What is left: bytes that no character came of."""
-        return self._text()[self._num_shown :]
-
-    def _text(self) -> str:
-        return self._decode(self._ids[self._from :])[len(self._before) :]
-
-
-def generate_text(
-    model: SLMForCausalLM,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    stop_ids: Sequence[int] = (),
-    stream: bool = False,
-    on_tokens: OnTokens | None = None,
-    **options: Any,
-) -> list[str]:
-    """The continuation of each prompt, without the prompt; up to the tokenizer's EOS or one of stop_ids.
-
-    tokenizer: encode and decode; its bos_token_id goes first if it has one.
-    stream: also writes the text of a single prompt to standard output as it comes.
-    on_tokens and options: those of `generate`. Raises UserError.
-    """
-    if stream and len(prompts) != 1:
-        raise UserError(f"stream is on for {len(prompts)} prompts: texts would mix", fix="stream one prompt")
-    bos, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
-    rows = [list(tokenizer.encode(prompt)) for prompt in prompts]
-    if bos is not None:
-        rows = [ids if ids[:1] == [bos] else [bos, *ids] for ids in rows]
-    stops = {*stop_ids, *([] if eos is None else [eos])}
-    texts = [TextStream(tokenizer.decode, ids) for ids in rows]
-    pieces: list[list[str]] = [[] for _ in rows]
-
-    def show(row: int, text: str) -> None:
-        pieces[row].append(text)
-        if stream and text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    def take(new: list[int | None]) -> None:
-        if on_tokens is not None:
-            on_tokens(new)
-        for row, token in enumerate(new):
-            if token is not None and token not in stops:
-                show(row, texts[row].add(token))
-
-    width = max(map(len, rows), default=0)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(rows):
-        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        mask[row, : len(ids)] = 1
-    generate(
-        model,
-        input_ids,
-        attention_mask=mask,
-        eos_token_id=sorted(stops),
-        num_tokens=len(tokenizer),
-        on_tokens=take,
-        **options,
-    )
-    for row, text in enumerate(texts):
-        show(row, text.finish())
-    if stream:
-        sys.stdout.write("\n")
-    return ["".join(parts) for parts in pieces]

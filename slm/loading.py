@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from slm import checkpoint, parallel
 from slm.data.batches import Batch, EvaluationBatches
 from slm.data.tokens import TokenDataset
-from slm.errors import EnvironmentProblem, UserError
+from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
 from slm.evaluate import Findings, HeldOut, examine
 from slm.model.config import ModelConfig
-from slm.model.hf import refuse_pickles
+from slm.model.decode import join_projections
+from slm.model.hf import read_json, refuse_pickles
 from slm.model.llama import SLMForCausalLM, Visit
 from slm.model_card import write_card
 from slm.problems import readable
@@ -103,7 +104,19 @@ def load_for_text(path: str, tokenizer: str = "", device: torch.device | None = 
         )
     if not tokenizer:  # another one that is given on purpose may be the same in another format
         _check_tokenizer(path, state, spec, loaded.fingerprint)
-    return model, loaded
+    return join_projections(model), loaded
+
+
+def stop_ids(path: str | Path) -> list[int]:
+    """What ends a text besides the tokenizer's EOS: the ids that the folder's generation config names. Raises CorruptArtefact."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(path) / name
+        if file.is_file() and (ids := read_json(file).get("eos_token_id")) is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if any(not isinstance(id_, int) for id_ in ids):
+                raise CorruptArtefact(f"{file}: eos_token_id is {ids}, no ids", fix="mend the file, or copy it again")
+            return ids
+    return []
 
 
 def _check_tokenizer(path: str, state: dict[str, Any], what: str, fingerprint: str) -> None:

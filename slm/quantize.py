@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from slm.runtime import atomic_write
 
 # Parts of the full range of a group that are tried for its scale: the fewer steps outside it cost, the finer those inside.
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-_CHUNK_WEIGHTS = 1 << 22  # looked at together: bounds memory
+_CHUNK_WEIGHTS = 1 << 18  # looked at together: stays in the cache
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,13 @@ class Report:
             for m in self.measured
         ]
         return asdict(self) | {"measured": rows}
+
+
+def default_group(config: ModelConfig, bits: int) -> int:
+    """Rows with 8 bits; with 4 bits the largest of 64, 32 and 16 that divides the columns of every matrix (else 64)."""
+    columns = {shape[1] for shape in model_shapes(config).values() if len(shape) == 2}
+    fitting = (size for size in (64, 32, 16) if not any(width % size for width in columns))
+    return 0 if bits == 8 else next(fitting, 64)
 
 
 # --- codes --------------------------------------------------------------------------------------------------------
@@ -173,10 +180,14 @@ def quantize(
 ) -> Report:
     """Writes `output`, whole or not at all.
 
+    q: its group_size None takes `default_group`.
+
     data: folders of shards, or with `text` text files, that perplexity is measured on before and after; if there are none, the
     held-out shards of the model's recipe, where they are there. Raises UserError, CorruptArtefact, EnvironmentProblem.
     """
     weight, config, state = _source(path)
+    if q.group_size is None:
+        q = replace(q, group_size=default_group(config, q.bits))
     check_groups(config, q, "--group-size")
     losses: Callable[[str], dict[str, tuple[float, int]]] | None = None
     not_measured = "" if measure else "as --no-measure says"

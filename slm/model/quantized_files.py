@@ -34,10 +34,10 @@ _AGAIN = "copy the whole folder again, or make it again with slm quantize"
 
 @dataclass(frozen=True)
 class Quantization:
-    """bits: 4 or 8. group_size: weights of a row that share a scale; 0: the whole row. embeddings: they (and the head) too."""
+    """bits: 4 or 8. group_size: weights of a row that share a scale; 0: the whole row; None: as fits (default_group). embeddings: they (and the head) too."""
 
     bits: int
-    group_size: int
+    group_size: int | None
     embeddings: bool
 
     def covers(self, name: str, shape: tuple[int, ...]) -> bool:

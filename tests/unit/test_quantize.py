@@ -18,7 +18,7 @@ from slm.model import quantized
 from slm.model.config import ModelConfig
 from slm.model.quantized import QuantizedLinear
 from slm.model.quantized_files import Quantization, stored_tensors
-from slm.quantize import quantize, quantize_matrix
+from slm.quantize import default_group, quantize, quantize_matrix
 
 TEXTS = ["The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "] * 40
 Q = "model.layers.0.self_attn.q_proj"
@@ -228,7 +228,7 @@ def test_the_search_for_a_scale_is_never_worse_than_the_full_range():
 @pytest.mark.parametrize(("bits", "limit"), [(8, 0.001), (4, 0.05)])
 def test_perplexity_of_a_trained_model(bits, limit, trained, held_out, tmp_path):
     """8 bits are nearly free; the report's figures are those of evaluating both folders; it writes on as it has learned."""
-    from slm.generate import generate_text
+    from slm.completion import generate_text
     from slm.text_loss import evaluate_text
 
     q = Quantization(bits, 32 if bits == 4 else 0, embeddings=True)
@@ -333,7 +333,10 @@ def test_what_it_does_not_do_is_refused(tmp_path):
         quantize(model, tmp_path / "q", Quantization(4, 32, True), data=[str(tmp_path / "no_such")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
-    report = quantize(model, tmp_path / "q", Quantization(4, 32, True))
+    assert default_group(shape(), 4) == 64
+    assert default_group(ModelConfig.preset("cpu-tiny"), 4) == 16  # its MLP is 176 wide
+    report = quantize(model, tmp_path / "q", Quantization(4, None, True))
+    assert json.loads((tmp_path / "q" / "config.json").read_text())["quantization"]["group_size"] == 64
     assert "names no held-out data" in report.not_measured
     folder = str(tmp_path / "q")
     loaded = SLMForCausalLM.from_pretrained(folder)
