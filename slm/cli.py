@@ -1,7 +1,8 @@
 """The `slm` command: plan, train, teacher, eval, generate, import, export, quantize, report, status, doctor, schema.
 
 Owns the arguments and what is printed (of eval, generate, import, export and quantize: cli_models.py); each command is
-one call into the module that does the work. Heavy imports are inside the commands, so that `slm plan` and `slm --help` answer at once.
+one call into the module that does the work. Heavy imports are inside the commands, so that `slm plan` and `slm --help` answer
+at once.
 
     slm train recipes/quickstart.yaml optim.lr=1e-3
 """

@@ -34,7 +34,8 @@ _AGAIN = "copy the whole folder again, or make it again with slm quantize"
 
 @dataclass(frozen=True)
 class Quantization:
-    """bits: 4 or 8. group_size: weights of a row that share a scale; 0: the whole row; None: as fits (default_group). embeddings: they (and the head) too."""
+    """bits: 4 or 8. group_size: weights of a row that share a scale; 0: the whole row; None, for who writes: as fits
+    (quantize.default_group). embeddings: they (and the head) too."""
 
     bits: int
     group_size: int | None
