@@ -47,9 +47,12 @@ def folders(shape: str, work: Path, arms: list[str]) -> dict[str, Path]:
     del model
     for arm in arms:
         if arm.endswith(("int8", "int4")):
+            from slm.model.quantized_files import Quantization
             from slm.quantize import quantize
 
-            quantize(str(work / "float"), work / arm[-4:], bits=int(arm[-1]))
+            quantize(
+                str(work / "float"), work / arm[-4:], Quantization(int(arm[-1]), None, embeddings=True), measure=False
+            )
             found[arm] = work / arm[-4:]
     return found
 

@@ -1,7 +1,8 @@
-"""The `slm` command: plan, train, teacher, eval, generate, import, export, report, status, doctor, schema.
+"""The `slm` command: plan, train, teacher, eval, generate, import, export, quantize, report, status, doctor, schema.
 
-Owns the arguments and what is printed (of eval, generate, import and export: cli_models.py); each command is one call into the
-module that does the work. Heavy imports are inside the commands, so that `slm plan` and `slm --help` answer at once.
+Owns the arguments and what is printed (of eval, generate, import, export and quantize: cli_models.py); each command is
+one call into the module that does the work. Heavy imports are inside the commands, so that `slm plan` and `slm --help` answer
+at once.
 
     slm train recipes/quickstart.yaml optim.lr=1e-3
 """
@@ -348,6 +349,7 @@ app.command("eval")(cli_models.evaluate)
 app.command()(cli_models.generate)
 app.command("import")(cli_models.import_model)
 app.command()(cli_models.export)
+app.command()(cli_models.quantize)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands for a model that is there: `slm eval`, `slm generate`, `slm import`, `slm export`.
+"""The commands for a model that is there: `slm eval`, `slm generate`, `slm import`, `slm export`, `slm quantize`.
 
 Owns their arguments and what they print, as cli.py does for the others.
 
@@ -278,3 +278,52 @@ def export(
         f"wrote {output}: load it with transformers' AutoModelForCausalLM or SLMForCausalLM.from_pretrained; "
         "say its license in README.md"
     )
+
+
+def quantize(
+    model: ModelPath,
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="measure on these folders of token shards, else the recipe's validation; with --text: text files"
+        ),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="4 or 8 for each weight")] = 4,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="weights of a row that share a scale, 0: the whole row; else 64 with 4 bits (32 or 16 where it must), 0 with 8",
+        ),
+    ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings/--no-embeddings", help="embeddings and head too, else they have 16 bits")
+    ] = True,
+    text: Annotated[bool, typer.Option("--text", help="MODEL OUTPUT FILE…: measure on any text")] = False,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="perplexity before and after")] = True,
+    max_sequences: Annotated[
+        int, typer.Option(min=0, help="measure on at most this many per source; 0: all (not with --text)")
+    ] = 64,
+    tokenizer: TokenizerPath = "",
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Write a model's weights in 4 or 8 bits, as a folder that `slm generate` and `slm eval` take, and tell what it cost."""
+    if bits not in (4, 8):
+        raise UserError(f"--bits is {bits}: weights have 4 or 8", fix="give --bits 4 or --bits 8")
+    if text and not data:
+        raise UserError("--text has no file", fix="slm quantize MODEL OUTPUT FILE… --text")
+    if data and not measure:
+        raise UserError(f"{data[0]} has no effect with --no-measure", fix="leave one of them out")
+    from slm import quantize as quantizing
+    from slm.model.quantized_files import Quantization
+
+    report = quantizing.quantize(
+        model, output, Quantization(bits, group_size, embeddings), data=[str(path) for path in data or []], text=text,
+        measure=measure, max_sequences=max_sequences, tokenizer=tokenizer,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        quantizing.draw(report)
+        typer.echo(f"wrote {output}: slm generate {output} PROMPT; say its license in README.md")

@@ -32,14 +32,14 @@ from slm.model.hf import (
     expected_shapes,
     read_json,
     read_tensor,
-    some_of,
+    some_names,
 )
 from slm.names import file_inside
 from slm.runtime import atomic_write
 
 SHARD_BYTES = 5 << 30
 # Beside the weights: what they and the text that they read need, and what transformers' generate takes from there.
-_COMPANIONS = (
+COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
@@ -85,7 +85,7 @@ def import_folder(folder: str | Path, output: str | Path, tokenizer: str = "") -
             files = {name: _file_name(i, len(groups)) for i, names in enumerate(groups, 1) for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
             atomic_write(partial / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        for name in _COMPANIONS:
+        for name in COMPANIONS:
             home = folder if name == "generation_config.json" else source
             if home.is_dir() and (home / name).exists():
                 shutil.copyfile(file_inside(home, name, home), partial / name)
@@ -112,7 +112,7 @@ def describe(found: Imported, output: Path) -> str:
         f"{c.num_hidden_layers} layers of {c.hidden_size}, {c.num_attention_heads} heads over {c.num_key_value_heads}, "
         f"head {'tied' if c.tie_word_embeddings else 'of its own'}, context {c.max_position_embeddings:,} "
         f"(rotary: {rope}), {tokens}",
-        *([f"left out, as they hold nothing of their own: {some_of(found.dropped)}"] if found.dropped else []),
+        *([f"left out, as they hold nothing of their own: {some_names(found.dropped)}"] if found.dropped else []),
         "as a teacher: teacher: {" + f"model: {output}" + "}; as a start, in a recipe:",
         yaml.safe_dump(recipe, sort_keys=False).rstrip(),
     ]
@@ -152,7 +152,7 @@ def _check_tensors(folder: Path, config: ModelConfig, where: dict[str, Path]) ->
             broken.append(name)
     if broken:
         raise CorruptArtefact(
-            f"{folder}: {some_of(broken)} hold numbers that are not finite: whatever the model says would be none either",
+            f"{folder}: {some_names(broken)} hold numbers that are not finite: whatever the model says would be none either",
             fix="copy them again; if they are so at their source, the model is broken",
         )
     return max(bytes_of, key=lambda dtype: bytes_of[dtype]), sizes

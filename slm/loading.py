@@ -189,7 +189,7 @@ def _held_out(
     if not sources:
         raise UserError(f"{path}: its recipe names no validation data", fix="name folders of token shards after MODEL")
     context = config.max_position_embeddings
-    seq_len = seq_len or (_phase_of(state)["seq_len"] if recipe else min(4096, context))
+    seq_len = seq_len or (phase_of(state)["seq_len"] if recipe else min(4096, context))
     if seq_len > context:
         raise UserError(
             f"--seq-len is {seq_len}, beyond the model's context of {context}", fix=f"give at most {context}"
@@ -224,7 +224,7 @@ def _held_out(
     return HeldOut(seq_len, batches, recall=samples), per_byte
 
 
-def _phase_of(state: dict[str, Any]) -> dict[str, Any]:
+def phase_of(state: dict[str, Any]) -> dict[str, Any]:
     """The phase that a checkpoint is of, as its recipe has it."""
     return next(phase for phase in state["recipe"]["phases"] if phase["name"] == state["position"]["phase"])
 
@@ -305,18 +305,24 @@ def fresh_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def tokenizer_of(path: str, state: dict[str, Any], tokenizer: str = "") -> Any:
+    """The one given, else that of the recipe of a checkpoint's `state`; None if there is neither. Raises UserError."""
+    from slm.tokenizer import load_tokenizer
+
+    spec = tokenizer or (state["recipe"]["tokenizer"] if state else "")
+    if not spec:
+        return None
+    loaded = load_tokenizer(spec, said_by=None if tokenizer else path)
+    _check_tokenizer(path, state, spec, loaded.fingerprint)
+    return loaded
+
+
 def export_model(path: str, output: Path, tokenizer: str = "") -> None:
     """Writes config.json, model.safetensors, the tokenizer's files and a model card. Raises UserError if `output` holds
     something."""
     with fresh_folder(output) as partial:
         model, state = load_model(path, exact=True)
-        spec = tokenizer or (state["recipe"]["tokenizer"] if state else "")
-        loaded = None
-        if spec:
-            from slm.tokenizer import load_tokenizer
-
-            loaded = load_tokenizer(spec, said_by=None if tokenizer else path)
-            _check_tokenizer(path, state, spec, loaded.fingerprint)
+        loaded = tokenizer_of(path, state, tokenizer)
         model.save_pretrained(partial, loaded)
         place = run_of(path)
         write_card(partial, path, place.folder if place is not None else None, state, model.config, loaded)
