@@ -34,7 +34,8 @@ def find_template(folder: Path) -> str | None:
     config = folder / "tokenizer_config.json"
     template = read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(template, list):  # several, by name
-        template = next((each["template"] for each in template if each.get("name") == "default"), None)
+        named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
+        template = named[0].get("template") if named else None
     return template if isinstance(template, str) else None
 
 
@@ -120,8 +121,6 @@ class Chat:
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def _render(self, turns: Sequence[dict[str, str]]) -> str:
-        from jinja2 import TemplateError
-
         assert self._template is not None
         decode = self._tokenizer.decode
         names = {
@@ -130,7 +129,9 @@ class Chat:
         }
         try:
             return self._template.render(messages=list(turns), add_generation_prompt=True, **names)
-        except (TemplateError, TypeError) as error:
+        except (
+            Exception
+        ) as error:  # a template is a program: it can divide by zero, take too large a range, call itself
             raise UserError(
                 f"the model's chat template fails: {error}",
                 fix="mend chat_template.jinja in its folder, or remove it for a plain transcript",
@@ -207,7 +208,7 @@ def _compiled(template: str) -> Any:
     environment.globals |= {"raise_exception": refuse, "strftime_now": _now}
     try:
         return environment.from_string(template)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise UserError(
             f"the model's chat template is none: {error}", fix="mend chat_template.jinja in its folder"
         ) from None

@@ -108,6 +108,7 @@ def test_answers_of_another_kind_are_not_touched(model, tokenizer, tmp_path):
         ("a.jsonl", '{"prompt": "x"}\n\n{"prompt": \n', "line 3 is no JSON"),
         ("a.jsonl", '{"prompt": "x", "completion": "y"}', "a field completion"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.jsonl", '{"prompt": "x", "deep": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is no JSON"),
     ],
 )
 def test_files_that_are_no_prompts(tmp_path, name, content, told):
@@ -124,6 +125,23 @@ def test_a_prompt_that_does_not_fit_is_named_before_anything_is_made(model, toke
     ):
         answer(model, tokenizer, read_prompts(file), output, batch=1, about={}, **GREEDY)
     assert not output.exists()
+
+
+def test_an_output_that_is_no_file_is_refused(model, tokenizer, tmp_path):
+    """A pipe cannot be read for what is there already: that would wait for ever (and /dev/full fills the memory)."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is no file"):
+        answer(model, tokenizer, read_prompts(_written(tmp_path)), tmp_path / "pipe", batch=2, about={}, **GREEDY)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt_and_not_a_number_equals_itself(model, tokenizer, tmp_path):
+    """As some editors write files; and fields that are not finite do not keep a file from going on."""
+    file, output = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
+    file.write_bytes('\ufeff{"prompt": "x", "score": NaN}\n'.encode())
+    prompts = read_prompts(file)
+    assert prompts[0].text == "x"
+    assert answer(model, tokenizer, prompts, output, batch=2, about={}, **GREEDY)[0] == 1
+    assert answer(model, tokenizer, prompts, output, batch=2, about={}, **GREEDY)[0] == 0
 
 
 def _written(folder):
@@ -189,6 +207,10 @@ def test_the_models_own_template_is_used(model, tokenizer, folder, tmp_path):
         ("{% for %}", "is none"),
         ("{{ raise_exception('roles must alternate') }}", "fails: roles must alternate"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails"),
+        ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "fails: Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: maximum recursion"),
+        ("{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "is none"),
     ],
 )
 def test_templates_that_fail_or_do_what_they_must_not(model, tokenizer, template, told):
