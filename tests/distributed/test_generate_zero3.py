@@ -1,4 +1,4 @@
-"""Generation from weights that are split over real ranks, each with work of its own length; or over one, which gathers them too."""
+"""Generation from weights that are split over two real ranks, each with work of its own length, or kept by one."""
 
 import json
 from pathlib import Path
