@@ -22,7 +22,7 @@ import torch
 from slm import parallel
 from slm.errors import UserError
 from slm.model.attention import padded_bounds
-from slm.model.llama import KVCache, SLMForCausalLM
+from slm.model.llama import KVCache, SLMForCausalLM, uncompiled
 
 log = logging.getLogger("slm")
 
@@ -149,7 +149,7 @@ def generate(
     model.eval()
     try:
         # Compiled blocks would be compiled anew for every length of the cache.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), uncompiled():
             wants = next(forwards, False)
             while any_rank(wants):
                 if wants:

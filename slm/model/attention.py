@@ -53,7 +53,7 @@ def packed_attention(
     return out.view(B, T, H, D)
 
 
-@torch.compiler.disable  # the pieces differ from batch to batch
+@torch._disable_dynamo  # the pieces differ from batch to batch
 def _piece_by_piece(
     q_BTHD: torch.Tensor, k_BTJD: torch.Tensor, v_BTJD: torch.Tensor, piece_bounds: torch.Tensor
 ) -> torch.Tensor:
@@ -87,7 +87,8 @@ def _varlen_causal_arguments() -> dict[str, Any]:
     return arguments
 
 
-_VARLEN_CAUSAL = _varlen_causal_arguments()
+# Here, since torch.compile cannot follow it. It imports the compiler, a second of a process's start: not where no GPU can be.
+_VARLEN_CAUSAL = _varlen_causal_arguments() if torch.backends.cuda.is_built() else {}
 
 
 def _match_heads(k: torch.Tensor, v: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,9 +253,10 @@ _packed_attention_cpu.register_autograd(_backward, setup_context=_save_for_backw
 # The operators that compute attention's output and log-sum-exp, one for each path above.
 KERNELS = {
     torch.ops.slm.packed_attention_cpu.default,
-    torch.ops.torch_attn._varlen_attn.default,  # what varlen_attn dispatches
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+if _VARLEN_CAUSAL:
+    KERNELS.add(torch.ops.torch_attn._varlen_attn.default)  # what varlen_attn dispatches
