@@ -101,7 +101,8 @@ def metrics(run_dir):
 def write_recipe(folder):
     """10 steps of 512 tokens, on data of its own; a save at step 6 and at the end."""
     make_dataset(folder / "tokens")
-    make_dataset(folder / "held-out", seed=5)
+    # 12 sequences, twice a run: of 8 at a time, and of 1 at a time on four ranks.
+    make_dataset(folder / "held-out", lengths=[90, 40, 130, 64, 65, 7, 2, 200, 33, 71], seed=5)
     tree = {
         "name": "t",
         "model": "cpu-tiny",
