@@ -126,7 +126,7 @@ def deepspeed_config(
     }
 
 
-def _import_muon() -> None:
+def import_muon() -> None:
     """DeepSpeed 0.19.8 imports its Muon to compare the optimiser's class with it, and hands Muon's functions to torch.compile
     as it does, which imports all of the compiler: a third of a small run's start. None of them is called here."""
     from deepspeed.runtime import compiler
@@ -175,7 +175,7 @@ class Engine:
         deepspeed.utils.groups.mpu = groups_of_ranks  # an earlier phase's stays otherwise
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         build_operators(ds_config["zero_optimization"])
-        _import_muon()
+        import_muon()
         module = self.module = self._build_model(config, ds_config, groups_of_ranks)
         self._set_recomputation(phase)
         module.objective = objective
