@@ -266,8 +266,12 @@ def train(
         sys.exit(supervise(command, loaded.run_dir, restarts))
     from slm import watchdog
     from slm.ledger import Ledger, process_age_seconds
-    from slm.runtime import discover_ranks
-    from slm.train import train as run
+    from slm.runtime import discover_ranks, lasting_imports
+
+    with lasting_imports():
+        import torch._dynamo  # noqa: F401 - torch's optimisers would
+
+        from slm.train import train as run
 
     resume = Resume(must=must_resume, allow_change=allow_change, fresh_optimizer=fresh_optimizer)
     ledger = Ledger(process_age_seconds())
@@ -325,8 +329,10 @@ def teacher(
             raise UserError(f"{option} has no effect here", fix=f"it is for slm teacher {' and '.join(of)}")
     recipe = _load(rest[0], rest[1:])
     if action == "build":
-        from slm.distill.build import build
+        from slm.runtime import lasting_imports
 
+        with lasting_imports():
+            from slm.distill.build import build
         sys.exit(build(recipe))
     from slm.distill import examine
     from slm.pictures import check_picture
@@ -364,10 +370,12 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="for the same text again")] = None,
 ) -> None:
     """Continue a prompt; a single one is shown token by token."""
-    from slm.loading import load_for_text
+    from slm.runtime import lasting_imports
 
+    with lasting_imports():
+        from slm.generate import generate_text
+        from slm.loading import load_for_text
     loaded, text = load_for_text(model, tokenizer)
-    from slm.generate import generate_text
 
     options: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens,

@@ -99,8 +99,11 @@ def evaluate(
             text_loss.draw(measured)
         return
     _refuse("the loss on shards", of_suite | of_text, "add --suite NAME or --text, which it is for")
-    from slm import findings
-    from slm.loading import evaluate_model
+    from slm.runtime import lasting_imports
+
+    with lasting_imports():
+        from slm import findings
+        from slm.loading import evaluate_model
     from slm.pictures import check_picture
 
     fields = {"lengths": _listed(lengths), "keys": _listed(keys), "depths": depths, "samples": samples}
