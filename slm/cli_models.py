@@ -99,12 +99,8 @@ def evaluate(
             text_loss.draw(measured)
         return
     _refuse("the loss on shards", of_suite | of_text, "add --suite NAME or --text, which it is for")
-    from slm.runtime import lasting_imports
-
-    with lasting_imports():
-        from slm import findings
-        from slm.loading import evaluate_model
     from slm.pictures import check_picture
+    from slm.runtime import lasting_imports
 
     fields = {"lengths": _listed(lengths), "keys": _listed(keys), "depths": depths, "samples": samples}
     given = {name: value for name, value in fields.items() if value}
@@ -112,6 +108,9 @@ def evaluate(
         raise UserError(f"--{next(iter(given))} has no effect without --recall", fix="add --recall")
     if plot is not None:
         check_picture(plot)
+    with lasting_imports():
+        from slm import findings
+        from slm.loading import evaluate_model
     folders = [str(path) for path in data or []]
     found, per_byte = evaluate_model(
         model, folders, seq_len, micro_batch, max_sequences, recall=given if recall else None, tokenizer=tokenizer
