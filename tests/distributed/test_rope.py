@@ -9,7 +9,6 @@ from tests.distributed.ranks import ROOT, train_many
 from tests.shards import make_dataset
 from tests.unit.test_rope import scaling
 
-
 KINDS = ["dynamic", "longrope"]
 
 
