@@ -1,7 +1,8 @@
-"""The `slm` command: plan, train, teacher, eval, generate, import, export, report, status, doctor, schema.
+"""The `slm` command: plan, train, teacher, eval, generate, import, export, quantize, report, status, doctor, schema.
 
-Owns the arguments and what is printed (of eval, import and export: cli_models.py); each command is one call into the module
-that does the work. Heavy imports are inside the commands, so that `slm plan` and `slm --help` answer at once.
+Owns the arguments and what is printed (of eval, generate, import, export and quantize: cli_models.py); each command is
+one call into the module that does the work. Heavy imports are inside the commands, so that `slm plan` and `slm --help` answer
+at once.
 
     slm train recipes/quickstart.yaml optim.lr=1e-3
 """
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slm import cli_models
-from slm.cli_models import ModelPath, TokenizerPath
 from slm.errors import SLMError, UserError
 from slm.redact import redacted
 
@@ -358,48 +358,10 @@ def teacher(
 app.command("eval")(cli_models.evaluate)
 
 
-@app.command()
-def generate(
-    model: ModelPath,
-    prompt: Annotated[list[str], typer.Argument(help="text to continue; several give a batch")],
-    tokenizer: TokenizerPath = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="only the k likeliest; 0 for all")] = 0,
-    top_p: Annotated[float, typer.Option(help="only the likeliest that make up this probability")] = 0.95,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="for the same text again")] = None,
-) -> None:
-    """Continue a prompt; a single one is shown token by token."""
-    from slm.runtime import lasting_imports
-
-    with lasting_imports():
-        from slm.generate import generate_text
-        from slm.loading import load_for_text
-    loaded, text = load_for_text(model, tokenizer)
-
-    options: dict[str, Any] = dict(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature or 1.0,
-        top_k=top_k,
-        top_p=top_p,
-        do_sample=temperature > 0,
-    )
-    begun = False
-
-    def echo_prompt(_: list[int | None]) -> None:  # with the first token: what is wrong with the options comes before
-        nonlocal begun
-        if not begun and len(prompt) == 1:
-            typer.echo(prompt[0], nl=False)
-        begun = True
-
-    outputs = generate_text(loaded, text, prompt, seed=seed, stream=len(prompt) == 1, on_tokens=echo_prompt, **options)
-    if len(prompt) > 1:
-        for asked, answer in zip(prompt, outputs, strict=True):
-            typer.echo(f"--- {asked}\n{answer}")
-
-
+app.command()(cli_models.generate)
 app.command("import")(cli_models.import_model)
 app.command()(cli_models.export)
+app.command()(cli_models.quantize)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands that measure a model and take it in and out: `slm eval`, `slm import`, `slm export`.
+"""The commands for a model that is there: `slm eval`, `slm generate`, `slm import`, `slm export`, `slm quantize`.
 
 Owns their arguments and what they print, as cli.py does for the others.
 
@@ -8,6 +8,7 @@ Owns their arguments and what they print, as cli.py does for the others.
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,6 +157,93 @@ def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def generate(
+    model: ModelPath,
+    prompt: Annotated[list[str] | None, typer.Argument(help="text to continue; several give a batch")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="a prompt a line, or .jsonl with `prompt`; answers are JSON lines"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="prompts: file of the answers, which the same command goes on with"),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="prompts: so many at once")] = 16,
+    chat: Annotated[bool, typer.Option("--chat", help="turn by turn on the terminal")] = False,
+    tokenizer: TokenizerPath = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="only the k likeliest; 0 for all")] = 0,
+    top_p: Annotated[float, typer.Option(help="only the likeliest that make up this probability")] = 0.95,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="for the same text again")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="by torch.compile: slow to begin with; for thousands of tokens on a GPU")
+    ] = False,
+) -> None:
+    """Continue a prompt, which is shown token by token; or a file of prompts (--prompts); or chat (--chat)."""
+    given = [name for name, value in {"PROMPT": prompt, "--prompts": prompts, "--chat": chat}.items() if value]
+    if len(given) != 1:
+        raise UserError(
+            f"{' and '.join(given)} at once" if given else "there is nothing to continue",
+            fix="give a text, or --prompts FILE, or --chat",
+        )
+    if prompts is None:
+        _refuse(given[0], {"--output": output is not None}, "use it with --prompts")
+    from slm.runtime import lasting_imports
+
+    with lasting_imports():
+        from slm.loading import load_for_text, run_of, stop_ids
+
+    if prompts is not None:
+        from slm.prompts import read_prompts
+
+        asked = read_prompts(prompts)
+    loaded, text = load_for_text(model, tokenizer)
+    options: dict[str, Any] = dict(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature or 1.0,
+        top_k=top_k,
+        top_p=top_p,
+        do_sample=temperature > 0,
+        stop_ids=stop_ids(model),
+        compiled=compiled,
+    )
+    if chat:
+        from slm.chat import Chat, find_template
+
+        Chat(loaded, text, template=find_template(Path(model)), seed=seed, **options).run()
+    elif prompts is not None:
+        from slm.prompts import answer
+
+        place = run_of(model)
+        about = {"model": model, "checkpoint": place.checkpoint if place is not None else ""}
+        began = time.monotonic()
+        num, tokens = answer(loaded, text, asked, output, batch=batch, about=about, seed=seed, **options)
+        seconds = time.monotonic() - began
+        kept = f" ({len(asked) - num} were there)" if num < len(asked) else ""
+        rate = f"; {tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s" if num else ""
+        typer.echo(f"{num} answers{kept}{rate}", err=True)
+    else:
+        _continue(loaded, text, prompt or [], seed=seed, **options)
+
+
+def _continue(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> None:
+    from slm.completion import generate_text
+
+    begun = False
+
+    def echo_prompt(_row: int, _text: str) -> None:  # with the first text: what is wrong with the options comes before
+        nonlocal begun
+        if not begun and len(prompts) == 1:
+            typer.echo(prompts[0], nl=False)
+        begun = True
+
+    outputs = generate_text(model, tokenizer, prompts, stream=len(prompts) == 1, on_text=echo_prompt, **options)
+    if len(prompts) > 1:
+        for asked, answer in zip(prompts, outputs, strict=True):
+            typer.echo(f"--- {asked}\n{answer}")
+
+
 def import_model(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a Hugging Face folder of a Llama-family model")],
     output: Annotated[Path, typer.Argument(help="folder to write")],
@@ -180,3 +268,52 @@ def export(
         f"wrote {output}: load it with transformers' AutoModelForCausalLM or SLMForCausalLM.from_pretrained; "
         "say its license in README.md"
     )
+
+
+def quantize(
+    model: ModelPath,
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="measure on these folders of token shards, else the recipe's validation; with --text: text files"
+        ),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="4 or 8 for each weight")] = 4,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="weights of a row that share a scale, 0: the whole row; else 64 with 4 bits (32 or 16 where it must), 0 with 8",
+        ),
+    ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings/--no-embeddings", help="embeddings and head too, else they have 16 bits")
+    ] = True,
+    text: Annotated[bool, typer.Option("--text", help="MODEL OUTPUT FILE…: measure on any text")] = False,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="perplexity before and after")] = True,
+    max_sequences: Annotated[
+        int, typer.Option(min=0, help="measure on at most this many per source; 0: all (not with --text)")
+    ] = 64,
+    tokenizer: TokenizerPath = "",
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Write a model's weights in 4 or 8 bits, as a folder that `slm generate` and `slm eval` take, and tell what it cost."""
+    if bits not in (4, 8):
+        raise UserError(f"--bits is {bits}: weights have 4 or 8", fix="give --bits 4 or --bits 8")
+    if text and not data:
+        raise UserError("--text has no file", fix="slm quantize MODEL OUTPUT FILE… --text")
+    if data and not measure:
+        raise UserError(f"{data[0]} has no effect with --no-measure", fix="leave one of them out")
+    from slm import quantize as quantizing
+    from slm.model.quantized_files import Quantization
+
+    report = quantizing.quantize(
+        model, output, Quantization(bits, group_size, embeddings), data=[str(path) for path in data or []], text=text,
+        measure=measure, max_sequences=max_sequences, tokenizer=tokenizer,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        quantizing.draw(report)
+        typer.echo(f"wrote {output}: slm generate {output} PROMPT; say its license in README.md")

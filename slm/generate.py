@@ -1,28 +1,28 @@
-"""Generation: prompts in, continuations out, with a key/value cache, in a batch, stopped by ids or by length.
+"""Generation: token ids in, their continuations out, with a key/value cache, in a batch, stopped by ids or by length.
 
-Owns the choice of the next token, the loop and the text shown; the model and its cache are llama.py's. Under
-ZeRO-3, where every forward is a collective, all ranks do equally many, whatever prompts each of them has.
+Owns the choice of the next token and the loop. The model and its cache are llama.py's, the fast step for one token a row
+model/decode.py's, text completion.py's. Under ZeRO-3, where every forward is a collective, all ranks do equally many, whatever
+prompts each of them has.
 
     ids = generate(model, input_ids, max_new_tokens=64, temperature=0.8, top_p=0.95, eos_token_id=2, seed=0)
-    [text] = generate_text(model, tokenizer, ["def main("], max_new_tokens=64, stream=True)
 
-`B` prompts, `T` their width, `W` the longest a row can get, `V` vocabulary, `S` stop ids. Inside, every row
-starts at slot 0 of the cache: what stands behind a shorter row is not seen, and overwritten as the row grows.
+`B` prompts, `T` their width, `C` of a chunk, `V` vocabulary. Inside, every row starts at slot 0 of the cache: what stands behind
+a shorter row is not seen, and overwritten as the row grows.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
 
 import torch
 
 from slm import parallel
 from slm.errors import UserError
 from slm.model.attention import padded_bounds
+from slm.model.decode import DecodeStep
 from slm.model.llama import KVCache, SLMForCausalLM, uncompiled
+from slm.model.rope import follows_length
 
 log = logging.getLogger("slm")
 
@@ -92,6 +92,7 @@ def generate(
     attention_mask: torch.Tensor | None = None,
     seed: int | None = None,
     use_cache: bool = True,
+    compiled: bool = False,
     num_tokens: int | None = None,
     on_tokens: OnTokens | None = None,
 ) -> torch.Tensor:
@@ -107,6 +108,7 @@ def generate(
     eos_token_id: one or several stop ids; the one found stays in the row.
     seed: for the same draws again; None takes torch's own generator.
     use_cache: False computes everything anew for each token; for checks.
+    compiled: each step by torch.compile, which takes half a minute or more once for a shape; for a GPU (model/decode.py).
     num_tokens: ids from here on (rows that only fill up the embedding) are never chosen.
     on_tokens: called after each token with the new id of every row, None for finished ones.
     Raises UserError.
@@ -137,19 +139,22 @@ def generate(
             return logits_BV.argmax(-1)
         return sample(logits_BV, temperature, top_k or 0, top_p, generator)
 
-    tokens_BW = torch.zeros(len(lengths), max(limits, default=0), dtype=torch.long)
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        tokens_BW[row, :length] = input_ids[row, start : start + length]
-    tokens_BW = tokens_BW.to(device)
-    length_B, limit_B, stops_S = (torch.tensor(x, device=device).long() for x in (lengths, limits, stop_ids))
-    longest_prompt = max(lengths, default=0)
-    forwards = _forwards(model, tokens_BW, length_B, limit_B, longest_prompt, choose, stops_S, on_tokens, use_cache)
+    rows = [
+        input_ids[row, start : start + length].tolist()
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
+    lean = use_cache and not collective and not follows_length(model.config)
+    compiled = compiled and lean
+    forwards = _forwards(model, rows, limits, choose, set(stop_ids), on_tokens, use_cache, lean, compiled)
 
+    # Not first in inference mode: training could not use them afterwards.
+    model._inv_freq_R = model._inv_freq_R.to(device)
     was_training = model.training
     model.eval()
     try:
-        # Compiled blocks would be compiled anew for every length of the cache.
-        with torch.no_grad(), uncompiled():
+        # Blocks that are compiled for training would be compiled anew for every length of the cache.
+        stance = torch.compiler.set_stance("default") if compiled else uncompiled()
+        with torch.inference_mode() if lean else torch.no_grad(), stance:
             wants = next(forwards, False)
             while any_rank(wants):
                 if wants:
@@ -159,78 +164,113 @@ def generate(
     finally:
         model.train(was_training)
 
-    lengths = length_B.tolist()
-    width = max((start + length for start, length in zip(starts, lengths, strict=True)), default=0)
+    width = max((start + len(ids) for start, ids in zip(starts, rows, strict=True)), default=0)
     fill = pad_token_id if pad_token_id is not None else next(iter(stop_ids), 0)
-    out = torch.full((len(lengths), width), fill, dtype=torch.long, device=input_ids.device)
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+    out = torch.full((len(rows), width), fill, dtype=torch.long)
+    for row, (start, ids) in enumerate(zip(starts, rows, strict=True)):
         out[row, :start] = input_ids[row, :start]
-        out[row, start : start + length] = tokens_BW[row, :length]
-    return out
+        out[row, start : start + len(ids)] = torch.tensor(ids)
+    return out.to(input_ids.device)
 
 
 def _forwards(
     model: SLMForCausalLM,
-    tokens_BW: torch.Tensor,
-    length_B: torch.Tensor,
-    limit_B: torch.Tensor,
-    longest_prompt: int,
+    rows: list[list[int]],
+    limits: list[int],
     choose: Callable[[torch.Tensor], torch.Tensor],
-    stops_S: torch.Tensor,
+    stops: set[int],
     on_tokens: OnTokens | None,
     use_cache: bool,
+    lean: bool,
+    compiled: bool,
 ) -> Iterator[bool]:
-    """Extends tokens_BW and length_B in place until all rows are finished; yields True before every forward.
+    """Extends the rows in place until all are finished; yields True before every forward.
 
-    A finished row goes through them unchanged. Per token the host waits once, for the ids and the stop flags.
+    Finished rows go through them as they are, and what comes out is not looked at. Per token the host waits once, for the ids.
     """
-    B, W = tokens_BW.shape
-    rows_B = torch.arange(B, device=tokens_BW.device)
-    done_B = torch.zeros_like(length_B, dtype=torch.bool)
-    dtype = model.model.embed_tokens.weight.dtype
-    cache = KVCache.empty(model.config, B, W, dtype, tokens_BW.device) if use_cache else None
-    if cache is not None and cache.tokens_BS is not None:
-        cache.tokens_BS.copy_(tokens_BW)  # angles follow each row's own length: the first forward makes keys and values
-    for step in range(W if B else 0):
-        last_B = length_B - 1
+    if not rows:
+        return
+    weight = next(model.parameters())
+    device = weight.device
+    done = [False] * len(rows)
+    cache, step = None, None
+    if use_cache:
+        slots = -(-max(limits) // 64) * 64
+        if compiled:  # few different ones, each of which is compiled
+            slots = max(slots, 1 << (max(limits) - 1).bit_length())
+        cache = KVCache.empty(model.config, len(rows), slots, weight.dtype, device)
+        step = DecodeStep(model, cache, compiled) if lean else None
+        if cache.tokens_BS is not None:
+            # The first forward makes all keys and values, at the angles of each row's length.
+            tokens_BT, _ = _padded(rows, device)
+            cache.tokens_BS[:, : tokens_BT.shape[1]] = tokens_BT
+    ids_B = torch.empty(0)
+    while not all(done):
         if cache is None:
             yield True
-            width = min(W, longest_prompt + step)
-            logits_BV = model(tokens_BW[:, :width], piece_bounds=padded_bounds(length_B, width))[rows_B, last_B]
-        elif step == 0 and cache.tokens_BS is None:
-            logits_BV = yield from _prefill(model, tokens_BW[:, :longest_prompt], last_B, cache)
+            logits_BV = _at_ends(model, rows, device)
+        elif not ids_B.numel() and cache.tokens_BS is None:
+            logits_BV = yield from _prefill(model, rows, cache, lean)
         else:
             yield True
-            cache.length_B = last_B.clone()  # a row's newest token is not cached yet
-            logits_BV = model(tokens_BW[rows_B, last_B][:, None], cache=cache)[:, 0]
-        slot_B = length_B.clamp(max=W - 1)
-        ids_B = torch.where(done_B, tokens_BW[rows_B, slot_B], choose(logits_BV))
-        tokens_BW[rows_B, slot_B] = ids_B
-        length_B += ~done_B
-        new_B = ids_B.masked_fill(done_B, -1)
-        done_B = done_B | (ids_B[:, None] == stops_S).any(1) | (length_B >= limit_B)
-        new, done = torch.stack([new_B, done_B]).tolist()
+            # A row's newest token is not in the cache yet; a finished row's last one is put there again.
+            lengths = [len(ids) - 1 for ids in rows]
+            if step is not None:
+                logits_BV = step(ids_B, lengths)
+            else:
+                cache.length_B = torch.tensor(lengths, device=device)
+                logits_BV = model(torch.tensor([ids[-1:] for ids in rows], device=device), cache=cache)[:, 0]
+        ids_B = choose(logits_BV)
+        new: list[int | None] = [None] * len(rows)
+        for row, token in enumerate(ids_B.tolist()):
+            if not done[row]:
+                rows[row].append(token)
+                new[row] = token
+                done[row] = token in stops or len(rows[row]) >= limits[row]
         if on_tokens is not None:
-            on_tokens([None if token < 0 else token for token in new])
-        if all(done):
-            return
+            on_tokens(new)
+
+
+def _at_ends(model: SLMForCausalLM, rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    """Logits [B, V] after each row, with everything computed anew."""
+    tokens_BT, length_B = _padded(rows, device)
+    logits_BTV = model(tokens_BT, piece_bounds=padded_bounds(length_B, tokens_BT.shape[1]))
+    return logits_BTV[torch.arange(len(rows), device=device), length_B - 1]
+
+
+def _padded(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [B, T] with zeros on the right, lengths [B])"""
+    tokens_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, ids in enumerate(rows):
+        tokens_BT[row, : len(ids)] = torch.tensor(ids)
+    return tokens_BT.to(device), torch.tensor([len(ids) for ids in rows], device=device)
 
 
 def _prefill(
-    model: SLMForCausalLM, tokens_BT: torch.Tensor, last_B: torch.Tensor, cache: KVCache
+    model: SLMForCausalLM, rows: list[list[int]], cache: KVCache, lean: bool
 ) -> Generator[bool, None, torch.Tensor]:
-    """Fills the cache with the prompts, some tokens a forward; returns the logits [B, V] at row ends."""
+    """Fills the cache with the prompts, some tokens a forward; returns the logits [B, V] at row ends.
+
+    lean: the head sees the row ends alone.
+    """
+    tokens_BT, length_B = _padded(rows, cache.length_B.device)
     B, T = tokens_BT.shape
     rows_B = torch.arange(B, device=tokens_BT.device)
     chunk = max(16, PREFILL_TOKENS // B)
-    logits_BV = torch.empty(0)
+    out_BX = torch.empty(0)
     for start in range(0, T, chunk):
         yield True
-        logits_BCV = model(tokens_BT[:, start : start + chunk], cache=cache)
+        chunk_BC = tokens_BT[:, start : start + chunk]
+        C = chunk_BC.shape[1]
+        # Nothing is before the first chunk, so attention needs neither the cache nor a mask.
+        bounds = None if start else padded_bounds(length_B.clamp(max=C), C)
+        with uncompiled():
+            forward = model.hidden_states if lean else model
+            out_BCX = forward(chunk_BC, piece_bounds=bounds, cache=cache)
         # Rows that end later are overwritten by a later chunk, so only those that end here must be right.
-        here_BV = logits_BCV[rows_B, (last_B - start).clamp(0, logits_BCV.shape[1] - 1)]
-        logits_BV = torch.where((last_B >= start)[:, None], here_BV, logits_BV) if start else here_BV
-    return logits_BV
+        here_BX = out_BCX[rows_B, (length_B - 1 - start).clamp(0, C - 1)]
+        out_BX = torch.where((length_B > start)[:, None], here_BX, out_BX) if start else here_BX
+    return model.lm_head(out_BX) if lean else out_BX
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float, do_sample: bool) -> None:
@@ -326,100 +366,3 @@ def _limits(
                 fix=f"use a shorter prompt or fewer new tokens (--max-new-tokens): {context} in all",
             )
     return limits
-
-
-# --- text ---------------------------------------------------------------------------------------------------
-
-
-class TextStream:
-    """Token ids in, text out as soon as it is final: a character spread over several tokens comes whole.
-
-    Decodes from a few tokens back, because some tokenizers drop the space of the first token that they see.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int]) -> None:
-        self._decode = decode
-        self._ids = list(prompt)
-        self._from, self._complete = 0, len(self._ids)  # decode from here; up to there all is shown
-        self._before = decode(self._ids)  # text of [_from, _complete)
-        self._num_shown = 0  # characters behind _before
-
-    def add(self, token: int) -> str:
-        """The text that this token completes; often empty inside a character."""
-        self._ids.append(token)
-        text = self._text()
-        final = text.rstrip("\ufffd")  # what ends in replacement characters may yet become a character
-        shown = final[self._num_shown :]
-        self._num_shown = max(self._num_shown, len(final))
-        if text == final and text:
-            self._from, self._complete, self._num_shown = self._complete, len(self._ids), 0
-            self._before = self._decode(self._ids[self._from :])
-        return shown
-
-    def finish(self) -> str:
-        """What is left: bytes that no character came of."""
-        return self._text()[self._num_shown :]
-
-    def _text(self) -> str:
-        return self._decode(self._ids[self._from :])[len(self._before) :]
-
-
-def generate_text(
-    model: SLMForCausalLM,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    stop_ids: Sequence[int] = (),
-    stream: bool = False,
-    on_tokens: OnTokens | None = None,
-    **options: Any,
-) -> list[str]:
-    """The continuation of each prompt, without the prompt; up to the tokenizer's EOS or one of stop_ids.
-
-    tokenizer: encode and decode; its bos_token_id goes first if it has one.
-    stream: also writes the text of a single prompt to standard output as it comes.
-    on_tokens and options: those of `generate`. Raises UserError.
-    """
-    if stream and len(prompts) != 1:
-        raise UserError(f"stream is on for {len(prompts)} prompts: texts would mix", fix="stream one prompt")
-    bos, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
-    rows = [list(tokenizer.encode(prompt)) for prompt in prompts]
-    if bos is not None:
-        rows = [ids if ids[:1] == [bos] else [bos, *ids] for ids in rows]
-    stops = {*stop_ids, *([] if eos is None else [eos])}
-    texts = [TextStream(tokenizer.decode, ids) for ids in rows]
-    pieces: list[list[str]] = [[] for _ in rows]
-
-    def show(row: int, text: str) -> None:
-        pieces[row].append(text)
-        if stream and text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    def take(new: list[int | None]) -> None:
-        if on_tokens is not None:
-            on_tokens(new)
-        for row, token in enumerate(new):
-            if token is not None and token not in stops:
-                show(row, texts[row].add(token))
-
-    width = max(map(len, rows), default=0)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(rows):
-        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        mask[row, : len(ids)] = 1
-    generate(
-        model,
-        input_ids,
-        attention_mask=mask,
-        eos_token_id=sorted(stops),
-        num_tokens=len(tokenizer),
-        on_tokens=take,
-        **options,
-    )
-    for row, text in enumerate(texts):
-        show(row, text.finish())
-    if stream:
-        sys.stdout.write("\n")
-    return ["".join(parts) for parts in pieces]

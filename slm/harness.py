@@ -27,9 +27,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from slm import parallel
+from slm.completion import TextStream
 from slm.distill.models import describe_teacher
 from slm.errors import UserError
-from slm.generate import TextStream, generate
+from slm.generate import generate
 from slm.loading import load_for_text
 
 log = logging.getLogger("slm")

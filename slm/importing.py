@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from slm.errors import CorruptArtefact, UserError
 from slm.loading import fresh_folder
 from slm.model.config import ModelConfig
-from slm.model.hf import config_from_hf, config_to_hf, read_json, weight_files
+from slm.model.hf import config_from_hf, config_to_hf, read_json, some_names, weight_files
 from slm.model.llama import SLMForCausalLM
 from slm.names import file_inside
 from slm.runtime import atomic_write
@@ -33,7 +33,7 @@ SHARD_BYTES = 5 << 30
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Beside the weights: what they and the text that they read need, and what transformers' generate takes from there.
-_COMPANIONS = (
+COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
@@ -86,7 +86,7 @@ def import_folder(folder: str | Path, output: str | Path, tokenizer: str = "") -
             files = {name: _file_name(i, len(groups)) for i, names in enumerate(groups, 1) for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
             atomic_write(partial / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        for name in _COMPANIONS:
+        for name in COMPANIONS:
             home = folder if name == "generation_config.json" else source
             if home.is_dir() and (home / name).exists():
                 shutil.copyfile(file_inside(home, name, home), partial / name)
@@ -113,7 +113,7 @@ def describe(found: Imported, output: Path) -> str:
         f"{c.num_hidden_layers} layers of {c.hidden_size}, {c.num_attention_heads} heads over {c.num_key_value_heads}, "
         f"head {'tied' if c.tie_word_embeddings else 'of its own'}, context {c.max_position_embeddings:,} "
         f"(rotary: {rope}), {tokens}",
-        *([f"left out, as they hold nothing of their own: {_some(found.dropped)}"] if found.dropped else []),
+        *([f"left out, as they hold nothing of their own: {some_names(found.dropped)}"] if found.dropped else []),
         "as a teacher: teacher: {" + f"model: {output}" + "}; as a start, in a recipe:",
         yaml.safe_dump(recipe, sort_keys=False).rstrip(),
     ]
@@ -137,7 +137,7 @@ def _check_names(folder: Path, config: ModelConfig, where: dict[str, Path]) -> s
         told = read_json(index)["weight_map"]
         if wrong := [name for name, file in told.items() if name not in where or where[name].name != file]:
             raise CorruptArtefact(
-                f"{index} and the files disagree about {_some(wrong)}: a file is missing, or of another version",
+                f"{index} and the files disagree about {some_names(wrong)}: a file is missing, or of another version",
                 fix="copy the whole folder again",
             )
     dropped = {name for name in where if name.endswith("rotary_emb.inv_freq")}
@@ -152,8 +152,8 @@ def _check_names(folder: Path, config: ModelConfig, where: dict[str, Path]) -> s
     missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted) - dropped)
     if not (missing or extra):
         return dropped
-    parts = [f"lacks {len(missing)} tensors ({_some(missing)})"] * bool(missing)
-    parts += [f"has {len(extra)} that the model of its config.json does not ({_some(extra)})"] * bool(extra)
+    parts = [f"lacks {len(missing)} tensors ({some_names(missing)})"] * bool(missing)
+    parts += [f"has {len(extra)} that the model of its config.json does not ({some_names(extra)})"] * bool(extra)
     fix = "copy the whole folder again; every file that the index names belongs to it"
     if any(name.endswith(".bias") for name in extra):
         fix = "biases are no part of this architecture, and leaving them out would change what it computes: use another model"
@@ -196,7 +196,7 @@ def _check_tensors(folder: Path, config: ModelConfig, where: dict[str, Path]) ->
             broken.append(name)
     if broken:
         raise CorruptArtefact(
-            f"{folder}: {_some(broken)} hold numbers that are not finite: whatever the model says would be none either",
+            f"{folder}: {some_names(broken)} hold numbers that are not finite: whatever the model says would be none either",
             fix="copy them again; if they are so at their source, the model is broken",
         )
     return max(bytes_of, key=lambda dtype: bytes_of[dtype]), sizes
@@ -226,12 +226,6 @@ def _check_special(folder: Path, special: dict[str, Any], config: ModelConfig) -
                     f"{folder}: {name} is {id_!r} in its config.json, and the embedding's rows are 0 to {config.vocab_size - 1}",
                     fix="take config.json and weights from the same place",
                 )
-
-
-def _some(names: Any) -> str:
-    """Up to six names."""
-    listed = sorted(names)
-    return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
 
 
 # --- tensors ------------------------------------------------------------------------------------------------------

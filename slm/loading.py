@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from slm import checkpoint, parallel
 from slm.data.batches import Batch, EvaluationBatches
 from slm.data.tokens import TokenDataset
-from slm.errors import EnvironmentProblem, UserError
+from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
 from slm.evaluate import Findings, HeldOut, examine
 from slm.model.config import ModelConfig
-from slm.model.hf import refuse_pickles
+from slm.model.decode import join_projections
+from slm.model.hf import read_json, refuse_pickles
 from slm.model.llama import SLMForCausalLM, Visit
 from slm.model_card import write_card
 from slm.problems import readable
@@ -103,7 +104,19 @@ def load_for_text(path: str, tokenizer: str = "", device: torch.device | None = 
         )
     if not tokenizer:  # another one that is given on purpose may be the same in another format
         _check_tokenizer(path, state, spec, loaded.fingerprint)
-    return model, loaded
+    return join_projections(model), loaded
+
+
+def stop_ids(path: str | Path) -> list[int]:
+    """What ends a text besides the tokenizer's EOS: the ids that the folder's generation config names. Raises CorruptArtefact."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(path) / name
+        if file.is_file() and (ids := read_json(file).get("eos_token_id")) is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if any(not isinstance(id_, int) for id_ in ids):
+                raise CorruptArtefact(f"{file}: eos_token_id is {ids}, no ids", fix="mend the file, or copy it again")
+            return ids
+    return []
 
 
 def _check_tokenizer(path: str, state: dict[str, Any], what: str, fingerprint: str) -> None:
@@ -149,7 +162,7 @@ def evaluate_model(
     if not sources:
         raise UserError(f"{path}: its recipe names no validation data", fix="name folders of token shards after MODEL")
     context = model.config.max_position_embeddings
-    seq_len = seq_len or (_phase_of(state)["seq_len"] if recipe else min(4096, context))
+    seq_len = seq_len or (phase_of(state)["seq_len"] if recipe else min(4096, context))
     if seq_len > context:
         raise UserError(
             f"--seq-len is {seq_len}, beyond the model's context of {context}", fix=f"give at most {context}"
@@ -188,7 +201,7 @@ def evaluate_model(
     return found, {name: bytes_per_token(dataset) for name, dataset in datasets.items()}
 
 
-def _phase_of(state: dict[str, Any]) -> dict[str, Any]:
+def phase_of(state: dict[str, Any]) -> dict[str, Any]:
     """The phase that a checkpoint is of, as its recipe has it."""
     return next(phase for phase in state["recipe"]["phases"] if phase["name"] == state["position"]["phase"])
 
@@ -269,18 +282,24 @@ def fresh_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def tokenizer_of(path: str, state: dict[str, Any], tokenizer: str = "") -> Any:
+    """The one given, else that of the recipe of a checkpoint's `state`; None if there is neither. Raises UserError."""
+    from slm.tokenizer import load_tokenizer
+
+    spec = tokenizer or (state["recipe"]["tokenizer"] if state else "")
+    if not spec:
+        return None
+    loaded = load_tokenizer(spec, said_by=None if tokenizer else path)
+    _check_tokenizer(path, state, spec, loaded.fingerprint)
+    return loaded
+
+
 def export_model(path: str, output: Path, tokenizer: str = "") -> None:
     """Writes config.json, model.safetensors, the tokenizer's files and a model card. Raises UserError if `output` holds
     something."""
     with fresh_folder(output) as partial:
         model, state = load_model(path, exact=True)
-        spec = tokenizer or (state["recipe"]["tokenizer"] if state else "")
-        loaded = None
-        if spec:
-            from slm.tokenizer import load_tokenizer
-
-            loaded = load_tokenizer(spec, said_by=None if tokenizer else path)
-            _check_tokenizer(path, state, spec, loaded.fingerprint)
+        loaded = tokenizer_of(path, state, tokenizer)
         model.save_pretrained(partial, loaded)
         place = run_of(path)
         write_card(partial, path, place.folder if place is not None else None, state, model.config, loaded)

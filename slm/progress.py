@@ -77,10 +77,11 @@ class StepProgress(_Progress):
 
 
 class TokenProgress(_Progress):
-    """Tokens done, by this process and by others that share the work; tokens/s are of all of them since the start."""
+    """Tokens, or other units, done by this process and by others that share the work; the rate is of all since the start."""
 
-    def __init__(self, title: str, total: int, *, enabled: bool) -> None:
+    def __init__(self, title: str, total: int, *, enabled: bool, unit: str = "tokens") -> None:
         super().__init__(title, total, 0, enabled)
+        self._unit = unit
         self.done = 0
         self._began: tuple[float, int] | None = None  # after what was there already
         self._last_line = 0.0
@@ -92,10 +93,11 @@ class TokenProgress(_Progress):
         ended, self.done = done == self._total != self.done, done
         began, first = self._began
         rate = (done - first) / max(1e-9, now - began)
-        note = f"{rate:,.0f} tokens/s"
+        note = f"{rate:,.{0 if rate >= 10 else 1}f} {self._unit}/s"
         if self._bar is not None:
             self._draw(completed=done, note=note)
         elif self._enabled and (now - self._last_line > _SECONDS_BETWEEN_LINES or ended):
             self._last_line = now
             left = f"  {timedelta(seconds=round((self._total - done) / rate))} left" if rate > 0 else ""
-            log.info("%s: %s of %s tokens  %s%s", self._title, f"{done:,}", f"{self._total:,}", note, left)
+            told = f"{done:,} of {self._total:,} {self._unit}"
+            log.info("%s: %s  %s%s", self._title, told, note, left)

@@ -411,6 +411,11 @@ def load_tokenizer(spec: str | Path, said_by: object = None) -> SLMTokenizer:
                 fix=f"if it is yours, say so: --tokenizer {text}",
             )
         return as_tokenizer(_load_class(text), text)
+    if said_by is not None and not Path(text).exists():
+        raise UserError(
+            f"{said_by} names its tokenizer as {text}, which does not exist seen from here",
+            fix="call from the folder that it was trained in, or say where the tokenizer is now: --tokenizer PATH",
+        )
     return SLMTokenizer.from_pretrained(text)
 
 

@@ -37,6 +37,7 @@ from slm.evaluate import HeldOut
 from slm.ledger import Ledger
 from slm.losses import IGNORE
 from slm.model.config import ModelConfig
+from slm.model.hf import refuse_quantized
 from slm.model.llama import Objective, SLMForCausalLM
 from slm.parallel import Share
 from slm.recipe import Phase, recipe_from_tree
@@ -206,6 +207,8 @@ class SLMTrainer:
             raise UserError(
                 f"SLMTrainer: tokenizer is a {type(tokenizer).__name__} without len()", fix="see SLMTokenizer"
             )
+        refuse_quantized(model, "SLMTrainer: model")
+        refuse_quantized(teacher_model, "SLMTrainer: teacher_model")
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.train_dataset, self.eval_dataset, self.teacher_model = train_dataset, eval_dataset, teacher_model
         self.output_dir = Path(output_dir)

@@ -71,9 +71,8 @@ def main(arguments: list[str]) -> int:
     say(f"{os.environ['SLURM_JOB_ID']} on {os.environ.get('SLURM_JOB_NODELIST')}: {shlex.join(command)}")
     began = time.time()
     code = run(command, environment, Path(rest[0]) / "eval" / "final.json" if stage == "eval" else None)
-    # srun says the largest of the tasks' codes, such as that of one which the watchdog had to kill.
-    if run_dir is not None and (written := written_code(run_dir, began)) is not None:
-        code = written
+    if run_dir is not None:
+        code = code_of_run(code, run_dir, began)
     if stage == "check" and code == 0:
         Path(rest[0]).mkdir(parents=True, exist_ok=True)
         (Path(rest[0]) / CHECKED).touch()
@@ -224,13 +223,19 @@ def job_field(job: str, name: str) -> str:
     return found[1] if found else ""
 
 
-def written_code(run_dir: Path, since: float) -> int | None:
-    """What the run itself has written of how this attempt ended; None if it has not."""
+def code_of_run(code: int, run_dir: Path, since: float) -> int:
+    """What the run itself has written of how this attempt ended, else the command's code.
+
+    srun says the largest of its tasks' codes, such as that of one which the watchdog had to kill. But where `slm train
+    --restarts` was told to stop while nothing ran, the record is of the failure before.
+    """
+    if RESTARTS != "0" and code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM):
+        return code
     try:
         record = json.loads((run_dir / "exit.json").read_text())
-        return record["code"] if record["time"] >= since else None
+        return record["code"] if record["time"] >= since else code
     except (OSError, ValueError, KeyError):
-        return None
+        return code
 
 
 def last_requeues(run_dir: Path) -> list[dict[str, object]]:

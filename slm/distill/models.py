@@ -24,7 +24,7 @@ from slm.data.batches import Batch
 from slm.errors import EnvironmentProblem, UserError
 from slm.losses import IGNORE, DenseTarget
 from slm.model.config import ModelConfig
-from slm.model.hf import read_config, read_json, refuse_pickles, weight_files, weight_reader
+from slm.model.hf import QUANTIZED_TYPE, read_config, read_json, refuse_pickles, weight_files, weight_reader
 from slm.model.llama import SLMForCausalLM, Visit
 from slm.names import shortened
 
@@ -77,7 +77,7 @@ def describe_teacher(path: str) -> TeacherInfo:
         fields = read_json(folder / "config.json")
         kind = str(fields.get("model_type"))
         identity = {"name": folder.resolve().name, "model_type": kind, "fingerprint": weights_fingerprint(folder)}
-        if kind == "llama":
+        if kind in ("llama", QUANTIZED_TYPE):  # which read_config refuses
             config = read_config(folder)
             return TeacherInfo(identity, config.max_position_embeddings, config.vocab_size, config)
         _refuse_foreign_code(folder, fields)

@@ -31,6 +31,7 @@ from slm.runtime import atomic_write
 if TYPE_CHECKING:
     from slm.model.llama import SLMForCausalLM
 
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SHAPE_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -81,8 +82,13 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+QUANTIZED_TYPE = "slm_quantized_llama"  # the model_type of a folder that slm quantize has written
+
+
 def config_from_hf(fields: dict[str, Any], path: object = "config.json") -> ModelConfig:
     """Reads config.json's content as transformers does. Raises UserError for what is not a plain Llama."""
+    if fields.get("model_type") == QUANTIZED_TYPE:
+        raise UserError(f"{path} is of a quantised model{_ONLY_READ}", fix=_ORIGINAL)
     if fields.get("model_type") != "llama":
         raise UserError(
             f"{path}: model_type is {fields.get('model_type')!r}, but only 'llama' models run here",
@@ -137,6 +143,16 @@ def _scaling_from_hf(
     if "mscale" not in known or "mscale_all_dim" not in known:  # no effect of one alone
         known = {k: v for k, v in known.items() if not k.startswith("mscale")}
     return RopeScaling(rope_type=kind, **known), context
+
+
+_ONLY_READ = ": its weights are rounded; it generates and is evaluated, but is no start, no teacher, and not exported or imported"
+_ORIGINAL = "give the model that it was made from"
+
+
+def refuse_quantized(model: Any, what: str) -> None:
+    """Raises UserError if the weights of `model` (any object) are codes: to train, save or enlarge it would lose them."""
+    if getattr(model, "quantization", None) is not None:
+        raise UserError(f"{what} is a quantised model{_ONLY_READ}", fix=_ORIGINAL)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -245,9 +261,14 @@ def weight_reader(folder: str | Path) -> Callable[[str, tuple[int, ...]], torch.
 
 
 def load_pretrained(folder: str | Path, dtype: torch.dtype) -> SLMForCausalLM:
-    """The model of a Hugging Face folder, on the CPU, in `dtype`."""
+    """The model of a Hugging Face folder, or of one that slm quantize has written, on the CPU, in `dtype`."""
     from slm.model.llama import SLMForCausalLM
 
+    config_file = Path(folder) / "config.json"
+    if config_file.is_file() and read_json(config_file).get("model_type") == QUANTIZED_TYPE:
+        from slm.model.quantized_files import load_quantized
+
+        return load_quantized(folder, dtype)
     model = SLMForCausalLM(read_config(folder), seed=None).to(dtype)
     read = weight_reader(folder)
     with torch.no_grad():
@@ -262,6 +283,7 @@ def save_pretrained(model: SLMForCausalLM, folder: str | Path, tokenizer: Any = 
     tokenizer: any object; its files too, if it has save_pretrained, and its bos_, eos_ and pad_token_id, so that
     transformers' generate knows where a text ends.
     """
+    refuse_quantized(model, "what is to be saved")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "model.safetensors"
@@ -273,11 +295,23 @@ def save_pretrained(model: SLMForCausalLM, folder: str | Path, tokenizer: Any = 
         os.fsync(file.fileno())
     temporary.replace(target)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    # Null where there is none: transformers would otherwise take Llama 1's, which are ordinary tokens here.
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    special = {name: getattr(tokenizer, name, None) for name in names}
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
+    write_configs(folder, config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}, special_ids(tokenizer))
+
+
+def special_ids(tokenizer: Any) -> dict[str, Any]:
+    """Null where there is none: transformers would otherwise take Llama 1's, which are ordinary tokens here."""
+    return {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS}
+
+
+def write_configs(folder: Path, fields: dict[str, Any], special: dict[str, Any]) -> None:
+    """generation_config.json, and config.json last."""
     atomic_write(folder / "generation_config.json", json.dumps(special, indent=2) + "\n")
-    hf = config_to_hf(model.config) | special | {"dtype": dtype, "torch_dtype": dtype}
-    atomic_write(folder / "config.json", json.dumps(hf, indent=2) + "\n")
+    atomic_write(folder / "config.json", json.dumps(fields | special, indent=2) + "\n")
+
+
+def some_names(names: Any) -> str:
+    """Up to six of them."""
+    listed = sorted(names)
+    return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,9 @@ from slm.model.rope import (
     piece_lengths,
     rotary_table,
 )
+
+if TYPE_CHECKING:
+    from slm.model.quantized_files import Quantization
 
 
 @dataclass
@@ -191,20 +194,33 @@ class Head(nn.Linear):
         distillation: Distillation | None = None,
         visit: Visit | None = None,
     ) -> Any:
-        hidden_NE = hidden_BTE.flatten(0, 1)
-        if visit is not None:
-            chunk = chunk_tokens(self.weight.shape[0], hidden_NE.device.type)
-            for start in range(0, len(hidden_NE), chunk):
-                visit(start, F.linear(hidden_NE[start : start + chunk], self.weight))
-            return None
-        if labels_BT is None:
-            return F.linear(hidden_BTE, self.weight)
-        labels_N = labels_BT.flatten()
-        if each:
-            return token_losses(hidden_NE, self.weight, labels_N).view(labels_BT.shape)
-        if distillation is not None:
-            return linear_distillation(hidden_NE, self.weight, labels_N, distillation, z_loss=z_loss)
-        return linear_cross_entropy(hidden_NE, self.weight, labels_N, z_loss=z_loss)
+        return head_outputs(hidden_BTE, self.weight, labels_BT, z_loss, each, distillation, visit)
+
+
+def head_outputs(
+    hidden_BTE: torch.Tensor,
+    weight_VE: torch.Tensor,
+    labels_BT: torch.Tensor | None,
+    z_loss: float,
+    each: bool,
+    distillation: Distillation | None,
+    visit: Visit | None,
+) -> Any:
+    """What SLMForCausalLM.forward returns, of hidden states and the output matrix."""
+    hidden_NE = hidden_BTE.flatten(0, 1)
+    if visit is not None:
+        chunk = chunk_tokens(weight_VE.shape[0], hidden_NE.device.type)
+        for start in range(0, len(hidden_NE), chunk):
+            visit(start, F.linear(hidden_NE[start : start + chunk], weight_VE))
+        return None
+    if labels_BT is None:
+        return F.linear(hidden_BTE, weight_VE)
+    labels_N = labels_BT.flatten()
+    if each:
+        return token_losses(hidden_NE, weight_VE, labels_N).view(labels_BT.shape)
+    if distillation is not None:
+        return linear_distillation(hidden_NE, weight_VE, labels_N, distillation, z_loss=z_loss)
+    return linear_cross_entropy(hidden_NE, weight_VE, labels_N, z_loss=z_loss)
 
 
 class Decoder(nn.Module):
@@ -231,6 +247,7 @@ class SLMForCausalLM(nn.Module):
         self.config = config = config.shape()
         self.recompute = "none"  # activation checkpointing of each block: none, full or selective
         self.offload_activations = False  # what it keeps waits in host memory
+        self.quantization: Quantization | None = None  # how its weights are coded; such a model is only read
         self.objective: Objective | None = None  # a loss of the user's own, instead of cross-entropy
         with _no_default_init():
             self.model = Decoder(config)
@@ -367,6 +384,9 @@ class SLMForCausalLM(nn.Module):
 
     def resize_token_embeddings(self, num_tokens: int) -> None:
         """Changes the vocabulary to `num_tokens` rows; new rows are the mean of the old ones. Raises ValueError."""
+        from slm.model.hf import refuse_quantized
+
+        refuse_quantized(self, "what is to be enlarged")
         if num_tokens < 1:
             raise ValueError(f"num_tokens is {num_tokens}; a vocabulary has at least one token")
         embedding, head = self.model.embed_tokens, self.lm_head
@@ -378,7 +398,7 @@ class SLMForCausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> SLMForCausalLM:
-        """Loads a Hugging Face Llama folder (config.json, safetensors), ours or theirs. Raises UserError."""
+        """Loads a Hugging Face Llama folder (config.json, safetensors), ours or theirs, or a quantised one. Raises UserError."""
         from slm.model.hf import load_pretrained
 
         return load_pretrained(path, dtype)

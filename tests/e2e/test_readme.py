@@ -44,7 +44,14 @@ def test_every_shell_command(clone):
     printed = {}
     for command in commands:
         result = subprocess.run(
-            command, shell=True, cwd=clone, env=environment(clone), capture_output=True, text=True, timeout=240
+            command,
+            shell=True,
+            cwd=clone,
+            env=environment(clone),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            stdin=subprocess.DEVNULL,
         )
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
         assert "Traceback" not in result.stderr

@@ -14,6 +14,7 @@ from slm import SLMForCausalLM
 from slm.distill.codec import RawTargets
 from slm.distill.wanted import open_cache, wanted_caches
 from slm.model.config import ModelConfig
+from slm.model.decode import DecodeStep, join_projections
 from slm.model.llama import KVCache
 from slm.recipe import load_recipe
 from tests.gpu.test_gpu import ROOT, train
@@ -52,6 +53,35 @@ def test_rotary_scalings_equal_the_cpu(kind, device, dtype, tolerance):
         for start, end in ((0, 20), (20, ORIGINAL + 1), (ORIGINAL + 1, 4 * ORIGINAL)):
             logits = model(tokens[:, start:end].to(device), cache=cache)
             near(logits[:, -1], reference(tokens[:, :end])[:, -1])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance"),
+    [
+        ("cpu", torch.float32, 1e-5),
+        pytest.param("cuda", torch.float32, 1e-4, marks=GPU),
+        pytest.param("cuda", torch.bfloat16, 1e-1, marks=GPU),
+    ],
+)
+def test_steps_of_generation_equal_the_cpus_full_forward(device, dtype, tolerance, compiled):
+    """On a GPU the launches are recorded once and replayed: six steps, rows of different lengths. Compiled only there: the CPU's
+    compiled step has a test of its own."""
+    if compiled and device == "cpu":
+        return
+    reference, model = model_of("llama3"), join_projections(model_of("llama3").to(device, dtype))
+    lengths, width = [5, 17, 11], 24
+    tokens = some_tokens(3, width)
+    with torch.no_grad():
+        cache = KVCache.empty(model.config, 3, 64, dtype, device)
+        model(tokens[:, :17].to(device), cache=cache)
+        step = DecodeStep(model, cache, compiled)
+        for more in range(6):
+            at = [length + more for length in lengths]
+            logits_BV = step(tokens[range(3), at].to(device), at).clone()
+            for row, length in enumerate(at):
+                wanted = reference(tokens[row, None, : length + 1])[0, -1]
+                assert (logits_BV[row].float().cpu() - wanted).norm() <= tolerance * wanted.norm()
 
 
 # --- slm teacher ---------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from slm import SLMForCausalLM, SLMTokenizer
+from slm.completion import TextStream, continuations, generate_text
 from slm.errors import UserError
-from slm.generate import TextStream, filter_logits, generate, generate_text, sample
+from slm.generate import filter_logits, generate, sample
 
 PROMPTS = [[5, 17, 300, 2, 9, 44, 8], [7], [11, 12, 13, 14], [100, 200, 300, 400, 500, 1, 2, 3, 4, 6, 8]]
 PAD = 511
@@ -367,14 +368,15 @@ def test_with_the_projects_own_tokenizer(model, kind):
     tokenizer = SLMTokenizer(vocab_size=512)
     if kind != "bytes":
         tokenizer.train(["def f(x): return x", "the quick brown fox jumps"] * 20, vocab_size=300, kind=kind)
-    seen = []
     prompt = "the fox"
     options = {"max_new_tokens": 40, "seed": 0, "temperature": 2.0}
-    [text] = generate_text(model, tokenizer, [prompt], on_tokens=seen.append, **options)
     ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
-    new = [token for [token] in seen]
-    assert max(new) < len(tokenizer) < model.config.vocab_size
-    assert text == tokenizer.decode(ids + new)[len(prompt) :]
-    batch = torch.tensor([ids])
-    want = generate(model, batch, num_tokens=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **options)
-    assert want[0].tolist() == ids + new
+    stops = {"num_tokens": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    out = generate(model, torch.tensor([ids]), **stops, **options)[0].tolist()
+    assert out[: len(ids)] == ids
+    assert max(out) < len(tokenizer) < model.config.vocab_size
+    [told] = continuations(model, tokenizer, [ids], **options)
+    assert told.text == tokenizer.decode(out)[len(prompt) :]
+    assert told.num_tokens == len(out) - len(ids)
+    assert told.finished == (out[-1] == tokenizer.eos_token_id)
+    assert generate_text(model, tokenizer, [prompt], **options) == [told.text]

@@ -232,12 +232,22 @@ def test_a_node_is_added_to_those_that_are_left_out(job, slurm):
 
 def test_the_code_is_what_this_attempt_has_written(tmp_path, job):
     """0 too: a finished run is one whatever srun says; not the record of an attempt before, and not half a record."""
-    assert job.written_code(tmp_path, 0.0) is None
+    assert job.code_of_run(137, tmp_path, 0.0) == 137
     (tmp_path / "exit.json").write_text('{"code": 0, "time": 10}')
-    assert job.written_code(tmp_path, 5.0) == 0
-    assert job.written_code(tmp_path, 15.0) is None
+    assert job.code_of_run(137, tmp_path, 5.0) == 0
+    assert job.code_of_run(137, tmp_path, 15.0) == 137
     (tmp_path / "exit.json").write_text('{"code"')
-    assert job.written_code(tmp_path, 0.0) is None
+    assert job.code_of_run(137, tmp_path, 0.0) == 137
+
+
+def test_a_warning_between_two_attempts_is_no_failure(tmp_path, job, monkeypatch):
+    """Of a run that has crashed and waits to be started again: the record is the crash's, and the job is requeued anyway."""
+    (tmp_path / "exit.json").write_text('{"code": 1, "time": 10}')
+    told = 128 + signal.SIGUSR1
+    assert job.code_of_run(told, tmp_path, 5.0) == told
+    assert told in job.TIME_IS_UP
+    monkeypatch.setattr(job, "RESTARTS", "0")  # then srun says it, of a task that has failed
+    assert job.code_of_run(told, tmp_path, 5.0) == 1
 
 
 # ----------------------------------------------------------------------------------------------- cluster.py

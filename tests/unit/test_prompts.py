@@ -1,0 +1,302 @@
+"""`slm generate` with a file of prompts, and chat: what they write, what they go on from, what they refuse."""
+
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import sys
+from contextlib import suppress
+
+import pytest
+
+from slm import SLMForCausalLM, SLMTokenizer
+from slm.chat import Chat, OneTurn, find_template
+from slm.cli import main
+from slm.completion import continuations, encode_prompts
+from slm.errors import UserError
+from slm.prompts import answer, read_prompts
+
+PROMPTS = ["the fox", "a", "a rather longer prompt than the others", "end", "äöü"]
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return SLMTokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config, tokenizer):
+    varied = {"initializer_range": 0.2, "tie_word_embeddings": False, "vocab_size": len(tokenizer)}
+    return SLMForCausalLM(tiny_config.model_copy(update=varied), seed=1)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path, tokenizer)
+    return path
+
+
+def run_slm(*arguments):
+    """The command in this process; its exit code."""
+    sys.argv = ["slm", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- a file of prompts --------------------------------------------------------------------------------------
+
+
+def test_each_prompt_of_a_file_gets_the_answer_it_gets_alone(model, tokenizer, tmp_path):
+    """Greedy, in batches of two of different lengths; other fields of a line are kept."""
+    file, output = tmp_path / "p.jsonl", tmp_path / "deep" / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": text, "id": n}) for n, text in enumerate(PROMPTS)))
+    assert answer(model, tokenizer, read_prompts(file), output, batch=2, about={}, **GREEDY)[0] == len(PROMPTS)
+    for n, (line, text) in enumerate(zip(lines_of(output), PROMPTS, strict=True)):
+        [alone] = continuations(model, tokenizer, encode_prompts(tokenizer, [text]), **GREEDY)
+        assert (line["id"], line["prompt"], line["completion"]) == (n, text, alone.text)
+        assert (line["num_tokens"], line["finished"]) == (alone.num_tokens, alone.finished)
+
+
+def test_a_killed_file_goes_on_and_is_the_same(model, tokenizer, tmp_path):
+    """Cut anywhere: within a line, within a batch, at its end, whole. Sampled, so that a batch done half would differ."""
+    prompts = read_prompts(_written(tmp_path))
+    options = {"batch": 2, "about": {"model": "m"}, "max_new_tokens": 8, "seed": 3}
+    whole = tmp_path / "whole.jsonl"
+    answer(model, tokenizer, prompts, whole, **options)
+    data = whole.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(data) if byte == 10]
+    for cut, done in [(0, 0), (5, 0), (ends[0], 0), (ends[1], 2), (ends[2] + 3, 2), (ends[3], 4), (len(data), 5)]:
+        again = tmp_path / f"{cut}.jsonl"
+        again.write_bytes(data[:cut])
+        assert answer(model, tokenizer, prompts, again, **options)[0] == len(PROMPTS) - done
+        assert again.read_bytes() == data
+
+
+def test_answers_of_another_kind_are_not_touched(model, tokenizer, tmp_path):
+    """Other settings, another model, other prompts: refused, and the file stays as it was."""
+    prompts = read_prompts(_written(tmp_path))
+    output = tmp_path / "a.jsonl"
+    answer(model, tokenizer, prompts, output, batch=2, about={"model": "m"}, **GREEDY)
+    before = output.read_bytes()
+    for asked, about, options in [
+        (prompts, {"model": "other"}, GREEDY),
+        (prompts, {"model": "m"}, {**GREEDY, "max_new_tokens": 9}),
+        (prompts[1:], {"model": "m"}, GREEDY),
+        (prompts[::-1], {"model": "m"}, GREEDY),
+    ]:
+        with pytest.raises(UserError, match="other prompts, or of another model or other settings"):
+            answer(model, tokenizer, asked, output, batch=2, about=about, **options)
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", "", "empty"),
+        ("a.jsonl", '{"prompt": "x"}\n{"text": "x"}\n', "line 2 has no text as `prompt`"),
+        ("a.jsonl", '{"prompt": "x"}\n\n{"prompt": \n', "line 3 is no JSON"),
+        ("a.jsonl", '{"prompt": "x", "completion": "y"}', "a field completion"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_files_that_are_no_prompts(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=told):
+        read_prompts(tmp_path / name)
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_anything_is_made(model, tokenizer, tmp_path):
+    file, output = tmp_path / "p.txt", tmp_path / "a.jsonl"
+    file.write_text("short\n" + "x" * 300 + "\n")
+    with pytest.raises(
+        UserError, match=r"p.txt, line 2: 301 tokens and 8 new ones are more than the model's context of 256"
+    ):
+        answer(model, tokenizer, read_prompts(file), output, batch=1, about={}, **GREEDY)
+    assert not output.exists()
+
+
+def _written(folder):
+    file = folder / "p.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return file
+
+
+# --- chat ---------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_without_template_is_a_transcript(model, tokenizer):
+    """What is asked of the model is the transcript so far, and its answer ends where it speaks for the user."""
+    chat = Chat(model, tokenizer, template=None, **GREEDY)
+    first = chat.answer("hello ")
+    ids = chat.prompt_ids([*chat.turns, {"role": "user", "content": "more"}])
+    assert tokenizer.decode(ids) == f"User: hello\nAssistant: {first}\nUser: more\nAssistant:"
+    assert ids[0] == tokenizer.bos_token_id
+    [alone] = continuations(model, tokenizer, encode_prompts(tokenizer, ["User: hello\nAssistant:"]), **GREEDY)
+    assert first == alone.text.strip()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("said", "shown", "ended"),
+    [
+        ("Yes.\nUsual.\nUser: no", "Yes.\nUsual.", True),
+        ("Yes.\nUse", "Yes.\nUse", False),  # what only began like it is shown after all
+        ("\n\nUser:", "\n", True),
+        ("", "", False),
+    ],
+)
+def test_the_users_name_ends_a_turn_and_is_not_shown(said, shown, ended, size):
+    """In whatever pieces it comes."""
+    turn, told = OneTurn(stop="\nUser:"), ""
+    for start in range(0, len(said), size):
+        told += turn.add(said[start : start + size])
+        if turn.ended:
+            break
+    assert (told + turn.rest(), turn.ended) == (shown, ended)
+
+
+def test_the_models_own_template_is_used(model, tokenizer, folder, tmp_path):
+    """From either of the two files where it may stand; special tokens in it are tokens."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert find_template(tmp_path) == template
+    (tmp_path / "chat_template.jinja").write_text(template + "!")
+    assert find_template(tmp_path) == template + "!"
+    assert find_template(folder) is None
+    chat = Chat(model, tokenizer, template=template, **GREEDY)
+    ids = chat.prompt_ids([{"role": "user", "content": "hi"}])
+    want = tokenizer.encode("[user]hi", add_bos=True, add_eos=True) + tokenizer.encode("[assistant]")
+    assert ids == want
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for %}", "is none"),
+        ("{{ raise_exception('roles must alternate') }}", "fails: roles must alternate"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails"),
+    ],
+)
+def test_templates_that_fail_or_do_what_they_must_not(model, tokenizer, template, told):
+    with pytest.raises(UserError, match=told):
+        Chat(model, tokenizer, template=template, **GREEDY).answer("x")
+
+
+def test_a_full_context_forgets_the_oldest(model, tokenizer, capsys):
+    """And says so; a turn that alone is too long is refused, and was never said."""
+    chat = Chat(model, tokenizer, template=None, **GREEDY)
+    for _ in range(4):
+        chat.answer("x" * 60)
+    assert "exchanges are forgotten" in capsys.readouterr().err
+    assert len(chat.prompt_ids(chat.turns)) <= 256
+    kept = list(chat.turns)
+    with pytest.raises(UserError, match="this turn alone is"):
+        chat.answer("y" * 300)
+    assert chat.turns == kept
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def test_the_command_chats_over_standard_input(folder, monkeypatch, capsys):
+    """Two turns and the end of the input; answers alone go to standard output."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nyou\n"))
+    assert run_slm("generate", str(folder), "--chat", "--temperature", "0", "--max-new-tokens", "4") == 0
+    told = capsys.readouterr()
+    assert "no chat template" in told.err
+    assert told.out.count("\n") >= 2
+
+
+@pytest.mark.timeout(120)
+def test_keys_on_a_terminal(folder):
+    """Ctrl-C ends an answer half way and the chat goes on, at the prompt it does nothing, Ctrl-D ends with code 0."""
+    command = [
+        sys.executable,
+        "-m",
+        "slm",
+        "generate",
+        str(folder),
+        "--chat",
+        "--max-new-tokens",
+        "200",
+        "--temperature",
+        "0",
+    ]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(command[0], command)
+    try:
+        read_until(terminal, "> ")
+        os.write(terminal, b"hello\n")
+        read_until(terminal, "hello\r\n")
+        read_until(terminal, "")  # something of the answer
+        os.write(terminal, b"\x03")
+        read_until(terminal, "\n> ")
+        os.write(terminal, b"\x03")
+        read_until(terminal, "\n")
+        os.write(terminal, b"/new\n")
+        read_until(terminal, "/new\r\n> ")
+        os.write(terminal, b"\x04")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(terminal)
+
+
+def read_until(terminal, wanted):
+    """What a terminal shows, up to `wanted`, or whatever comes next. The test's time limit ends a wait in vain."""
+    shown = ""
+    while not shown or wanted not in shown:
+        try:
+            shown += os.read(terminal, 1 if wanted else 64).decode(errors="replace")
+        except OSError:  # it has ended
+            raise AssertionError(f"the command ended: {shown}") from None
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "there is nothing to continue"),
+        (["x", "--chat"], "PROMPT and --chat at once"),
+        (["x", "--output", "a.jsonl"], "--output has no effect"),
+        (["--prompts", "nowhere.txt"], "cannot be read"),
+    ],
+)
+def test_contradictions_are_refused(folder, capsys, arguments, told):
+    assert run_slm("generate", str(folder), *arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_stop_ids_of_the_folder_end_a_text(folder, model, tokenizer, tmp_path, capsys):
+    """The ids of generation_config.json, of which instruct models have several."""
+    [free] = continuations(model, tokenizer, encode_prompts(tokenizer, ["the fox"]), do_sample=False, max_new_tokens=20)
+    ids = tokenizer.encode(free.text)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "generation_config.json").read_text())
+    stop = next(id_ for id_ in ids if id_ < 128)
+    (copy / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [tokenizer.eos_token_id, stop]}))
+    command = ("the fox", "--temperature", "0", "--max-new-tokens", "20")
+    assert run_slm("generate", str(copy), *command) == 0
+    shorter = capsys.readouterr().out
+    assert run_slm("generate", str(folder), *command) == 0
+    longer = capsys.readouterr().out
+    assert longer.startswith(shorter.rstrip("\n"))
+    assert len(shorter) < len(longer)
