@@ -115,17 +115,15 @@ class Lab:
         return [row for row in rows if row["kind"] == kind]
 
     def start_now(self, job: str) -> None:
-        """A requeued job waits for two minutes by default, counted anew from when its last process has gone. Not within a second of
-        its requeue: the credential of the new start would be as old as those that were just revoked, and SLURM ends the job."""
-        waits_since = None
+        """A requeued job waits for two minutes by default, counted anew from when its last process has gone. Three seconds is
+        enough, and no less will do: a node refuses a job's new credential in the second in which it revoked the old one."""
 
         def has_started() -> bool:
-            nonlocal waits_since
             shown = self.cluster.run("scontrol", "show", "job", "-o", job, check=False).stdout
-            if "JobState=PENDING" in shown:
-                waits_since = waits_since or time.monotonic()
-                if time.monotonic() > waits_since + 2:
-                    self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            start = re.search(r"StartTime=(\d\S+)", shown)
+            soon = time.time() + 10
+            if "JobState=PENDING" in shown and start and datetime.fromisoformat(start[1]).timestamp() > soon:
+                self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3", check=False)
             return "Restarts=1" in shown and "JobState=RUNNING" in shown
 
         self.cluster.wait_until(has_started, seconds=180)
