@@ -32,6 +32,8 @@ from rich.progress import Progress
 from rich.table import Table
 from side_by_side import Spread, machine
 
+from slm.model.hf import read_config
+
 OURS, PEER = "this project", "transformers"
 ARMS = (PEER, OURS, f"{OURS}, compiled", f"{OURS}, int8", f"{OURS}, int4")
 
@@ -104,8 +106,6 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def bytes_of_a_token(folder: Path, batch: int, length: int, value_bytes: float) -> float:
     """Weights of the matrix products, once for all rows, and keys and values of `length` tokens for each."""
-    from slm.model.hf import read_config
-
     config = read_config(folder)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * batch
     return (config.matmul_parameters() + cache) * value_bytes
@@ -139,11 +139,12 @@ def main() -> None:
         places = folders(shape, Path(work), arms)
         run = {name: arm_of(name, places[name], given.new, device, dtype) for name in arms}
         bandwidth = copy_bandwidth(device) if cuda else 0.0
+        vocabulary = read_config(places[arms[0]]).vocab_size
         failed = False
         for batch in map(int, given.batch.split(",")):
-            ids = torch.randint(10, 4000, (batch, given.prompt), generator=torch.Generator().manual_seed(batch)).to(
-                device
-            )
+            ids = torch.randint(
+                10, vocabulary, (batch, given.prompt), generator=torch.Generator().manual_seed(batch)
+            ).to(device)
             seconds: dict[str, list[float]] = {name: [] for name in arms}
             with Progress(transient=True, console=Console(stderr=True)) as progress:
                 bar = progress.add_task(f"batch {batch}", total=(given.rounds + 1) * len(arms))

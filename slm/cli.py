@@ -80,17 +80,11 @@ def _note_exit(code: int, reason: str) -> None:
 def _load(recipe: str | Path, overrides: list[str] | None) -> Recipe:
     """From here on messages name the recipe as it was given."""
     from slm.recipe import load_recipe
-    from slm.runtime import launched_ranks
+    from slm.runtime import said_once
 
     SLMError.recipe = shlex.join([str(recipe), *(overrides or [])])
-    try:
+    with said_once():
         return load_recipe(recipe, overrides)
-    except UserError as error:
-        ranks = launched_ranks()
-        if ranks is None or ranks.local_rank == 0:
-            raise
-        _note_exit(error.exit_code, str(error))
-        sys.exit(error.exit_code)  # the ranks of a machine read the same file: it is said once
 
 
 @app.command()

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from slm.errors import EnvironmentProblem, UserError
+from slm.runtime import said_once
 
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="a run, a checkpoint, or a Hugging Face folder")]
 TokenizerPath = Annotated[str, typer.Option(help="tokenizer, if the model's own recipe names none")]
@@ -83,21 +84,10 @@ def evaluate(
         return
     if text:
         _refuse("--text", {**of_shards, **of_suite})
-        from slm import text_loss
-
-        measured = text_loss.evaluate_text(
-            model,
-            data or [],
-            seq_len=seq_len,
-            stride=stride,
-            rows=micro_batch,
-            detokenise=detokenise,
+        _text(
+            model, data or [], as_json, seq_len=seq_len, stride=stride, rows=micro_batch, detokenise=detokenise,
             tokenizer=tokenizer,
-        )
-        if measured is not None and as_json:
-            typer.echo(json.dumps([m.as_dict() for m in measured], indent=2))
-        elif measured is not None:
-            text_loss.draw(measured)
+        )  # fmt: skip
         return
     _refuse("the loss on shards", of_suite | of_text, "add --suite NAME or --text, which it is for")
     from slm.pictures import check_picture
@@ -113,9 +103,12 @@ def evaluate(
         from slm import findings
         from slm.loading import evaluate_model
     folders = [str(path) for path in data or []]
-    found, per_byte = evaluate_model(
+    measured = evaluate_model(
         model, folders, seq_len, micro_batch, max_sequences, recall=given if recall else None, tokenizer=tokenizer
     )
+    if measured is None:  # a rank that has done its share
+        return
+    found, per_byte = measured
     if plot is not None:
         findings.plot(found, plot)
     if as_json:
@@ -126,16 +119,19 @@ def evaluate(
 
 def _refuse(what: str, options: dict[str, Any], fix: str = "leave it out, or give two commands") -> None:
     if given := [name for name, value in options.items() if value]:
-        raise UserError(f"{given[0]} has no effect on {what}", fix=fix)
+        with said_once():
+            raise UserError(f"{given[0]} has no effect on {what}", fix=fix)
 
 
 def _suite(model: str, names: list[str], output: Path | None, as_json: bool, **options: Any) -> None:
     try:
         from slm import suite
     except ImportError as error:
-        raise EnvironmentProblem(
-            f"--suite needs lm-evaluation-harness, which is not here ({error})", fix='pip install -e ".[eval]"'
-        ) from None
+        with said_once():
+            raise EnvironmentProblem(
+                f"--suite needs lm-evaluation-harness, which is not here ({error})", fix='pip install -e ".[eval]"'
+            ) from None
+    from slm.afterwards import keep
     from slm.loading import run_of
 
     place = run_of(model)
@@ -144,13 +140,32 @@ def _suite(model: str, names: list[str], output: Path | None, as_json: bool, **o
     found = suite.evaluate_suite(model, names, answers=answers, **options)
     if found is None:  # a rank that has served
         return
-    if folder is not None:
-        path = suite.write(found, folder, place)
-        typer.echo(f"wrote {path}", err=True)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
         suite.draw(found)
+    if folder is not None:
+        typer.echo(f"wrote {keep('suite', found, suite.values_of(found), folder, place)}", err=True)
+
+
+def _text(model: str, files: list[Path], as_json: bool, **options: Any) -> None:
+    from slm import text_loss
+    from slm.afterwards import keep
+    from slm.distill.models import describe_teacher
+    from slm.loading import run_of
+
+    measured = text_loss.evaluate_text(model, files, **options)
+    if measured is None:  # a rank that has done its share
+        return
+    if as_json:
+        typer.echo(json.dumps([m.as_dict() for m in measured], indent=2))
+    else:
+        text_loss.draw(measured)
+    if (place := run_of(model)) is not None:
+        fingerprint = describe_teacher(model).identity["fingerprint"]
+        found = {"model": model, "fingerprint": fingerprint, "results": {m.name: m.as_dict() for m in measured}}
+        path = keep("text", found, text_loss.values_of(measured), place.folder / "eval", place)
+        typer.echo(f"wrote {path}", err=True)
 
 
 def _listed(text: str) -> list[str]:

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +78,7 @@ class HarnessModel(TemplateLM):
         self._rows = int(batch_size or 4)
         self.fingerprint = describe_teacher(pretrained).identity["fingerprint"]
         what = [self.fingerprint, self._text.fingerprint, str(next(self._model.parameters()).dtype), self.max_length]
-        self._answers = Answers(answers, what)
+        self._answers = parallel.together(Answers, answers, what)
 
     @property
     def eot_token_id(self) -> int:
@@ -123,7 +124,8 @@ class HarnessModel(TemplateLM):
     def serve(self) -> None:
         """Ranks other than 0: takes part until rank 0 has done with them."""
         while (task := parallel.broadcast(None)) is not None:
-            self._together(task)
+            with suppress(Exception):  # rank 0 has it too (parallel.together), says it, and dismisses
+                self._together(task)
 
     def dismiss(self) -> None:
         parallel.broadcast(None)
@@ -300,7 +302,12 @@ class Answers:
         self._path = folder / f"answers-{parallel.rank()}.jsonl" if folder is not None else None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder}, which keeps the answers, cannot be written: {error.strerror}", fix="give another --output"
+            ) from None
         for path in sorted(folder.glob("answers-*.jsonl")):
             for line in path.read_text(errors="replace").splitlines():
                 try:

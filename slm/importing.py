@@ -24,14 +24,20 @@ from safetensors.torch import save_file
 from slm.errors import CorruptArtefact, UserError
 from slm.loading import fresh_folder
 from slm.model.config import ModelConfig
-from slm.model.hf import config_from_hf, config_to_hf, read_json, some_names, weight_files
-from slm.model.llama import SLMForCausalLM
+from slm.model.hf import (
+    FLOATS,
+    checked_files,
+    config_from_hf,
+    config_to_hf,
+    expected_shapes,
+    read_json,
+    read_tensor,
+    some_names,
+)
 from slm.names import file_inside
 from slm.runtime import atomic_write
 
 SHARD_BYTES = 5 << 30
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Beside the weights: what they and the text that they read need, and what transformers' generate takes from there.
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -59,15 +65,8 @@ def import_folder(folder: str | Path, output: str | Path, tokenizer: str = "") -
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: there is no config.json, so this is no model folder", fix="give a folder with one")
     fields = read_json(folder / "config.json")
-    if fields.get("quantization_config"):
-        raise UserError(
-            f"{folder}: its config.json has a quantization_config, so its weights are codes of another format",
-            fix="take the version of the model before quantisation",
-        )
     config = config_from_hf(fields, folder / "config.json")
-    where = weight_files(folder)
-    dropped = _check_names(folder, config, where)
-    where = {name: file for name, file in where.items() if name not in dropped}
+    where, dropped = checked_files(folder, config)
     dtype, sizes = _check_tensors(folder, config, where)
     source = Path(tokenizer) if tokenizer else folder
     num_tokens = _check_tokenizer(source, config, given=bool(tokenizer))
@@ -95,7 +94,7 @@ def import_folder(folder: str | Path, output: str | Path, tokenizer: str = "") -
         told = str(dtype).removeprefix("torch.")
         hf = config_to_hf(config) | special | {"dtype": told, "torch_dtype": told}
         atomic_write(partial / "config.json", json.dumps(hf, indent=2) + "\n")
-    return Imported(config, dtype, len(groups), sum(sizes.values()), num_tokens, tuple(sorted(dropped)))
+    return Imported(config, dtype, len(groups), sum(sizes.values()), num_tokens, dropped)
 
 
 def describe(found: Imported, output: Path) -> str:
@@ -123,53 +122,10 @@ def describe(found: Imported, output: Path) -> str:
 # --- checks -------------------------------------------------------------------------------------------------------
 
 
-def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = SLMForCausalLM(config, seed=None)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _check_names(folder: Path, config: ModelConfig, where: dict[str, Path]) -> set[str]:
-    """The stored tensors that are left out: a tied head, and rotary buffers of old transformers. Raises UserError."""
-    wanted = _expected(config)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        told = read_json(index)["weight_map"]
-        if wrong := [name for name, file in told.items() if name not in where or where[name].name != file]:
-            raise CorruptArtefact(
-                f"{index} and the files disagree about {some_names(wrong)}: a file is missing, or of another version",
-                fix="copy the whole folder again",
-            )
-    dropped = {name for name in where if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and _HEAD in where and _EMBEDDING in where:
-        if not torch.equal(_read(where, _HEAD), _read(where, _EMBEDDING)):
-            raise UserError(
-                f"{folder}: {_HEAD} differs from {_EMBEDDING}, though tie_word_embeddings is true in its config.json: the model "
-                "would have another head than its weights say",
-                fix="set tie_word_embeddings to false there, if the head is meant",
-            )
-        dropped.add(_HEAD)
-    missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted) - dropped)
-    if not (missing or extra):
-        return dropped
-    parts = [f"lacks {len(missing)} tensors ({some_names(missing)})"] * bool(missing)
-    parts += [f"has {len(extra)} that the model of its config.json does not ({some_names(extra)})"] * bool(extra)
-    fix = "copy the whole folder again; every file that the index names belongs to it"
-    if any(name.endswith(".bias") for name in extra):
-        fix = "biases are no part of this architecture, and leaving them out would change what it computes: use another model"
-    elif {f"model.{name}" for name in extra} & set(missing):
-        fix = "its names lack the head 'model.': load it with transformers' AutoModelForCausalLM, and save_pretrained() it"
-    elif missing == [_HEAD] and not extra:
-        fix = "if the head is the embedding, set tie_word_embeddings to true in its config.json"
-    elif any("lora_" in name for name in extra):
-        fix = "merge the adapter first, with peft's merge_and_unload() and save_pretrained()"
-    raise UserError(f"{folder} {' and '.join(parts)}", fix=fix)
-
-
 def _check_tensors(folder: Path, config: ModelConfig, where: dict[str, Path]) -> tuple[torch.dtype, dict[str, int]]:
     """(the dtype of most weights, {name: bytes}). Every shape is looked at, then every number. Raises UserError."""
     shapes: list[str] = []
-    wanted = _expected(config)
+    wanted = expected_shapes(config)
     for name, shape in wanted.items():
         with safe_open(where[name], "pt") as file:
             found = tuple(file.get_slice(name).get_shape())
@@ -185,7 +141,7 @@ def _check_tensors(folder: Path, config: ModelConfig, where: dict[str, Path]) ->
     bytes_of: dict[torch.dtype, int] = {}
     broken: list[str] = []
     for name, tensor in _tensors(where, list(wanted)):
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise UserError(
                 f"{folder}: {name} is {str(tensor.dtype).removeprefix('torch.')}, and weights are float32, bfloat16 or float16",
                 fix="take the version of the model before quantisation",
@@ -211,8 +167,9 @@ def _check_tokenizer(source: Path, config: ModelConfig, *, given: bool) -> int |
     num_tokens = len(load_tokenizer(source))
     if num_tokens > config.vocab_size:
         raise UserError(
-            f"the tokenizer of {source} has {num_tokens:,} tokens, and the embedding ({_EMBEDDING}) {config.vocab_size:,} rows: "
-            "it is not the one that the model was trained with, or tokens were added and the embedding was not enlarged",
+            f"the tokenizer of {source} has {num_tokens:,} tokens, and the embedding (model.embed_tokens.weight) "
+            f"{config.vocab_size:,} rows: it is not the one that the model was trained with, or tokens were added and the "
+            "embedding was not enlarged",
             fix="give the model's own tokenizer with --tokenizer, or enlarge the embedding (resize_token_embeddings) and save it",
         )
     return num_tokens
@@ -231,15 +188,10 @@ def _check_special(folder: Path, special: dict[str, Any], config: ModelConfig) -
 # --- tensors ------------------------------------------------------------------------------------------------------
 
 
-def _read(where: dict[str, Path], name: str) -> torch.Tensor:
-    with safe_open(where[name], "pt") as file:
-        return file.get_tensor(name)
-
-
 def _tensors(where: dict[str, Path], names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """One at a time."""
     for name in names:
-        yield name, _read(where, name)
+        yield name, read_tensor(where, name)
 
 
 def _groups(sizes: dict[str, int]) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """From a path that a user names to a model that computes: for `slm eval`, `slm generate` and `slm export`.
 
 Owns finding the weights (a run, its best or latest, a checkpoint, a Hugging Face folder) and the tokenizer that goes
-with them. Single process: sharded evaluation happens inside training (train.py).
+with them; and `slm eval` on token shards. Each rank of a launcher holds the whole model and takes a share of the data.
 
     model, tokenizer = load_for_text("runs/quickstart/best")
 """
@@ -154,14 +154,41 @@ def evaluate_model(
     *,
     recall: dict[str, Any] | None = None,
     tokenizer: str = "",
-) -> tuple[Findings, dict[str, float]]:
-    """(what was found, bytes per token by source). recall: fields over those of the recipe's eval.recall; None for none."""
-    model, state = load_model(path)
+) -> tuple[Findings, dict[str, float]] | None:
+    """(what was found, bytes per token by source); None on ranks other than 0. Under any launcher the ranks share the sequences.
+
+    recall: fields over those of the recipe's eval.recall; None for none.
+    """
+    with parallel.launched() as device:
+        model, state = parallel.together(load_model, path, device)
+        what = (path, state, model.config, folders, seq_len, micro_batch, max_sequences, recall, tokenizer)
+        held_out, per_byte = parallel.together(_held_out, *what)
+        total = sum(map(len, held_out.sources.values())) + (len(held_out.recall) if held_out.recall else 0)
+        quiet = parallel.rank() > 0
+        with Progress(transient=True, console=Console(stderr=True), disable=quiet) as progress:
+            task = progress.add_task("evaluating", total=total)
+            place = next(model.parameters()).device
+            found = examine(ModelScorer(model), held_out, place, lambda done: progress.update(task, completed=done))
+        return None if quiet else (found, per_byte)
+
+
+def _held_out(
+    path: str,
+    state: dict[str, Any],
+    config: ModelConfig,
+    folders: list[str],
+    seq_len: int,
+    micro_batch: int,
+    max_sequences: int,
+    recall: dict[str, Any] | None,
+    tokenizer: str,
+) -> tuple[HeldOut, dict[str, float]]:
+    """This rank's share of what is looked at, and bytes per token by source. Raises UserError, CorruptArtefact."""
     recipe = state.get("recipe", {})
     sources = {Path(folder).as_posix(): folder for folder in folders} or recipe.get("data", {}).get("validation", {})
     if not sources:
         raise UserError(f"{path}: its recipe names no validation data", fix="name folders of token shards after MODEL")
-    context = model.config.max_position_embeddings
+    context = config.max_position_embeddings
     seq_len = seq_len or (phase_of(state)["seq_len"] if recipe else min(4096, context))
     if seq_len > context:
         raise UserError(
@@ -169,15 +196,16 @@ def evaluate_model(
         )
     datasets = {name: TokenDataset(folder) for name, folder in sources.items()}
     for name, dataset in datasets.items():
-        if dataset.vocab_size > model.config.vocab_size:
+        if dataset.vocab_size > config.vocab_size:
             raise UserError(
                 f"{name} was made with a tokenizer of {dataset.vocab_size} tokens, more than the model's vocabulary of "
-                f"{model.config.vocab_size}",
+                f"{config.vocab_size}",
                 fix="evaluate on shards of the model's own tokenizer",
             )
         _check_tokenizer(path, state, name, dataset.tokenizer_fingerprint)
+    share = parallel.Share.of(parallel.rank(), parallel.world_size())
     batches = {
-        name: EvaluationBatches(dataset, seq_len, micro_batch, max_sequences=max_sequences or None)
+        name: EvaluationBatches(dataset, seq_len, micro_batch, share, max_sequences or None)
         for name, dataset in datasets.items()
     }
     samples = None
@@ -191,14 +219,9 @@ def evaluate_model(
         said_by = None if tokenizer else path
         grid = _recall_grid({**known, **recall}, datasets, seq_len, context, spec, said_by)
         rows = max(1, micro_batch * seq_len // max(grid.lengths))
-        samples = RecallBatches(grid, rows)
-    total = sum(map(len, batches.values())) + (len(samples) if samples else 0)
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
-        task = progress.add_task("evaluating", total=total)
-        held_out = HeldOut(seq_len, batches, recall=samples)
-        device = next(model.parameters()).device
-        found = examine(ModelScorer(model), held_out, device, lambda done: progress.update(task, completed=done))
-    return found, {name: bytes_per_token(dataset) for name, dataset in datasets.items()}
+        samples = RecallBatches(grid, rows, share)
+    per_byte = {name: bytes_per_token(dataset) for name, dataset in datasets.items()}
+    return HeldOut(seq_len, batches, recall=samples), per_byte
 
 
 def phase_of(state: dict[str, Any]) -> dict[str, Any]:

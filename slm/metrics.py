@@ -155,6 +155,23 @@ def append_row(run_dir: Path, step: int, values: dict[str, float]) -> None:
         _append(file, {"step": step, "time": time.time(), **values})
 
 
+def to_tensorboard(run_dir: Path, step: int, values: dict[str, float]) -> None:
+    """The same beside the curves of a run that has a TensorBoard folder. Raises OSError, EnvironmentProblem."""
+    if (run_dir / "tensorboard").is_dir():
+        writer = _open_tensorboard(run_dir, None)
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.close()
+
+
+def to_wandb_summary(run_dir: Path, options: dict[str, Any], run_name: str, values: dict[str, float]) -> None:
+    """The same into the summary of a run's W&B page, its columns in the table of runs: a row of its history has to be newer than
+    the newest, and would take the place of the next step's. Raises UserError, EnvironmentProblem."""
+    run, _ = _open_wandb(run_dir, options, run_name, {})
+    run.summary.update(values)
+    run.finish()
+
+
 def _event(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {"time": time.time(), "kind": kind, **redacted_in(fields)}
 
@@ -196,7 +213,8 @@ def _append(file: IO[bytes], fields: dict[str, Any]) -> None:
         raise OSError("only part of a line was written (disk full?)")
 
 
-def _open_tensorboard(run_dir: Path, start_step: int) -> Any:
+def _open_tensorboard(run_dir: Path, start_step: int | None) -> Any:
+    """start_step: what stands there after it no longer counts; None: all counts."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -204,7 +222,7 @@ def _open_tensorboard(run_dir: Path, start_step: int) -> Any:
             f"TensorBoard was asked for and cannot be imported: {error}",
             fix="pip install tensorboard, or turn it off in the recipe's log section",
         ) from None
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=None if start_step is None else start_step + 1)
 
 
 def _open_wandb(run_dir: Path, options: dict[str, Any], run_name: str, config: dict[str, Any]) -> tuple[Any, int]:
@@ -246,34 +264,40 @@ def _open_wandb(run_dir: Path, options: dict[str, Any], run_name: str, config: d
 
 
 def offline_rows(run_dir: Path, run_id: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(step, values) of each row in W&B's local files of a run, oldest file first.
+    """(step, values) of each row in W&B's local files of a run, oldest file first."""
+    for path in sorted(run_dir.glob(f"wandb/*run-*/run-{run_id}.wandb"), key=lambda path: path.stat().st_mtime):
+        for record in offline_records(path):
+            if record.HasField("history"):
+                items = {item.key or ".".join(item.nested_key): item for item in record.history.item}
+                yield record.history.step.num, {key: json.loads(items[key].value_json) for key in items}
 
-    After seven bytes such a file is LevelDB's log: blocks of 32 KiB with records of checksum, length, type
-    (1 whole, 2 first, 3 middle, 4 last part) and payload (google/leveldb, doc/log_format.md).
+
+def offline_records(path: Path) -> Iterator[Any]:
+    """The records of one of W&B's local files.
+
+    After seven bytes it is LevelDB's log: blocks of 32 KiB with records of checksum, length, type (1 whole, 2 first, 3 middle,
+    4 last part) and payload (google/leveldb, doc/log_format.md).
     """
     from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     block, header = 32768, 7
-    for path in sorted(run_dir.glob(f"wandb/*run-*/run-{run_id}.wandb"), key=lambda path: path.stat().st_mtime):
-        data, position, payload = path.read_bytes(), header, b""
-        while position + header <= len(data):
-            if block - position % block < header:  # too little room for a header: filled up with zeros
-                position += block - position % block
-                continue
-            _, length, kind = struct.unpack_from("<IHB", data, position)
-            position += header + length
-            if position > len(data):
-                break  # cut short by a kill
-            payload += data[position - length : position]
-            if kind in (1, 4):
-                try:
-                    record, payload = Record.FromString(payload), b""
-                except DecodeError:
-                    break  # damaged: what follows cannot be trusted
-                if record.HasField("history"):
-                    items = {item.key or ".".join(item.nested_key): item for item in record.history.item}
-                    yield record.history.step.num, {key: json.loads(items[key].value_json) for key in items}
+    data, position, payload = path.read_bytes(), header, b""
+    while position + header <= len(data):
+        if block - position % block < header:  # too little room for a header: filled up with zeros
+            position += block - position % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        position += header + length
+        if position > len(data):
+            return  # cut short by a kill
+        payload += data[position - length : position]
+        if kind in (1, 4):
+            try:
+                record, payload = Record.FromString(payload), b""
+            except DecodeError:
+                return  # damaged: what follows cannot be trusted
+            yield record
 
 
 # -------------------------------------------------------------------------------------------- time

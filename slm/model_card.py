@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from slm import __version__
+from slm.afterwards import scores
 from slm.data.tokens import TokenDataset
 from slm.errors import EnvironmentProblem, SLMError
 from slm.model.config import ModelConfig
@@ -147,10 +148,14 @@ def _evaluation(state: dict[str, Any], run: Path | None) -> str:
             "| benchmark | metric | score |",
             "|---|---|---|",
         ]
-        for task, result in suite["results"].items():
-            for key, value in result["scores"].items():
-                if "_stderr" not in key and isinstance(value, int | float):
-                    lines.append(f"| {task} | {key.replace(',none', '')} | {_number(value)} |")
+        for task, metric, kind, value, _ in scores(suite["results"]):
+            lines.append(f"| {task} | {metric if kind == 'none' else f'{metric}, {kind}'} | {_number(value)} |")
+    texts = json_object(run / "eval" / f"text-{name}.json") if run is not None else {}
+    if texts:
+        lines += ["", "| text | tokens | perplexity | bits per byte | bits per character |", "|---|---|---|---|---|"]
+        for text, m in texts["results"].items():
+            ratios = (m["perplexity"], m["bits_per_byte"], m["bits_per_character"])
+            lines.append(f"| {Path(text).name} | {m['num_tokens']:,} | {' | '.join(map(_number, ratios))} |")
     return "\n".join(["## Evaluation", "", *lines]) if lines else ""
 
 

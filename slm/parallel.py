@@ -16,7 +16,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from slm.errors import SLMError, UserError
+from slm.runtime import discover_ranks, write_exit
 
 log = logging.getLogger("slm")
 
@@ -93,6 +95,33 @@ def stop() -> None:
     if dist.is_initialized():
         sequence_groups.cache_clear()
         dist.destroy_process_group()
+
+
+@contextmanager
+def launched(timeout_minutes: float = 30.0) -> Iterator[torch.device | None]:
+    """The ranks that a launcher has started, together until the end of the block: yields this one's device, or None where
+    this process is alone.
+
+    In the block a UserError and its like must be raised by all ranks (see `together`): rank 0 says it, and its exit code is the
+    one that counts. The others leave in silence with 0: when one fails, torchrun ends all, rank 0 before it has spoken.
+    """
+    ranks = discover_ranks()
+    device, joined = None, False
+    if ranks.world_size > 1:
+        device = local_device(ranks.local_rank)  # raised by the ranks that have no GPU, and said by them
+        joined = start(device, timeout_minutes)
+    try:
+        yield device
+        if ranks.rank == 0:
+            write_exit(None, 0, "done")  # launchers/launch.py takes a command that leaves no word for one that crashed
+    except SLMError as error:
+        if ranks.rank:
+            write_exit(None, error.exit_code, str(error))
+            raise SystemExit(0) from None
+        raise
+    finally:
+        if joined:
+            stop()
 
 
 def rank() -> int:

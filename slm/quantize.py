@@ -297,7 +297,9 @@ def _measure(
             return {row.name: (row.loss, row.num_tokens) for row in rows}
         if not data:
             raise UserError(f"{path}: its recipe names no held-out data, and none is given")
-        found, _ = evaluate_model(path, data, phase_of(state)["seq_len"] if state else 0, 4, max_sequences)
+        measured = evaluate_model(path, data, phase_of(state)["seq_len"] if state else 0, 4, max_sequences)
+        assert measured is not None  # one process
+        found, _ = measured
         return {name: (result.loss, result.num_targets) for name, result in shown(found.main)}
 
     return losses

@@ -34,7 +34,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
-from slm.errors import UserError
+from slm.errors import SLMError, UserError
 from slm.redact import redact_record, redacted
 
 if TYPE_CHECKING:
@@ -76,6 +76,19 @@ def launched_ranks() -> Ranks | None:
     """What a launcher says that this process is; None without one."""
     found = _from_torch_environment() or _from_mpi() or _from_slurm()
     return found[0] if found else None
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """For what every rank reads and finds wrong alike: the first of each machine says it, the others leave with its code."""
+    try:
+        yield
+    except SLMError as error:
+        ranks = launched_ranks()
+        if ranks is None or ranks.local_rank == 0:
+            raise
+        write_exit(None, error.exit_code, str(error))
+        sys.exit(error.exit_code)
 
 
 def discover_ranks() -> Ranks:

@@ -8,11 +8,10 @@ Tasks, prompts, filters and metrics are the harness's, which rank 0 alone runs; 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,9 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from slm import parallel
-from slm.errors import EnvironmentProblem, SLMError, UserError
+from slm.afterwards import scores
+from slm.errors import EnvironmentProblem, UserError
 from slm.harness import HarnessModel
-from slm.loading import RunPlace
-from slm.metrics import append_row
-from slm.runtime import atomic_write, discover_ranks
-from slm.supervise import last_step
 
 log = logging.getLogger("slm")
 
@@ -58,12 +54,8 @@ def evaluate_suite(
 
     Under any launcher the ranks share the requests. Raises UserError, EnvironmentProblem.
     """
-    ranks = discover_ranks()
-    if joined := ranks.world_size > 1:
-        # Ranks wait for rank 0 while it fetches data and computes metrics.
-        parallel.start(parallel.local_device(ranks.local_rank), timeout_minutes=24 * 60)
-    try:
-        device = parallel.local_device(ranks.local_rank) if joined else None
+    # Ranks wait for rank 0 while it fetches data and computes metrics.
+    with parallel.launched(timeout_minutes=24 * 60) as device:
         lm = HarnessModel(model, tokenizer, rows, max_length, answers, device)
         if parallel.rank():
             lm.serve()
@@ -72,13 +64,6 @@ def evaluate_suite(
             return _run(lm, model, names, num_fewshot, limit, task_folders, allow_code)
         finally:
             lm.dismiss()
-    except SLMError as error:
-        if ranks.rank:
-            raise SystemExit(error.exit_code) from None  # rank 0 says it
-        raise
-    finally:
-        if joined:
-            parallel.stop()
 
 
 def _run(
@@ -231,23 +216,13 @@ def _load(manager: Any, name: str) -> list[Any]:
 # --- what was found -----------------------------------------------------------------------------------------------
 
 
-def rows_of(found: dict[str, Any]) -> Iterator[tuple[str, str, str, float, float | None]]:
-    """(task, metric, filter, score, its standard error or None)."""
-    for task, result in found["results"].items():
-        scores = result["scores"]
-        for key, value in scores.items():
-            metric, _, kind = key.partition(",")
-            if not metric.endswith("_stderr"):
-                yield task, metric, kind, value, scores.get(f"{metric}_stderr,{kind}")
-
-
 def draw(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table("benchmark", "shots", "documents", "metric", "score", "± standard error")
-    for task, metric, kind, value, error in rows_of(found):
+    for task, metric, kind, value, error in scores(found["results"]):
         result = found["results"][task]
         name = metric if kind == "none" else f"{metric} ({kind})"
         shots, documents = (("-" if x is None else str(x)) for x in (result["num_fewshot"], result["documents"]))
@@ -257,29 +232,11 @@ def draw(found: dict[str, Any]) -> None:
         print(f"(only the first {found['limit']} documents of each: no score to compare with others)")
 
 
-def _earlier(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # none, or damaged
-        return {}
-
-
-def write(found: dict[str, Any], folder: Path, run: RunPlace | None) -> Path:
-    """Into FOLDER/suite-NAME.json, beside what earlier suites found of the same weights, and of a run also as a row of its
-    metrics.jsonl: suite/TASK/METRIC, and suite/step, the checkpoint's step. Raises EnvironmentProblem."""
-    path = folder / f"suite-{run.checkpoint if run is not None else found['fingerprint'][:12]}.json"
-    try:
-        before = _earlier(path)
-        if before.get("fingerprint") == found["fingerprint"]:
-            found = found | {"results": before["results"] | found["results"]}
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(found, indent=1) + "\n")
-        if run is not None:
-            values = {f"suite/{task}/{metric}": value for task, metric, _, value, _ in rows_of(found)}
-            # Steps never go down there: of an earlier checkpoint the row stands at the newest step, and says which it is of.
-            append_row(run.folder, max(run.step, last_step(run.folder)), {"suite/step": run.step, **values})
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{path} cannot be written: {error}", fix="give another --output, or make room"
-        ) from None
-    return path
+def values_of(found: dict[str, Any]) -> dict[str, float]:
+    """TASK/METRIC: score, for the log of a run; of several filters of one metric TASK/METRIC/FILTER."""
+    rows = list(scores(found["results"]))
+    names = [(task, metric) for task, metric, *_ in rows]
+    return {
+        f"{task}/{metric}" + f"/{kind}" * (names.count((task, metric)) > 1): value
+        for task, metric, kind, value, _ in rows
+    }

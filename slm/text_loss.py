@@ -24,11 +24,10 @@ from typing import Any
 import torch
 
 from slm import parallel
-from slm.errors import SLMError, UserError
+from slm.errors import UserError
 from slm.loading import load_for_text
 from slm.losses import IGNORE
 from slm.model.llama import SLMForCausalLM
-from slm.runtime import discover_ranks
 
 
 @dataclass(frozen=True)
@@ -185,11 +184,7 @@ def evaluate_text(
         raise UserError("--text has no file", fix="slm eval MODEL --text FILE…")
     if detokenise not in ("", "wikitext"):
         raise UserError(f"--detokenise is {detokenise!r}", fix="wikitext is the one that there is")
-    ranks = discover_ranks()
-    if joined := ranks.world_size > 1:
-        parallel.start(parallel.local_device(ranks.local_rank))
-    try:
-        device = parallel.local_device(ranks.local_rank) if joined else None
+    with parallel.launched() as device:
         documents = parallel.together(lambda: {str(file): read_documents(file) for file in files})
         model, text = parallel.together(load_for_text, path, tokenizer, device)
         context = model.config.max_position_embeddings
@@ -206,21 +201,26 @@ def evaluate_text(
         for name, texts in documents.items():
             ids = [text.encode(_prepared(t, detokenise), add_bos=text.bos_token_id is not None) for t in texts]
             total, count = parallel.reduce_sum(parallel.together(loss_of, model, ids, seq_len, stride, rows))
+            if not count:
+                raise UserError(
+                    f"{name} is one token, and the tokenizer has no BOS to predict it from", fix="give a longer text"
+                )
             words = sum(len(re.split(r"\s+", t)) for t in texts)
             sizes = words, sum(map(len, texts)), sum(len(t.encode()) for t in texts)
             measured.append(Measured(name, total, int(count), *sizes, seq_len, stride))
         return None if parallel.rank() else measured
-    except SLMError as error:
-        if ranks.rank:
-            raise SystemExit(error.exit_code) from None  # rank 0 says it
-        raise
-    finally:
-        if joined:
-            parallel.stop()
 
 
 def _prepared(text: str, detokenise: str) -> str:
     return detokenised_wikitext(text) if detokenise else text
+
+
+def values_of(measured: list[Measured]) -> dict[str, float]:
+    """FILE/RATIO: value, for the log of a run; FILE without its folders, where that tells them apart."""
+    short = [Path(m.name).name for m in measured]
+    names = short if len(set(short)) == len(short) else [m.name for m in measured]
+    ratios = ("perplexity", "word_perplexity", "bits_per_byte", "bits_per_character")
+    return {f"{name}/{ratio}": getattr(m, ratio) for name, m in zip(names, measured, strict=True) for ratio in ratios}
 
 
 def draw(measured: list[Measured]) -> None:

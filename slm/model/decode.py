@@ -87,7 +87,8 @@ class DecodeStep:
         self._norm = _norm(model.model.norm, few_calls)
         self._layers = [_layer(block, few_calls) for block in model.model.layers]
         self._heads = _Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self._cache = cache
+        self._keys = [keys_BSJD.transpose(1, 2) for keys_BSJD in cache.keys]
+        self._values = [values_BSJD.transpose(1, 2) for values_BSJD in cache.values]
         B, S = cache.keys[0].shape[:2]
         device = cache.keys[0].device
         cos_1S1R, sin_1S1R = rotary_table(
@@ -122,7 +123,7 @@ class DecodeStep:
         self, ids_B: torch.Tensor, length_B: torch.Tensor, slot: int | None, filled: int | None
     ) -> torch.Tensor:
         return self._run(
-            self._embedding, self._layers, self._norm, self._head, self._heads, self._cache.keys, self._cache.values,
+            self._embedding, self._layers, self._norm, self._head, self._heads, self._keys, self._values,
             self._cos_S1D, self._sin_S1D, ids_B, length_B, slot, filled,
         )  # fmt: skip
 
@@ -159,37 +160,34 @@ def _forward(
     H, J, D = heads
     x_BE = embedding.forward(ids_B)
     B = len(ids_B)
+    slots = keys[0].shape[2] if filled is None else filled
     if slot is None:
         cos, sin = cos_S1D[length_B], sin_S1D[length_B]
         rows_B = torch.arange(B, device=ids_B.device)
-        slots = keys[0].shape[1] if filled is None else filled
         seen_BS = torch.arange(slots, device=ids_B.device) <= length_B[:, None]
         # As numbers, once: as truth values each layer would make numbers of them.
         mask = torch.zeros(seen_BS.shape, dtype=x_BE.dtype, device=ids_B.device).masked_fill_(~seen_BS, -torch.inf)
         mask = mask[:, None, None]
     else:
         cos, sin, mask = cos_S1D[slot], sin_S1D[slot], None
-    for layer, keys_BSJD, values_BSJD in zip(layers, keys, values, strict=True):
+    for layer, keys_BJSD, values_BJSD in zip(layers, keys, values, strict=True):
         qkv = _apply(layer.qkv, _normed(layer.attention_norm, x_BE)).view(B, H + 2 * J, D)
-        qk, v_BJD = qkv[:, : H + J], qkv[:, H + J :]
-        swapped = torch.cat((qk[..., D // 2 :], qk[..., : D // 2]), -1)
-        qk = (qk * cos + swapped * sin).to(x_BE.dtype)
+        qk, v_BJD = qkv.split((H + J, J), 1)
+        qk = (qk * cos + qk.roll(D // 2, -1) * sin).to(x_BE.dtype)
+        q_BHD, k_BJD = qk.split((H, J), 1)
         if slot is not None:
-            keys_BSJD[:, slot] = qk[:, H:]
-            values_BSJD[:, slot] = v_BJD
+            keys_BJSD.select(2, slot).copy_(k_BJD)
+            values_BJSD.select(2, slot).copy_(v_BJD)
         else:
-            keys_BSJD[rows_B, length_B] = qk[:, H:]
-            values_BSJD[rows_B, length_B] = v_BJD
+            keys_BJSD[rows_B, :, length_B] = k_BJD
+            values_BJSD[rows_B, :, length_B] = v_BJD
         # The query heads that share a key are so many queries of one head.
         out_BJGD = F.scaled_dot_product_attention(
-            qk[:, :H].view(B, J, H // J, D),
-            keys_BSJD[:, :filled].transpose(1, 2),
-            values_BSJD[:, :filled].transpose(1, 2),
-            mask,
+            q_BHD.view(B, J, H // J, D), keys_BJSD.narrow(2, 0, slots), values_BJSD.narrow(2, 0, slots), mask
         )
-        x_BE = x_BE + _apply(layer.out, out_BJGD.reshape(B, H * D))
+        x_BE = _added(x_BE, layer.out, out_BJGD.reshape(B, H * D))
         gate, up = _apply(layer.gate_up, _normed(layer.mlp_norm, x_BE)).chunk(2, -1)
-        x_BE = x_BE + _apply(layer.down, F.silu(gate) * up)
+        x_BE = _added(x_BE, layer.down, F.silu(gate).mul_(up))
     return _apply(head, _normed(norm, x_BE))
 
 
@@ -202,6 +200,12 @@ def _compiled(rows: int, slots: int) -> Callable[..., torch.Tensor]:
 
     warnings.filterwarnings("ignore", message=".*", module="torch._inductor.*")
     return torch.compile(forward, fullgraph=True, dynamic=False)
+
+
+def _added(x_BE: torch.Tensor, matrix: Matrix, inner: torch.Tensor) -> torch.Tensor:
+    if isinstance(matrix, torch.Tensor):
+        return torch.addmm(x_BE, inner, matrix.T)
+    return x_BE + _apply(matrix, inner)
 
 
 def _apply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,9 @@ _SHAPE_FIELDS = (
 )
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
 # transformers calls dynamic's original context max_position_embeddings; the whole one stands beside it, for us alone.
 _DYNAMIC_CONTEXT = "extended_max_position_embeddings"
 
@@ -82,25 +85,55 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+# What transformers takes where config.json lacks a field (configuration_llama.py, configuration_mistral.py); not so sizes.
+# A Mistral without a sliding window is a Llama: modular_mistral.py inherits the rest.
+_MISSING = {
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    "mistral": {
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+}  # fmt: skip
+_FAMILY = tuple(_MISSING)
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 QUANTIZED_TYPE = "slm_quantized_llama"  # the model_type of a folder that slm quantize has written
 
 
 def config_from_hf(fields: dict[str, Any], path: object = "config.json") -> ModelConfig:
     """Reads config.json's content as transformers does. Raises UserError for what is not a plain Llama."""
-    if fields.get("model_type") == QUANTIZED_TYPE:
+    kind = fields.get("model_type")
+    if kind == QUANTIZED_TYPE:
         raise UserError(f"{path} is of a quantised model{_ONLY_READ}", fix=_ORIGINAL)
-    if fields.get("model_type") != "llama":
+    if kind not in _FAMILY:
         raise UserError(
-            f"{path}: model_type is {fields.get('model_type')!r}, but only 'llama' models run here",
-            fix="use a Llama-family folder",
+            f"{path}: model_type is {kind!r}, and the architecture that runs here is {' or '.join(map(repr, _FAMILY))}",
+            fix="use a Llama-family folder; as a teacher any causal model serves (transformers runs it)",
         )
+    if fields.get("quantization_config"):
+        raise UserError(
+            f"{path}: it has a quantization_config, so the weights are codes of another format",
+            fix="take the version of the model before quantisation",
+        )
+    fields = {**_MISSING[kind], **fields}
     for field, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if fields.get(field, plain) != plain:
-            raise UserError(f"{path}: {field} is {fields[field]!r}; this model has {plain!r} there and would differ")
+            raise UserError(
+                f"{path}: {field} is {fields[field]!r}; this architecture has {plain!r} there, and would compute something else",
+                fix="use another model",
+            )
+    if absent := [name for name in _SIZES if fields.get(name) is None]:
+        raise UserError(
+            f"{path}: there is no {', '.join(absent)}, so the model's shape is not known",
+            fix="copy the whole folder again",
+        )
+    window, context = fields.get("sliding_window"), fields["max_position_embeddings"]
+    if kind == "mistral" and window is not None and window < context:
+        raise UserError(
+            f"{path}: sliding_window is {window} of a context of {context}: each token sees only the last {window}, and here all",
+            fix=f"to use it up to there, where both are the same, set max_position_embeddings to {window} in config.json",
+        )
     shape = {k: fields[k] for k in _SHAPE_FIELDS if fields.get(k) is not None}
-    shape.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
-    shape.setdefault("tie_word_embeddings", False)
-    shape.setdefault("max_position_embeddings", 2048)
+    shape.setdefault("num_key_value_heads", fields["num_attention_heads"])
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     theta = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
     try:
@@ -222,6 +255,8 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
         if not isinstance(names, dict):
             raise CorruptArtefact(f"{index}: has no weight_map, which says where the weights are", fix="copy it again")
         files = [file_inside(folder, name, index) for name in sorted(set(map(_text, names.values())))]
+    elif (folder / "model.safetensors").exists():  # beside it may lie the same in its maker's own format
+        files = [file_inside(folder, "model.safetensors", folder)]
     else:
         files = [file_inside(folder, path.name, folder) for path in sorted(folder.glob("*.safetensors"))]
     if not files:
@@ -242,19 +277,79 @@ def _text(name: Any) -> Any:
     return name if isinstance(name, str) else repr(name)
 
 
-def weight_reader(folder: str | Path) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
-    """A function (parameter name, shape) -> that tensor, read from the folder when called, in its stored dtype."""
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the model's tensors."""
+    from slm.model.llama import SLMForCausalLM
+
+    with torch.device("meta"):
+        model = SLMForCausalLM(config, seed=None)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def checked_files(folder: str | Path, config: ModelConfig) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """({tensor name: its file} of exactly the model's tensors, the stored ones that are left out as they hold nothing of their
+    own: a tied head, and rotary buffers of old transformers). Raises UserError, CorruptArtefact."""
+    folder = Path(folder)
     where = weight_files(folder)
+    wanted = expected_shapes(config)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        told = read_json(index)["weight_map"]
+        if wrong := [name for name, file in told.items() if name not in where or where[name].name != file]:
+            raise CorruptArtefact(
+                f"{index} and the files disagree about {some_names(wrong)}: a file is missing, or of another version",
+                fix="copy the whole folder again",
+            )
+    dropped = {name for name in where if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and _HEAD in where and _EMBEDDING in where:
+        if not torch.equal(read_tensor(where, _HEAD), read_tensor(where, _EMBEDDING)):
+            raise UserError(
+                f"{folder}: {_HEAD} differs from {_EMBEDDING}, though tie_word_embeddings is true in its config.json: the model "
+                "would have another head than its weights say",
+                fix="set tie_word_embeddings to false there, if the head is meant",
+            )
+        dropped.add(_HEAD)
+    missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted) - dropped)
+    if not (missing or extra):
+        return {name: where[name] for name in wanted}, tuple(sorted(dropped))
+    parts = [f"lacks {len(missing)} tensors ({some_names(missing)})"] * bool(missing)
+    parts += [f"has {len(extra)} that the model of its config.json does not ({some_names(extra)})"] * bool(extra)
+    fix = "copy the whole folder again; every file that the index names belongs to it"
+    if any(name.endswith(".bias") for name in extra):
+        fix = "biases are no part of this architecture, and leaving them out would change what it computes: use another model"
+    elif {f"model.{name}" for name in extra} & set(missing):
+        fix = "its names lack the head 'model.': load it with transformers' AutoModelForCausalLM, and save_pretrained() it"
+    elif missing == [_HEAD] and not extra:
+        fix = "if the head is the embedding, set tie_word_embeddings to true in its config.json"
+    elif any("lora_" in name for name in extra):
+        fix = "merge the adapter first, with peft's merge_and_unload() and save_pretrained()"
+    raise UserError(f"{folder} {' and '.join(parts)}", fix=fix)
+
+
+def read_tensor(where: dict[str, Path], name: str) -> torch.Tensor:
+    """As it is stored."""
+    with safe_open(where[name], "pt") as file:
+        return file.get_tensor(name)
+
+
+def weight_reader(folder: str | Path) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    """A function (parameter name, shape) -> that tensor, read from the folder when called, in its stored dtype.
+
+    Raises UserError if the folder's tensors are not those of the model that its config.json describes.
+    """
+    where, _ = checked_files(folder, read_config(folder))
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name not in where and name == "lm_head.weight":
-            name = "model.embed_tokens.weight"
-        if name not in where:
-            raise UserError(f"{folder}: the weight {name!r} is missing, so the model cannot be built from it")
-        with safe_open(where[name], "pt") as tensors:
-            tensor = tensors.get_tensor(name)
+        if name not in where and name == _HEAD:
+            name = _EMBEDDING
+        tensor = read_tensor(where, name)
         if tuple(tensor.shape) != shape:
             raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, but the config says {shape}")
+        if tensor.dtype not in FLOATS:
+            raise UserError(
+                f"{folder}: {name} is {str(tensor.dtype).removeprefix('torch.')}, and weights are float32, bfloat16 or float16",
+                fix="take the version of the model before quantisation",
+            )
         return tensor
 
     return read

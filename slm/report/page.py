@@ -18,6 +18,7 @@ from typing import Literal
 from slm import __version__
 from slm.errors import EnvironmentProblem, SLMError
 from slm.report import curves, sections
+from slm.report.benchmarks import benchmarks
 from slm.report.charts import Html, number, swatch, table, text
 from slm.report.curves import FIGURES, View
 from slm.report.record import Record, read_record
@@ -31,6 +32,7 @@ SECTIONS = [
     ("time", "Where time went", sections.time_spent),
     ("position", "Loss by position", sections.positions),
     ("recall", "Pass keys", sections.recall),
+    ("benchmarks", "Benchmarks", benchmarks),
     ("teacher", "Teacher", sections.teachers),
     ("data", "Data", sections.data),
     ("events", "Events", sections.events),

@@ -54,6 +54,16 @@ class Evaluation:
     found: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Afterwards:
+    """RUN/eval/KIND-PHASE-STEP.json (afterwards.py): what a suite or a text told of a checkpoint; step is the phase's own."""
+
+    kind: str  # suite, text
+    phase: str
+    step: int
+    results: dict[str, Any]
+
+
 @dataclass
 class Record:
     folder: Path
@@ -63,6 +73,7 @@ class Record:
     events: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, Any] = field(default_factory=dict)  # ledger.goodput
     evaluations: list[Evaluation] = field(default_factory=list)
+    afterwards: list[Afterwards] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
     recipe_text: str = ""
     exit: dict[str, Any] = field(default_factory=dict)
@@ -107,7 +118,8 @@ def read_record(folder: Path) -> Record:
         record.recipe = tree if isinstance(tree, dict) else {}
     except (OSError, yaml.YAMLError):
         pass
-    record.evaluations = _evaluations(folder, [str(phase.get("name")) for phase in record.phases])
+    phases = [str(phase.get("name")) for phase in record.phases]
+    record.evaluations, record.afterwards = _evaluations(folder, phases), _afterwards(folder, phases)
     return record
 
 
@@ -178,6 +190,19 @@ def _evaluations(folder: Path, phases: list[str]) -> list[Evaluation]:
             found.append(Evaluation(phase, int(step), tree))
     place = {name: i for i, name in enumerate(phases)}
     return sorted(found, key=lambda e: (place.get(e.phase, len(place)), e.phase, e.step))
+
+
+def _afterwards(folder: Path, phases: list[str]) -> list[Afterwards]:
+    """By kind, by the order of the phases, and by step."""
+    found = []
+    for path in folder.glob("eval/*.json"):
+        kind, _, rest = path.stem.partition("-")
+        phase, _, step = rest.rpartition("-")
+        results = _json(path).get("results")
+        if kind in ("suite", "text") and phase and step.isdigit() and isinstance(results, dict):
+            found.append(Afterwards(kind, phase, int(step), results))
+    place = {name: i for i, name in enumerate(phases)}
+    return sorted(found, key=lambda a: (a.kind, place.get(a.phase, len(place)), a.phase, a.step))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from slm import SLMTokenizer
 from slm.errors import UserError
+from slm.metrics import offline_records
 from slm.recipe import load_recipe
 from slm.train import train
 from tests.shards import make_dataset
@@ -195,10 +197,18 @@ def test_the_model_card_of_a_run(write, tmp_path, monkeypatch):
 
     monkeypatch.setenv("HUB_TOKEN", "hf_abcdefghijklmnop")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    recipe = load_recipe(write(), ["phases.long.tokens=512", "eval.recall.every_steps=2", "name=hf_abcdefghijklmnop"])
+    changes = [
+        "phases.long.tokens=512",
+        "eval.recall.every_steps=2",
+        "name=hf_abcdefghijklmnop",
+        "log.tensorboard=true",
+    ]
+    recipe = load_recipe(write(), [*changes, "log.wandb={project: t, mode: offline}"])
     assert train(recipe) == 0
     run = tmp_path / "run"
+    _text(run, tmp_path)
     has_harness = _benchmark(run, tmp_path)
+    _page(run, has_harness)
     export_model(str(run / "latest"), tmp_path / "a")
     card = (tmp_path / "a/README.md").read_text()
     assert "![training and held-out loss by step](loss.png)" in card
@@ -221,6 +231,7 @@ def test_the_model_card_of_a_run(write, tmp_path, monkeypatch):
     assert "hf_abcdef" not in card
     if has_harness:
         assert "| t | acc |" in card
+    assert re.search(r"\| a\.txt \| [\d,]+ \| [\d.]+ \| [\d.]+ \|", card)
 
     def missing(path):
         raise EnvironmentProblem("no matplotlib")
@@ -229,6 +240,49 @@ def test_the_model_card_of_a_run(write, tmp_path, monkeypatch):
     export_model(str(run / "latest"), tmp_path / "b")
     assert "| step | loss |\n|---|---|\n| 1 | " in (tmp_path / "b/README.md").read_text()
     assert not (tmp_path / "b/loss.png").exists()
+
+
+def _text(run, tmp_path):
+    """A text of two checkpoints: each its own file; rows of the run's log, of which an earlier checkpoint's stands at the end
+    too; TensorBoard at the checkpoint's step; W&B's summary."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from slm.cli_models import evaluate
+
+    (tmp_path / "a.txt").write_text("def main():\n    return 1\n" * 40)
+    found = {}
+    for checkpoint, step in (("long-00000002", 6), ("short-00000002", 2)):
+        evaluate(str(run / "checkpoints" / checkpoint), data=[tmp_path / "a.txt"], text=True, seq_len=64)
+        written = json.loads((run / f"eval/text-{checkpoint}.json").read_text())
+        found[step] = written["results"][str(tmp_path / "a.txt")]["perplexity"]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert {"step": 6, "text/step": step, "text/a.txt/perplexity": found[step]}.items() <= rows[-1].items()
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    drawn = {event.step: event.value for event in events.Scalars("text/a.txt/perplexity")}
+    assert drawn == {step: pytest.approx(value, rel=1e-6) for step, value in found.items()}
+    assert len(events.Scalars("loss")) == 6
+    last = sorted(run.glob("wandb/offline-run-*/*.wandb"))[-1]  # by the time in its name
+    assert _summary(last)["text/a.txt/perplexity"] == pytest.approx(found[2])
+
+
+def _summary(path):
+    """What W&B's local file holds for the summary."""
+    updates = [item for record in offline_records(path) for item in record.summary.update]
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in updates}
+
+
+def _page(run, has_harness):
+    """Both checkpoints of the text, and the benchmark, on the page."""
+    from slm.report.page import build_page
+    from slm.report.record import read_record
+
+    section = build_page([read_record(run)]).split('id="benchmarks"')[1].split("</section>")[0]
+    words = re.sub("<[^>]*>", " ", section)
+    for part in ("short, step 2", "long, step 2", "a.txt", "bits a byte"):
+        assert part in words
+    if has_harness:
+        for part in ("lm-evaluation-harness", " t ", " acc "):
+            assert part in words
 
 
 def _benchmark(run, tmp_path):

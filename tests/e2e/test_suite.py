@@ -164,12 +164,23 @@ def test_two_ranks_find_the_same(folder, ours, tmp_path):
     assert done.stdout.count("│ t_choice ") == 2  # rows of one table: acc and acc_norm
 
 
-def test_a_mistake_is_said_once(folder):
+def test_a_mistake_is_said_once(folder, tmp_path):
     """By rank 0, and the other one leaves."""
     words = ["slm", "eval", folder / "model", "--suite", "t_alls", "--tasks", folder / "tasks"]
     refused = run_ranks("-m", words, 2, check=False)
     assert refused.returncode != 0
     assert refused.stdout.count("there is no benchmark 't_alls'") == 1
+    fields = yaml.safe_load((folder / "tasks/t_generate.yaml").read_text()) | {"task": "t_long"}
+    fields["generation_kwargs"] = {"until": ["zebra"], "max_gen_toks": 64}
+    (tmp_path / "t_long.yaml").write_text(yaml.safe_dump(fields))
+    refused = run_ranks(
+        "-m", ["slm", "eval", folder / "model", "--suite", "t_long", "--tasks", tmp_path], 2, check=False
+    )
+    assert refused.returncode != 0
+    assert (
+        refused.stdout.count("Error: the benchmark asks for up to 64 new tokens") == 1
+    )  # found by both while they answer
+    assert "Traceback (most" not in refused.stdout.split("Error: the benchmark")[0]
 
 
 def test_the_command(folder, tmp_path, capsys, monkeypatch):

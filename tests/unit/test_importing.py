@@ -11,6 +11,7 @@ from slm import SLMForCausalLM, SLMTokenizer, importing
 from slm.errors import CorruptArtefact, UserError
 from slm.importing import describe, import_folder
 from slm.loading import export_model, load_for_text
+from slm.model import hf
 from slm.model.config import ModelConfig
 from slm.model.hf import config_to_hf
 from tests.unit.test_rope import KINDS, ORIGINAL
@@ -57,6 +58,93 @@ def test_every_rotary_type_that_transformers_writes(kind, form, tmp_path):
             again = AutoModelForCausalLM.from_pretrained(tmp_path / "in")(tokens, use_cache=False).logits
             torch.testing.assert_close(ours(tokens), expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(again, expected, rtol=0, atol=0)
+
+
+def mistral(folder, seed=0, **changes):
+    """A folder of transformers' own Mistral, written by transformers: heads of another width than hidden_size / heads."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=32, max_position_embeddings=128, initializer_range=0.2)  # fmt: skip
+    config = MistralConfig(**shape | {"sliding_window": None} | changes)
+    model = MistralForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_mistral_that_sees_all_of_its_context_is_a_llama(tmp_path):
+    """The same logits as transformers' MistralForCausalLM, without a window and with one that no token reaches beyond; one that
+    is shorter than the context is refused, and what is said to do about it is right."""
+    from transformers import AutoModelForCausalLM
+
+    for name, window in (("none", None), ("whole", 128)):
+        model = mistral(tmp_path / name, sliding_window=window)
+        import_folder(tmp_path / name, tmp_path / f"in-{name}")
+        assert json.loads((tmp_path / f"in-{name}/config.json").read_text())["model_type"] == "llama"
+        tokens = some_tokens(2, 128)
+        with torch.no_grad():
+            expected = model(tokens, use_cache=False).logits
+            for folder in (tmp_path / name, tmp_path / f"in-{name}"):
+                torch.testing.assert_close(
+                    SLMForCausalLM.from_pretrained(folder)(tokens), expected, rtol=1e-5, atol=1e-5
+                )
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / f"in-{name}")
+            torch.testing.assert_close(again(tokens, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    model = mistral(tmp_path / "short", sliding_window=32)
+    with pytest.raises(UserError, match="set max_position_embeddings to 32"):
+        import_folder(tmp_path / "short", tmp_path / "in")
+    path = tmp_path / "short/config.json"
+    fields = json.loads(path.read_text())
+    unsaid = {k: x for k, x in fields.items() if k != "sliding_window"} | {"max_position_embeddings": 8192}
+    path.write_text(json.dumps(unsaid))
+    with pytest.raises(UserError, match="sliding_window is 4096 of a context of 8192"):  # transformers' default
+        import_folder(tmp_path / "short", tmp_path / "in")
+    path.write_text(json.dumps(fields | {"max_position_embeddings": 32}))
+    found = import_folder(tmp_path / "short", tmp_path / "in")
+    assert found.config.max_position_embeddings == 32
+    with torch.no_grad():
+        tokens, longer = some_tokens(2, 32), some_tokens(2, 100)
+        ours = SLMForCausalLM.from_pretrained(tmp_path / "in")
+        torch.testing.assert_close(ours(tokens), model(tokens, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+        beyond = (ours(longer) - model(longer, use_cache=False).logits).abs().amax((0, 2))
+        assert beyond[:32].max() < 1e-4 < beyond[32:].max()  # the window is what differs
+
+
+def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path):
+    """Of both families: epsilon, key/value heads, head, context and base where nothing is said."""
+    from transformers import LlamaConfig, MistralConfig
+
+    sizes = dict(vocab_size=512, hidden_size=256, intermediate_size=176, num_hidden_layers=2, num_attention_heads=16)
+    for kind, their_config in (("llama", LlamaConfig), ("mistral", MistralConfig)):
+        fields = {"model_type": kind, **sizes} | ({"sliding_window": None} if kind == "mistral" else {})
+        ours, expected = hf.config_from_hf(fields), their_config(**fields)
+        for name in ("rms_norm_eps", "num_key_value_heads", "tie_word_embeddings", "max_position_embeddings", "head_dim",
+                     "initializer_range"):  # fmt: skip
+            assert getattr(ours, name) == getattr(expected, name), (kind, name)
+        assert ours.rope_theta == expected.rope_parameters["rope_theta"]
+        assert ours.rope_scaling is None
+
+
+def test_loading_without_import_is_as_strict(tiny_config, tmp_path):
+    """`slm eval FOLDER`, init_from and teachers: biases, codes of a quantised model and a head that is not there are no
+    weights to pass over. Of two formats in one folder transformers' own is read."""
+    theirs(tmp_path / "hf", tiny_config)
+    for number, (make, message) in enumerate([
+        (broken(lambda t: t.update({Q.replace("weight", "bias"): torch.ones(64)})), "biases are no part"),
+        (broken(lambda t: t.update({Q: (t[Q] * 100).to(torch.int8)})), "is int8, and weights are float32"),
+        (broken(lambda t: None, lambda c: c | {"quantization_config": {"bits": 8}}), "quantization_config"),
+        (broken(lambda t: None, lambda c: c | {"tie_word_embeddings": False}), "set tie_word_embeddings to true"),
+    ]):  # fmt: skip
+        shutil.copytree(tmp_path / "hf", tmp_path / str(number))
+        make(tmp_path / str(number))
+        with pytest.raises(UserError, match=message):
+            SLMForCausalLM.from_pretrained(tmp_path / str(number))
+    before = SLMForCausalLM.from_pretrained(tmp_path / "hf")
+    save_file({"layers.0.attention.wq.weight": torch.ones(4, 4)}, tmp_path / "hf/consolidated.safetensors")
+    after = SLMForCausalLM.from_pretrained(tmp_path / "hf")
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    import_folder(tmp_path / "hf", tmp_path / "in")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,9 +224,14 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         (broken(lambda t: None, lambda c: c | {"tie_word_embeddings": False}), ["lm_head.weight", "tie_word_embeddings to true"]),
         (broken(lambda t: None, lambda c: c | {"quantization_config": {"bits": 4}}), ["quantization_config"]),
         (broken(lambda t: None, lambda c: c | {"eos_token_id": 600}), ["eos_token_id is 600", "rows are 0 to 511"]),
+        (broken(lambda t: None, lambda c: c | {"hidden_act": "gelu"}), ["hidden_act is 'gelu'", "compute something else"]),
+        (broken(lambda t: None, lambda c: c | {"attention_bias": True}), ["attention_bias is True", "compute something else"]),
+        (broken(lambda t: None, lambda c: c | {"mlp_bias": True}), ["mlp_bias is True", "compute something else"]),
+        (broken(lambda t: None, lambda c: {k: x for k, x in c.items() if k != "hidden_size"}), ["there is no hidden_size"]),
         (broken(without_prefix), ["lack the head 'model.'", "embed_tokens.weight"]),
     ],
-    ids=["missing", "bias", "extra", "shape", "nan", "int8", "architecture", "head", "quantised", "eos", "prefix"],
+    ids=["missing", "bias", "extra", "shape", "nan", "int8", "architecture", "head", "quantised", "eos", "activation",
+         "attention_bias", "mlp_bias", "size", "prefix"],
 )  # fmt: skip
 def test_what_is_wrong_is_named_and_nothing_is_written(make, messages, tiny_config, tmp_path):
     theirs(tmp_path / "hf", tiny_config)
@@ -202,7 +295,9 @@ def test_export_of_a_folder_is_what_transformers_loads_without_our_code(tiny_con
 @pytest.mark.timeout(1800)
 def test_the_real_1b_with_random_weights_of_that_shape(tmp_path):
     """The published config of Llama 3.2 1B in the form of transformers 4, its 146 names and shapes in float32 (4.9 GB), one
-    tensor at a time: imported, loaded, and the same numbers. Needs about 11 GB of disk and 6 of memory."""
+    tensor at a time: imported, the same numbers, and transformers' logits. Needs about 11 GB of disk and 6 of memory."""
+    from transformers import AutoModelForCausalLM
+
     config = ModelConfig.preset("llama3.2-1b")
     published = {
         "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
@@ -227,14 +322,20 @@ def test_the_real_1b_with_random_weights_of_that_shape(tmp_path):
         {name: torch.empty(shape).normal_(0, 0.02, generator=generator) for name, shape in shapes.items()},
         folder / "model.safetensors",
     )
-    found = import_folder(folder, tmp_path / "in")
-    assert found.config == config
-    assert found.num_bytes == 4 * 1_235_814_400
-    stored = importing.weight_files(folder)
-    copied = importing.weight_files(tmp_path / "in")
+    imported = import_folder(folder, tmp_path / "in")
+    assert imported.config == config
+    assert imported.num_bytes == 4 * 1_235_814_400
+    stored = hf.weight_files(folder)
+    copied = hf.weight_files(tmp_path / "in")
     assert copied.keys() == stored.keys() == shapes.keys()
     for name in shapes:
-        assert torch.equal(importing._read(stored, name), importing._read(copied, name)), name
-    model = SLMForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.bfloat16)
-    with torch.no_grad():
-        assert bool(model(torch.tensor([[128000, 9906, 1917]])).isfinite().all())
+        assert torch.equal(hf.read_tensor(stored, name), hf.read_tensor(copied, name)), name
+    tokens = torch.tensor([[128000, 9906, 1917, *range(1000, 1029)]])
+    found = []
+    for load in (SLMForCausalLM, AutoModelForCausalLM):  # one after the other, in the memory of one
+        model = load.from_pretrained(tmp_path / "in" if load is SLMForCausalLM else folder, dtype=torch.float32)
+        with torch.no_grad():
+            logits = model(tokens)
+        found.append(getattr(logits, "logits", logits))
+        del model
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
