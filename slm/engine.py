@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,12 +129,15 @@ def deepspeed_config(
 
 def import_muon() -> None:
     """DeepSpeed 0.19.8 imports its Muon to compare the optimiser's class with it, and hands Muon's functions to torch.compile
-    as it does, which imports all of the compiler: a third of a small run's start. None of them is called here."""
+    as it does, which imports all of the compiler: a third of a small run's start. None of them is called here. Of a version
+    that has it otherwise, nothing is changed."""
     from deepspeed.runtime import compiler
 
-    compile_functions, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    compile_functions = compiler.compile
     try:
-        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+        with suppress(ImportError, AttributeError, TypeError):
+            compiler.compile = lambda: compiler.dummy_decorator
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     finally:
         compiler.compile = compile_functions
 
