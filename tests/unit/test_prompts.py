@@ -12,7 +12,7 @@ from contextlib import suppress
 import pytest
 
 from slm import SLMForCausalLM, SLMTokenizer
-from slm.chat import Chat, OneTurn, find_template
+from slm.chat import Chat, OneTurn, _compiled, find_template
 from slm.cli import main
 from slm.completion import continuations, encode_prompts
 from slm.errors import UserError
@@ -199,6 +199,26 @@ def test_the_models_own_template_is_used(model, tokenizer, folder, tmp_path):
     ids = chat.prompt_ids([{"role": "user", "content": "hi"}])
     want = tokenizer.encode("[user]hi", add_bos=True, add_eos=True) + tokenizer.encode("[assistant]")
     assert ids == want
+
+
+def test_a_template_says_what_transformers_makes_of_it():
+    """Its tag for trainers, its filter for JSON, whitespace, loop controls."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = (
+        "{% for m in messages %}\n  {% if loop.index > 2 %}{% break %}{% endif %}\n"
+        "{% if m.role == 'user' %}[{{ m | tojson }}]{% else %}{%- generation -%} {{ m.content }}{{ '.' }} {% endgeneration %}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    turns = [
+        {"role": "user", "content": "ä < b & 'c'"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": ""},
+    ]
+    [want], _ = render_jinja_template([turns], chat_template=template, add_generation_prompt=True)
+    assert _compiled(template).render(messages=turns, add_generation_prompt=True) == want
+    assert "< b &" in want
+    assert "yes." in want
 
 
 @pytest.mark.parametrize(
