@@ -151,7 +151,7 @@ def _suite(model: str, names: list[str], output: Path | None, as_json: bool, **o
 def _text(model: str, files: list[Path], as_json: bool, **options: Any) -> None:
     from slm import text_loss
     from slm.afterwards import keep
-    from slm.distill.models import describe_teacher
+    from slm.distill.models import fingerprint_of
     from slm.loading import run_of
 
     measured = text_loss.evaluate_text(model, files, **options)
@@ -162,8 +162,11 @@ def _text(model: str, files: list[Path], as_json: bool, **options: Any) -> None:
     else:
         text_loss.draw(measured)
     if (place := run_of(model)) is not None:
-        fingerprint = describe_teacher(model).identity["fingerprint"]
-        found = {"model": model, "fingerprint": fingerprint, "results": {m.name: m.as_dict() for m in measured}}
+        found = {
+            "model": model,
+            "fingerprint": fingerprint_of(model),
+            "results": {m.name: m.as_dict() for m in measured},
+        }
         path = keep("text", found, text_loss.values_of(measured), place.folder / "eval", place)
         typer.echo(f"wrote {path}", err=True)
 
@@ -207,7 +210,7 @@ def generate(
     from slm.runtime import lasting_imports
 
     with lasting_imports():
-        from slm.loading import load_for_text, run_of, stop_ids
+        from slm.loading import load_for_text, stop_ids
 
     if prompts is not None:
         from slm.prompts import read_prompts
@@ -228,10 +231,10 @@ def generate(
 
         Chat(loaded, text, template=find_template(Path(model)), seed=seed, **options).run()
     elif prompts is not None:
+        from slm.distill.models import fingerprint_of
         from slm.prompts import answer
 
-        place = run_of(model)
-        about = {"model": model, "checkpoint": place.checkpoint if place is not None else ""}
+        about = {"weights": fingerprint_of(model)} if output is not None else {}
         began = time.monotonic()
         num, tokens = answer(loaded, text, asked, output, batch=batch, about=about, seed=seed, **options)
         seconds = time.monotonic() - began

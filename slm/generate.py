@@ -13,6 +13,7 @@ a shorter row is not seen, and overwritten as the row grows.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
@@ -62,8 +63,8 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Ids [B] drawn from the softmax of `filter_logits`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a number, ids) [B] drawn from the softmax of `filter_logits`; the number is NaN where there is no softmax.
 
     The largest p/q with exponential q is such a draw (the Gumbel trick), and unlike torch.multinomial it does
     not wait for the device to check the probabilities.
@@ -71,7 +72,7 @@ def sample(
     p_BV = filter_logits(logits_BV, temperature, top_k, top_p).softmax(-1)
     q_BV = torch.empty_like(p_BV).exponential_(generator=generator)
     # q can round to 0, and 0/0 would win.
-    return (p_BV / q_BV.clamp_min_(torch.finfo(q_BV.dtype).tiny)).argmax(-1)
+    return (p_BV / q_BV.clamp_min_(torch.finfo(q_BV.dtype).tiny)).max(-1)
 
 
 # --- the loop -----------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def generate(
     """Continues prompts [B, T]; returns int64 [B, up to max_length]: the prompts with what was added.
 
     Prompts of different lengths: padded on either side, marked by attention_mask [B, T], or by pad_token_id
-    unless that is a stop id too. Each is continued as if it were alone. New tokens follow the prompt's own
+    unless that is a stop id too. Greedily each is continued as if it were alone. New tokens follow the prompt's own
     last token, and what remains of a row is pad_token_id (else the first stop id, else 0).
 
     max_length: of a row, prompt and padding on its left included.
@@ -129,6 +130,11 @@ def generate(
         real_BT = _real_tokens(input_ids, attention_mask, pad_token_id, stop_ids)
         starts, lengths = _spans(input_ids, real_BT, model.config.vocab_size)
         limits = _limits(starts, lengths, max_length, max_new_tokens, model.config.max_position_embeddings)
+        if compiled and follows_length(model.config):
+            raise UserError(
+                "a step cannot be compiled for rotary angles that follow the length (dynamic, longrope)",
+                fix="leave --compile (compiled=True) out",
+            )
     except UserError as error:
         problem = error
     if any_rank(problem is not None):
@@ -136,10 +142,10 @@ def generate(
 
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
-    def choose(logits_BV: torch.Tensor) -> torch.Tensor:
+    def choose(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits_BV = logits_BV[:, :num_tokens]
         if not do_sample:
-            return logits_BV.argmax(-1)
+            return logits_BV.max(-1)
         return sample(logits_BV, temperature, top_k or 0, top_p, generator)
 
     rows = [
@@ -158,14 +164,21 @@ def generate(
         # Blocks that are compiled for training would be compiled anew for every length of the cache.
         stance = torch.compiler.set_stance("default") if compiled else uncompiled()
         with torch.inference_mode() if lean else torch.no_grad(), stance:
-            wants = next(forwards, False)
-            while any_rank(wants):
+            wants = True
+            while True:
                 if wants:
-                    wants = next(forwards, False)
+                    try:
+                        wants = next(forwards, False)
+                    except UserError as error:
+                        problem, wants = error, False
                 else:  # only to take part in gathering the weights for the other ranks
                     model(torch.zeros(1, 1, dtype=torch.long, device=device))
+                if not any_rank(wants):
+                    break
     finally:
         model.train(was_training)
+    if problem is not None:
+        raise problem
 
     width = max((start + len(ids) for start, ids in zip(starts, rows, strict=True)), default=0)
     fill = pad_token_id if pad_token_id is not None else next(iter(stop_ids), 0)
@@ -180,7 +193,7 @@ def _forwards(
     model: SLMForCausalLM,
     rows: list[list[int]],
     limits: list[int],
-    choose: Callable[[torch.Tensor], torch.Tensor],
+    choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     stops: set[int],
     on_tokens: OnTokens | None,
     use_cache: bool,
@@ -223,10 +236,15 @@ def _forwards(
             else:
                 cache.length_B = torch.tensor(lengths, device=device)
                 logits_BV = model(torch.tensor([ids[-1:] for ids in rows], device=device), cache=cache)[:, 0]
-        ids_B = choose(logits_BV)
+        how_likely_B, ids_B = choose(logits_BV)
         new: list[int | None] = [None] * len(rows)
-        for row, token in enumerate(ids_B.tolist()):
+        for row, (token, how_likely) in enumerate(zip(ids_B.tolist(), how_likely_B.tolist(), strict=True)):
             if not done[row]:
+                if math.isnan(how_likely):
+                    raise UserError(
+                        f"row {row}, token {len(rows[row])}: no next token has a probability (NaN)",
+                        fix="is the temperature very low, give --temperature 0; else the weights are damaged: evaluate them",
+                    )
                 rows[row].append(token)
                 new[row] = token
                 done[row] = token in stops or len(rows[row]) >= limits[row]

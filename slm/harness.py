@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from slm import parallel
 from slm.completion import TextStream
-from slm.distill.models import describe_teacher
+from slm.distill.models import fingerprint_of
 from slm.errors import UserError
 from slm.generate import generate
 from slm.loading import load_for_text
@@ -76,7 +76,7 @@ class HarnessModel(TemplateLM):
                 fix="use a tokenizer that has one",
             )
         self._rows = int(batch_size or 4)
-        self.fingerprint = describe_teacher(pretrained).identity["fingerprint"]
+        self.fingerprint = fingerprint_of(pretrained)
         what = [self.fingerprint, self._text.fingerprint, str(next(self._model.parameters()).dtype), self.max_length]
         self._answers = parallel.together(Answers, answers, what)
 

@@ -228,6 +228,13 @@ def _tokenizer_of(path: str) -> str:
     return load_tokenizer(path).fingerprint
 
 
+def fingerprint_of(path: str) -> str:
+    """Of the weights of a run, a checkpoint or a folder, quantised or not. Raises UserError, CorruptArtefact."""
+    if (Path(path) / "config.json").is_file():
+        return weights_fingerprint(Path(path))
+    return describe_teacher(path).identity["fingerprint"]
+
+
 def weights_fingerprint(folder: Path) -> str:
     """SHA-256 of config.json and of 64 KiB at 64 places of each safetensors file, its header among them: reading all of a
     large teacher on every rank would take minutes."""

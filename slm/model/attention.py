@@ -5,7 +5,7 @@ Owns the kernels' call; does not own projections or rotation (llama.py). Never b
   so that torch.compile sees one node with a tensor of boundaries and never recompiles;
 * CUDA: the variable-length flash kernel over cumulative boundaries (bfloat16 and float16 on Ampere and later; else SDPA
   once per piece);
-* one query against a cache: SDPA with a [B, 1, 1, slots] mask.
+* against a cache: SDPA with a mask of the slots that a query sees.
 
     out_BTHD = packed_attention(q_BTHD, k_BTJD, v_BTJD, piece_bounds)
 
@@ -109,13 +109,28 @@ def cached_attention(
 
     Slot s holds the key of position s, so a query at position p sees the slots up to p.
     """
-    T, S = q_BTHD.shape[1], k_BSJD.shape[1]
+    B, T, H, D = q_BTHD.shape
+    S, J = k_BSJD.shape[1:3]
     last_visible_BT = first_position_B[:, None] + torch.arange(T, device=q_BTHD.device)
-    visible_B1TS = torch.arange(S, device=q_BTHD.device) <= last_visible_BT[:, None, :, None]
-    out_BHTD = F.scaled_dot_product_attention(
-        q_BTHD.transpose(1, 2), k_BSJD.transpose(1, 2), v_BSJD.transpose(1, 2), visible_B1TS, enable_gqa=True
-    )
-    return out_BHTD.transpose(1, 2)
+    visible_BTS = torch.arange(S, device=q_BTHD.device) <= last_visible_BT[..., None]
+    if T == 1:  # the query heads that share a key are so many queries of one head
+        q_BJGD = q_BTHD.reshape(B, J, H // J, D)
+        out_BJGD = F.scaled_dot_product_attention(
+            q_BJGD, k_BSJD.transpose(1, 2), v_BSJD.transpose(1, 2), visible_BTS[:, None]
+        )
+        return out_BJGD.reshape(B, 1, H, D)
+    # Row by row, with key/value heads as the batch: so no head is copied, and no kernel is left out that builds no [T, S] array
+    # of every head (on a GPU none of those takes both a mask and grouped heads).
+    out_BTHD = torch.empty_like(q_BTHD)
+    for row in range(B):
+        out_JGTD = F.scaled_dot_product_attention(
+            q_BTHD[row].view(T, J, H // J, D).permute(1, 2, 0, 3),
+            k_BSJD[row].transpose(0, 1)[:, None].expand(J, H // J, S, D),
+            v_BSJD[row].transpose(0, 1)[:, None].expand(J, H // J, S, D),
+            visible_BTS[row],
+        )
+        out_BTHD[row] = out_JGTD.permute(2, 0, 1, 3).reshape(T, H, D)
+    return out_BTHD
 
 
 def padded_bounds(length_B: torch.Tensor, T: int) -> torch.Tensor:

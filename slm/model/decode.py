@@ -14,7 +14,6 @@ are fixed for the whole text where it is compiled or on a GPU, and there the lau
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -76,7 +75,7 @@ def join_projections(model: SLMForCausalLM) -> SLMForCausalLM:
 class DecodeStep:
     """A model and a cache, ready for one token of every row after another.
 
-    compiled: by torch.compile, which takes a minute once for a shape of the cache, and pays for thousands of tokens.
+    compiled: by torch.compile, which takes half a minute or more once for a shape of the cache.
     Not for models whose angles follow the length, nor for weights that ZeRO-3 has distributed.
     """
 
@@ -193,12 +192,13 @@ def _forward(
 
 @functools.cache
 def _compiled(rows: int, slots: int) -> Callable[..., torch.Tensor]:
-    """_forward for a shape of the cache. A wrapper of its own for each, lest the compiler's limit on variants be reached."""
+    """_forward for a shape of the cache."""
 
     def forward(*arguments: Any) -> torch.Tensor:
         return _forward(*arguments)
 
-    warnings.filterwarnings("ignore", message=".*", module="torch._inductor.*")
+    # The compiler counts its variants by code object, and gives up after a few: each shape has its own.
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{rows}_{slots}")
     return torch.compile(forward, fullgraph=True, dynamic=False)
 
 

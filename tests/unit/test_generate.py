@@ -98,6 +98,21 @@ def test_a_model_in_training_is_left_so(model):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_model_without_probabilities_says_so(tiny_config, do_sample):
+    """NaN weights once gave token 0 for ever; so did a temperature at which all is infinite."""
+    broken = SLMForCausalLM(tiny_config, seed=1)
+    with torch.no_grad():
+        broken.model.norm.weight[3] = torch.nan
+    with pytest.raises(UserError, match="row 0, token 1: no next token has a probability"):
+        generate(broken, torch.tensor([[7], [9]]), do_sample=do_sample)
+
+
+def test_a_temperature_that_is_all_but_zero(model):
+    with pytest.raises(UserError, match="give --temperature 0"):
+        generate(model, torch.tensor(PROMPTS[:1]), temperature=1e-42)
+
+
 # --- where it ends ---------------------------------------------------------------------------------------
 
 
@@ -257,7 +272,7 @@ def test_draws_follow_the_softmax():
     """200,000 draws of the filtered softmax: every frequency within 5 standard deviations, none outside of it."""
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -6.0]])
     n = 200_000
-    ids = sample(logits.expand(n, -1), 1.5, 5, 0.93, torch.Generator().manual_seed(0))
+    _, ids = sample(logits.expand(n, -1), 1.5, 5, 0.93, torch.Generator().manual_seed(0))
     p = filter_logits(logits, 1.5, 5, 0.93).softmax(-1)[0]
     counts = ids.bincount(minlength=6)
     assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt()).all()
