@@ -29,9 +29,10 @@ from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
 from slm.evaluate import Findings, HeldOut, examine
 from slm.model.config import ModelConfig
 from slm.model.decode import join_projections
-from slm.model.hf import read_json, refuse_pickles
+from slm.model.hf import COMPANIONS, SPECIAL_IDS, read_json, refuse_pickles, special_ids, write_configs
 from slm.model.llama import SLMForCausalLM, Visit
 from slm.model_card import write_card
+from slm.names import file_inside
 from slm.problems import readable
 from slm.recall.samples import Filler, Form, Grid
 from slm.recall.score import RecallBatches
@@ -317,12 +318,30 @@ def tokenizer_of(path: str, state: dict[str, Any], tokenizer: str = "") -> Any:
     return loaded
 
 
+def write_beside(partial: Path, path: str, fields: dict[str, Any], state: dict[str, Any], tokenizer: str) -> bool:
+    """The tokenizer, generation_config.json and config.json (`fields`); whether there is a tokenizer. Of a Hugging Face folder
+    its own files, as they are. Raises UserError, CorruptArtefact."""
+    loaded = tokenizer_of(path, state, tokenizer)
+    if loaded is not None or state:
+        if hasattr(loaded, "save_pretrained"):
+            loaded.save_pretrained(partial)
+        write_configs(partial, fields, special_ids(loaded))
+        return loaded is not None
+    source = Path(path)
+    theirs = read_json(source / "config.json")
+    write_configs(partial, fields, {name: theirs[name] for name in SPECIAL_IDS if name in theirs})
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(file_inside(source, name, source), partial / name)
+    return any((source / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def export_model(path: str, output: Path, tokenizer: str = "") -> None:
     """Writes config.json, model.safetensors, the tokenizer's files and a model card. Raises UserError if `output` holds
     something."""
     with fresh_folder(output) as partial:
         model, state = load_model(path, exact=True)
-        loaded = tokenizer_of(path, state, tokenizer)
-        model.save_pretrained(partial, loaded)
+        model.save_pretrained(partial)
+        has_tokenizer = write_beside(partial, path, read_json(partial / "config.json"), state, tokenizer)
         place = run_of(path)
-        write_card(partial, path, place.folder if place is not None else None, state, model.config, loaded)
+        write_card(partial, path, place.folder if place is not None else None, state, model.config, has_tokenizer)

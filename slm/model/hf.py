@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from slm.model.llama import SLMForCausalLM
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Beside the weights: what they and the text that they read need, and what transformers' generate takes from there.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 _SHAPE_FIELDS = (
     "vocab_size",
     "hidden_size",
