@@ -127,7 +127,8 @@ def _check_tokenizer(path: str, state: dict[str, Any], what: str, fingerprint: s
         raise UserError(
             f"{what} is of another tokenizer (fingerprint {fingerprint[:12]}) than the one {path} was trained with "
             f"({trained_with[:12]}): the same ids mean different text",
-            fix="use the files that the model was trained with, or make them again as they were",
+            fix="use the files that the model was trained with (a tokenizer that has been moved: --tokenizer PATH), or make them "
+            "again as they were",
         )
 
 
@@ -166,7 +167,8 @@ def evaluate_model(
         held_out, per_byte = parallel.together(_held_out, *what)
         total = sum(map(len, held_out.sources.values())) + (len(held_out.recall) if held_out.recall else 0)
         quiet = parallel.rank() > 0
-        with Progress(transient=True, console=Console(stderr=True), disable=quiet) as progress:
+        console = Console(stderr=True)
+        with Progress(transient=True, console=console, disable=quiet or not console.is_terminal) as progress:
             task = progress.add_task("evaluating", total=total)
             place = next(model.parameters()).device
             found = examine(ModelScorer(model), held_out, place, lambda done: progress.update(task, completed=done))

@@ -227,7 +227,8 @@ def _write(
     tensors: dict[str, torch.Tensor] = {}
     num_parameters = sum(math.prod(shape) for shape in shapes.values())
     bytes_before, squared_error, squares = 0, 0.0, 0.0
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("quantising", total=num_parameters)
         for name, shape in shapes.items():
             value = weight(name, shape)

@@ -274,7 +274,9 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
             with safe_open(file, "pt") as tensors:
                 where.update({name: file for name in tensors.keys()})
         except (SafetensorError, OSError) as error:
-            raise CorruptArtefact(f"{file}: not a whole safetensors file ({error})") from None
+            raise CorruptArtefact(
+                f"{file}: not a whole safetensors file ({error})", fix="copy the file again"
+            ) from None
     return where
 
 
@@ -349,7 +351,10 @@ def weight_reader(folder: str | Path) -> Callable[[str, tuple[int, ...]], torch.
             name = _EMBEDDING
         tensor = read_tensor(where, name)
         if tuple(tensor.shape) != shape:
-            raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, but the config says {shape}")
+            raise UserError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, but the config says {shape}",
+                fix="config.json and weights are of different models: copy both from the same place",
+            )
         if tensor.dtype not in FLOATS:
             raise UserError(
                 f"{folder}: {name} is {str(tensor.dtype).removeprefix('torch.')}, and weights are float32, bfloat16 or float16",
