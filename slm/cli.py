@@ -274,8 +274,12 @@ def train(
         sys.exit(supervise(command, loaded.run_dir, restarts))
     from slm import watchdog
     from slm.ledger import Ledger, process_age_seconds
-    from slm.runtime import discover_ranks
-    from slm.train import train as run
+    from slm.runtime import discover_ranks, lasting_imports
+
+    with lasting_imports():
+        import torch._dynamo  # noqa: F401 - torch's optimisers would
+
+        from slm.train import train as run
 
     resume = Resume(must=must_resume, allow_change=allow_change, fresh_optimizer=fresh_optimizer)
     ledger = Ledger(process_age_seconds())
@@ -333,8 +337,10 @@ def teacher(
             raise UserError(f"{option} has no effect here", fix=f"it is for slm teacher {' and '.join(of)}")
     recipe = _load(rest[0], rest[1:])
     if action == "build":
-        from slm.distill.build import build
+        from slm.runtime import lasting_imports
 
+        with lasting_imports():
+            from slm.distill.build import build
         sys.exit(build(recipe))
     from slm.distill import examine
     from slm.pictures import check_picture

@@ -90,9 +90,8 @@ def evaluate(
         )  # fmt: skip
         return
     _refuse("the loss on shards", of_suite | of_text, "add --suite NAME or --text, which it is for")
-    from slm import findings
-    from slm.loading import evaluate_model
     from slm.pictures import check_picture
+    from slm.runtime import lasting_imports
 
     fields = {"lengths": _listed(lengths), "keys": _listed(keys), "depths": depths, "samples": samples}
     given = {name: value for name, value in fields.items() if value}
@@ -100,6 +99,9 @@ def evaluate(
         raise UserError(f"--{next(iter(given))} has no effect without --recall", fix="add --recall")
     if plot is not None:
         check_picture(plot)
+    with lasting_imports():
+        from slm import findings
+        from slm.loading import evaluate_model
     folders = [str(path) for path in data or []]
     measured = evaluate_model(
         model, folders, seq_len, micro_batch, max_sequences, recall=given if recall else None, tokenizer=tokenizer
@@ -202,7 +204,10 @@ def generate(
         )
     if prompts is None:
         _refuse(given[0], {"--output": output is not None, "--batch": batch}, "use it with --prompts")
-    from slm.loading import load_for_text, run_of, stop_ids
+    from slm.runtime import lasting_imports
+
+    with lasting_imports():
+        from slm.loading import load_for_text, run_of, stop_ids
 
     if prompts is not None:
         from slm.prompts import read_prompts

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,21 @@ def deepspeed_config(
     }
 
 
+def import_muon() -> None:
+    """DeepSpeed 0.19.8 imports its Muon to compare the optimiser's class with it, and hands Muon's functions to torch.compile
+    as it does, which imports all of the compiler: a third of a small run's start. None of them is called here. Of a version
+    that has it otherwise, nothing is changed."""
+    from deepspeed.runtime import compiler
+
+    compile_functions = compiler.compile
+    try:
+        with suppress(ImportError, AttributeError, TypeError):
+            compiler.compile = lambda: compiler.dummy_decorator
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_functions
+
+
 def _gradient_divisor(ds_config: dict[str, Any], phase: Phase) -> int:
     """By what DeepSpeed 0.19.8 divides the sum of the ranks' gradients: by the data ranks; but stage 3, where it scatters
     gradients in buckets (reduce_scatter, the default), also by the ranks that share a sequence."""
@@ -163,6 +179,7 @@ class Engine:
         deepspeed.utils.groups.mpu = groups_of_ranks  # an earlier phase's stays otherwise
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         build_operators(ds_config["zero_optimization"])
+        import_muon()
         module = self.module = self._build_model(config, ds_config, groups_of_ranks)
         self._set_recomputation(phase)
         module.objective = objective

@@ -21,7 +21,7 @@ import torch
 from slm import parallel, watchdog
 from slm.data.batches import Batch
 from slm.losses import IGNORE
-from slm.model.llama import Visit
+from slm.model.llama import Visit, uncompiled
 from slm.recall.score import Found, RecallBatches, find
 
 ALL = "all"  # the name under which the sum over the sources stands
@@ -124,7 +124,7 @@ def examine(
 
     losses = {held_out.seq_len: evaluate(scorer.token_losses, held_out.sources, device, count)}
     found: list[Found] = []
-    with torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled anew for each of these lengths
+    with uncompiled():  # compiled blocks would be compiled anew for each of these lengths
         for seq_len, sources in held_out.other_lengths.items():
             losses[seq_len] = evaluate(scorer.token_losses, sources, device, count)
         if recall and held_out.recall is not None:

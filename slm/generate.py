@@ -21,7 +21,7 @@ from slm import parallel
 from slm.errors import UserError
 from slm.model.attention import padded_bounds
 from slm.model.decode import DecodeStep
-from slm.model.llama import KVCache, SLMForCausalLM
+from slm.model.llama import KVCache, SLMForCausalLM, uncompiled
 from slm.model.rope import follows_length
 
 log = logging.getLogger("slm")
@@ -153,7 +153,7 @@ def generate(
     model.eval()
     try:
         # Blocks that are compiled for training would be compiled anew for every length of the cache.
-        stance = torch.compiler.set_stance("default" if compiled else "force_eager")
+        stance = torch.compiler.set_stance("default") if compiled else uncompiled()
         with torch.inference_mode() if lean else torch.no_grad(), stance:
             wants = next(forwards, False)
             while any_rank(wants):
@@ -264,7 +264,7 @@ def _prefill(
         C = chunk_BC.shape[1]
         # Nothing is before the first chunk, so attention needs neither the cache nor a mask.
         bounds = None if start else padded_bounds(length_B.clamp(max=C), C)
-        with torch.compiler.set_stance("force_eager"):
+        with uncompiled():
             forward = model.hidden_states if lean else model
             out_BCX = forward(chunk_BC, piece_bounds=bounds, cache=cache)
         # Rows that end later are overwritten by a later chunk, so only those that end here must be right.

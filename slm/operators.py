@@ -20,10 +20,14 @@ import platform
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
+
+import cpuinfo
 
 from slm.errors import EnvironmentProblem
 
@@ -78,7 +82,8 @@ def load(builder: Any, title: str) -> Any:
         if not built:
             log.warning("compiling DeepSpeed's %s, once for this machine: 1 to 4 minutes (%s)", title, home)
         try:
-            operator = builder.load(verbose=False)
+            with _cpu_asked_once():
+                operator = builder.load(verbose=False)
         except Exception as error:
             raise EnvironmentProblem(
                 f"DeepSpeed's {title} could not be compiled: {str(error).strip().splitlines()[-1]}",
@@ -88,6 +93,18 @@ def load(builder: Any, title: str) -> Any:
         if not built:
             log.warning("compiled")
         return operator
+
+
+@contextmanager
+def _cpu_asked_once() -> Iterator[None]:
+    """DeepSpeed asks py-cpuinfo twice (op_builder/builder.py, cpu_arch and simd_width), which each time starts a process that
+    measures the clock for a second."""
+    ask = cpuinfo.get_cpu_info
+    cpuinfo.get_cpu_info = cache(ask)
+    try:
+        yield
+    finally:
+        cpuinfo.get_cpu_info = ask
 
 
 def _take(lock: IO[str], title: str) -> None:

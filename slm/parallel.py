@@ -341,7 +341,7 @@ def shared_attention(attend: Attend, degree: int, num_kv_heads: int) -> Attend:
     exchange = DistributedAttention(attend, sequence_groups(degree).sequence, scatter_idx=2, gather_idx=1)
     copies = max(1, degree // num_kv_heads)
 
-    @torch.compiler.disable  # collectives
+    @torch._disable_dynamo  # collectives
     def attend_together(
         q_BTHD: torch.Tensor, k_BTJD: torch.Tensor, v_BTJD: torch.Tensor, piece_bounds: torch.Tensor
     ) -> torch.Tensor:

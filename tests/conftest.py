@@ -13,6 +13,11 @@ import torch
 from slm.model.config import ModelConfig, RopeScaling
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest and mostly waits comes first, so that others compute beside it; run.sh keeps to the order."""
+    items.sort(key=lambda item: item.path.parent.name != "slurm")
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
     """Two layers, four query heads over two kv heads, llama3-scaled rotary embedding that really scales."""

@@ -22,4 +22,5 @@ if [ "${1:-}" = "--all" ]; then slow="(slow or not slow)"; shift; fi
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then gpu="(gpu or not gpu)"; fi
 if [ $# -gt 0 ]; then exec python -m pytest -m "$slow and $gpu" "$@"; fi
 export OMP_NUM_THREADS=1
-exec python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "$slow and $gpu" --durations 10
+# Three files at a time on two cores: many tests wait for each other's processes, a scheduler, a time limit.
+exec python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "$slow and $gpu" --durations 10

@@ -34,7 +34,11 @@ def packed_attention(
     start among them; repeated entries (pieces of no length) are allowed, so its size can be fixed.
     """
     if q_BTHD.device.type == "cpu":
-        return _packed_attention_cpu(q_BTHD, k_BTJD, v_BTJD, piece_bounds)[0]
+        # Where nothing is to be compiled or differentiated, not by the operator: its first call imports torch's compiler, which
+        # takes a second.
+        is_plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        attend = _attend_on_cpu if is_plain else _packed_attention_cpu
+        return attend(q_BTHD, k_BTJD, v_BTJD, piece_bounds)[0]
     if q_BTHD.dtype == torch.float32 or torch.cuda.get_device_capability(q_BTHD.device) < (8, 0):
         return _piece_by_piece(q_BTHD, k_BTJD, v_BTJD, piece_bounds)
     from torch.nn.attention.varlen import varlen_attn
@@ -53,7 +57,7 @@ def packed_attention(
     return out.view(B, T, H, D)
 
 
-@torch.compiler.disable  # the pieces differ from batch to batch
+@torch._disable_dynamo  # the pieces differ from batch to batch
 def _piece_by_piece(
     q_BTHD: torch.Tensor, k_BTJD: torch.Tensor, v_BTJD: torch.Tensor, piece_bounds: torch.Tensor
 ) -> torch.Tensor:
@@ -87,7 +91,8 @@ def _varlen_causal_arguments() -> dict[str, Any]:
     return arguments
 
 
-_VARLEN_CAUSAL = _varlen_causal_arguments()
+# Here, since torch.compile cannot follow it. It imports the compiler, a second of a process's start: not where no GPU can be.
+_VARLEN_CAUSAL = _varlen_causal_arguments() if torch.backends.cuda.is_built() else {}
 
 
 def _match_heads(k: torch.Tensor, v: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,8 +150,7 @@ def _equal_pieces(x: torch.Tensor, rows_NL: torch.Tensor, groups: int) -> torch.
     return x[rows_NL].transpose(1, 2).repeat_interleave(groups, dim=1)
 
 
-@torch.library.custom_op("slm::packed_attention_cpu", mutates_args=(), device_types="cpu")
-def _packed_attention_cpu(
+def _attend_on_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece_bounds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the output [B, T, H, D] and the log-sum-exp float32 [B*T, H] that the backward needs."""
@@ -176,6 +180,11 @@ def _packed_attention_cpu(
             out[rows_NL] = o_NHLD.transpose(1, 2)
             lse[rows_NL] = lse_NHL.transpose(1, 2)
     return out.view(B, T, H, D), lse
+
+
+_packed_attention_cpu = torch.library.custom_op("slm::packed_attention_cpu", mutates_args=(), device_types="cpu")(
+    _attend_on_cpu
+)
 
 
 @torch.library.custom_op("slm::packed_attention_cpu_backward", mutates_args=(), device_types="cpu")
@@ -252,9 +261,10 @@ _packed_attention_cpu.register_autograd(_backward, setup_context=_save_for_backw
 # The operators that compute attention's output and log-sum-exp, one for each path above.
 KERNELS = {
     torch.ops.slm.packed_attention_cpu.default,
-    torch.ops.torch_attn._varlen_attn.default,  # what varlen_attn dispatches
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+if _VARLEN_CAUSAL:
+    KERNELS.add(torch.ops.torch_attn._varlen_attn.default)  # what varlen_attn dispatches

@@ -55,7 +55,7 @@ def norm_mlp(
     return swiglu_down(F.linear(normed, gate_FE), F.linear(normed, up_FE), down_EF)
 
 
-@torch.compiler.disable  # the loop over tiles would be unrolled, as many copies as there are tiles
+@torch._disable_dynamo  # the loop over tiles would be unrolled, as many copies as there are tiles
 def tiled(
     function: Callable[..., torch.Tensor], tile_tokens: int, x_BTE: torch.Tensor, *weights: torch.Tensor
 ) -> torch.Tensor:

@@ -14,9 +14,11 @@ transformers' LlamaForCausalLM, so weights move without renaming.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +231,12 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """In it compiled blocks run as they were before. Nobody has compiled one where the compiler was never imported, which takes
+    a second."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 class SLMForCausalLM(nn.Module):

@@ -17,7 +17,8 @@ def test_any_number_of_ranks_finds_the_same(tmp_path):
     tokenizer = SLMTokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     for name, seed in (("tokens", 0), ("held-out", 5), ("other", 6)):
-        make_dataset(tmp_path / name, seed=seed, vocab_size=259, fingerprint=tokenizer.fingerprint)
+        lengths = None if name == "tokens" else [90, 40, 130, 64, 65, 7, 2, 200, 33, 71] * 2
+        make_dataset(tmp_path / name, lengths, seed=seed, vocab_size=259, fingerprint=tokenizer.fingerprint)
     tree = {
         "name": "t",
         "model": {"preset": "cpu-tiny", "vocab_size": 264, "initializer_range": 0.3},

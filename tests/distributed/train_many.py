@@ -3,10 +3,14 @@
 import json
 import sys
 
-from slm import parallel
-from slm.recipe import load_recipe
-from slm.runtime import discover_ranks
-from slm.train import train
+from slm.runtime import discover_ranks, lasting_imports
+
+with lasting_imports():  # as slm.cli does
+    import torch._dynamo  # noqa: F401
+
+    from slm import parallel
+    from slm.recipe import load_recipe
+    from slm.train import train
 
 if __name__ == "__main__":
     parallel.start(parallel.local_device(discover_ranks().local_rank))

@@ -106,7 +106,7 @@ def test_scores_of_every_request_type_equal_those_of_the_hf_model(folder, ours):
         tasks=["t_all"],
         batch_size=2,
         device="cpu",
-        task_manager=TaskManager(include_path=str(folder / "tasks")),
+        task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
         bootstrap_iters=0,
     )
     compared = 0

@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (deepspeed.initialize would, in every attempt: it takes seconds)
 import torch
 
 import slm.loop
