@@ -8,6 +8,7 @@ Owns their arguments and what they print, as cli.py does for the others.
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -335,4 +336,4 @@ def quantize(
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
         quantizing.draw(report)
-        typer.echo(f"wrote {output}: slm generate {output} PROMPT; say its license in README.md")
+        typer.echo(f"wrote {output}: slm generate {shlex.quote(str(output))} PROMPT; say its license in README.md")
