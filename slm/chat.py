@@ -83,6 +83,8 @@ class Chat:
                 try:
                     self.answer(said)
                 except UserError as error:
+                    if not sys.stdin.isatty():  # nobody is there to say it otherwise
+                        raise
                     print(f"{error}", file=sys.stderr)
 
     def answer(self, said: str) -> str:
@@ -138,7 +140,7 @@ class Chat:
         }
         try:
             return self._template.render(messages=list(turns), add_generation_prompt=True, **names)
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise UserError(
                 f"the model's chat template fails: {error}",
                 fix="mend chat_template.jinja in its folder, or remove it for a plain transcript",

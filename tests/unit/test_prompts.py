@@ -217,6 +217,8 @@ def test_the_models_own_template_is_used(model, tokenizer, folder, tmp_path):
         ("{% for %}", "is none"),
         ("{{ raise_exception('roles must alternate') }}", "fails: roles must alternate"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "fails: Range too big"),
+        ("{{ 1 // 0 }}", "fails: integer division"),
     ],
 )
 def test_templates_that_fail_or_do_what_they_must_not(model, tokenizer, template, told):
@@ -262,6 +264,13 @@ def test_the_command_chats_over_standard_input(folder, monkeypatch, capsys):
     told = capsys.readouterr()
     assert "no chat template" in told.err
     assert told.out.count("\n") >= 2
+
+
+def test_a_turn_that_fails_ends_a_chat_that_no_one_sits_at(folder, monkeypatch, capsys):
+    """With an exit code, as of any other command in a pipe."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 300 + "\nhello\n"))
+    assert run_slm("generate", str(folder), "--chat", "--max-new-tokens", "4") == 2
+    assert "this turn alone is" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(120)
