@@ -104,11 +104,11 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / min(seconds[1:])  # it reads and writes
 
 
-def bytes_of_a_token(folder: Path, batch: int, length: int, value_bytes: float) -> float:
-    """Weights of the matrix products, once for all rows, and keys and values of `length` tokens for each."""
+def bytes_of_a_token(folder: Path, batch: int, length: int, weight_bytes: float) -> float:
+    """Weights of the matrix products, once for all rows, and keys and values of `length` tokens for each, in bfloat16."""
     config = read_config(folder)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * batch
-    return (config.matmul_parameters() + cache) * value_bytes
+    return config.matmul_parameters() * weight_bytes + cache * 2
 
 
 def main() -> None:
@@ -170,10 +170,10 @@ def main() -> None:
                 ratio = Spread.of([a / b for a, b in zip(seconds[arms[0]], seconds[name], strict=True)])
                 bound = ""
                 if cuda:
-                    value_bytes = {"8": 1.0, "4": 0.5}.get(name[-1], 2.0) if "int" in name else 2.0
-                    floor = (
-                        bytes_of_a_token(places[arms[0]], batch, given.prompt + given.new // 2, value_bytes) / bandwidth
-                    )
+                    # 4 bits: a scale and a zero for every 64 weights; 8 bits: a scale a row is nothing beside it.
+                    weight_bytes = {"int8": 1.0, "int4": 0.5 + 4 / 64}.get(name[-4:], 2.0)
+                    length = given.prompt + given.new // 2
+                    floor = bytes_of_a_token(places[arms[0]], batch, length, weight_bytes) / bandwidth
                     bound = f"{floor * given.new / statistics.median(seconds[name]):.0%}"
                 table.add_row(name, rate.show(0), ratio.show(), bound)
                 entry[name] = {"seconds": seconds[name], "ratio": ratio.median, "bound": bound}

@@ -8,6 +8,8 @@ a model that was only pretrained goes on with.
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +36,8 @@ def find_template(folder: Path) -> str | None:
     config = folder / "tokenizer_config.json"
     template = read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(template, list):  # several, by name
-        template = next((each["template"] for each in template if each.get("name") == "default"), None)
+        named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
+        template = named[0].get("template") if named else None
     return template if isinstance(template, str) else None
 
 
@@ -130,8 +133,6 @@ class Chat:
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def _render(self, turns: Sequence[dict[str, str]]) -> str:
-        from jinja2 import TemplateError
-
         assert self._template is not None
         decode = self._tokenizer.decode
         names = {
@@ -140,7 +141,9 @@ class Chat:
         }
         try:
             return self._template.render(messages=list(turns), add_generation_prompt=True, **names)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        except (
+            Exception
+        ) as error:  # a template is a program: it can divide by zero, take too large a range, call itself
             raise UserError(
                 f"the model's chat template fails: {error}",
                 fix="mend chat_template.jinja in its folder, or remove it for a plain transcript",
@@ -209,18 +212,30 @@ class OneTurn:
 def _compiled(template: str) -> Any:
     """Raises UserError. The sandbox keeps a template, which came with weights from anywhere, from running what it likes."""
     from jinja2 import TemplateError
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks, for who trains, what the model says; here its content is shown as it is."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
+    # As transformers has it; jinja's own is for HTML and turns < into an escape.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": refuse, "strftime_now": _now}
     try:
         return environment.from_string(template)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise UserError(
             f"the model's chat template is none: {error}", fix="mend chat_template.jinja in its folder"
         ) from None

@@ -115,7 +115,10 @@ def generate(
     """
     first = next(model.parameters())
     device = first.device
-    collective = parallel.world_size() > 1 and hasattr(first, "ds_id")  # ZeRO-3: a forward gathers weights
+    partitioned = hasattr(
+        first, "ds_id"
+    )  # ZeRO-3: a module's forward gathers its weights, which are not here otherwise
+    collective = partitioned and parallel.world_size() > 1
     any_rank: Callable[[bool], bool] = parallel.agree if collective else bool
     eos = () if eos_token_id is None else eos_token_id
     stop_ids = [eos] if isinstance(eos, int) else list(eos)
@@ -143,7 +146,7 @@ def generate(
         input_ids[row, start : start + length].tolist()
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
     ]
-    lean = use_cache and not collective and not follows_length(model.config)
+    lean = use_cache and not partitioned and not follows_length(model.config)
     compiled = compiled and lean
     forwards = _forwards(model, rows, limits, choose, set(stop_ids), on_tokens, use_cache, lean, compiled)
 
@@ -213,7 +216,7 @@ def _forwards(
             logits_BV = yield from _prefill(model, rows, cache, lean)
         else:
             yield True
-            # A row's newest token is not in the cache yet; a finished row's last one is put there again.
+            # A row's newest token is not in the cache yet. What a finished row puts in its last slot nobody looks at.
             lengths = [len(ids) - 1 for ids in rows]
             if step is not None:
                 logits_BV = step(ids_B, lengths)

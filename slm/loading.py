@@ -322,20 +322,24 @@ def tokenizer_of(path: str, state: dict[str, Any], tokenizer: str = "") -> Any:
 
 def write_beside(partial: Path, path: str, fields: dict[str, Any], state: dict[str, Any], tokenizer: str) -> bool:
     """The tokenizer, generation_config.json and config.json (`fields`); whether there is a tokenizer. Of a Hugging Face folder
-    its own files, as they are. Raises UserError, CorruptArtefact."""
+    its own files, as they are; with another tokenizer those that are the model's: what ends a text, and how turns are told.
+
+    Raises UserError, CorruptArtefact.
+    """
     loaded = tokenizer_of(path, state, tokenizer)
-    if loaded is not None or state:
-        if hasattr(loaded, "save_pretrained"):
-            loaded.save_pretrained(partial)
+    if hasattr(loaded, "save_pretrained"):
+        loaded.save_pretrained(partial)
+    if state:
         write_configs(partial, fields, special_ids(loaded))
         return loaded is not None
     source = Path(path)
     theirs = read_json(source / "config.json")
-    write_configs(partial, fields, {name: theirs[name] for name in SPECIAL_IDS if name in theirs})
-    for name in COMPANIONS:
+    own = {} if loaded is None else special_ids(loaded)
+    write_configs(partial, fields, own | {name: theirs[name] for name in SPECIAL_IDS if name in theirs})
+    for name in COMPANIONS if loaded is None else ("chat_template.jinja", "generation_config.json"):
         if (source / name).exists():
             shutil.copyfile(file_inside(source, name, source), partial / name)
-    return any((source / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    return loaded is not None or any((source / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def export_model(path: str, output: Path, tokenizer: str = "") -> None:

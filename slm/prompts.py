@@ -40,7 +40,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """A prompt a line; of .jsonl files an object a line, with the text as `prompt`. Raises UserError."""
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(
             f"the prompts {path} cannot be read: {error.strerror}", fix="give a text or .jsonl file"
@@ -61,7 +61,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _fields(line: str, place: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is no JSON: {error}", fix='write {"prompt": "…"}') from None
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         raise UserError(f"{place} has no text as `prompt`", fix='write {"prompt": "…"}')
@@ -143,8 +143,10 @@ def _kept(output: Path, prompts: Sequence[Prompt], settings: str, batch: int) ->
     """How many answers of whole batches `output` holds; cuts off what is behind them. Raises UserError."""
     other = f"{output} holds answers to other prompts, or of another model or other settings; nothing was written"
     fix = "give another --output, or remove it"
-    if output.exists() and not output.is_file():
-        raise UserError(f"{output} is no file, so it keeps no answers to go on behind", fix="give another --output")
+    if output.exists() and not output.is_file():  # a pipe or /dev/stdout cannot be read again, /dev/full has no end
+        raise UserError(
+            f"{output} is no file", fix="give a file as --output, or none: answers then go to standard output"
+        )
     try:
         lines = output.read_bytes().split(b"\n")[:-1] if output.exists() else []
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +159,8 @@ def _kept(output: Path, prompts: Sequence[Prompt], settings: str, batch: int) ->
     for prompt, line in zip(prompts, lines, strict=False):
         try:
             kept = json.loads(line)
-            same = all(kept[name] == value for name, value in prompt.fields.items()) and kept["settings"] == settings
+            fields = {name: kept[name] for name in prompt.fields}
+            same = json.dumps(fields) == json.dumps(prompt.fields) and kept["settings"] == settings  # NaN is not NaN
         except (ValueError, KeyError, TypeError):
             same = False
         if not same:

@@ -81,10 +81,10 @@ class QuantizedLinear(nn.Module):
         if x.numel() > self._kernel_numbers:
             return torch.matmul(x, self.transposed(x.dtype))
         if self.bits == 8:
-            x_MK = x.reshape(-1, self.in_features).to(torch.bfloat16, copy=True)
+            x_MK = x.reshape(-1, self.in_features).to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
             y_MN = torch.ops.aten._weight_int8pack_mm(x_MK, self.codes, self._row_scales)
         else:
-            x_MK = x.reshape(-1, self.in_features).to(torch.bfloat16)
+            x_MK = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
             y_MN = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, self.codes, self.group_size, self.scales)
             y_MN = y_MN[:, : self.out_features]
         return y_MN.to(x.dtype).view(*x.shape[:-1], self.out_features)

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 # Two nodes on one host: Debian's slurmd is built for it. Accounting needs a database, so there is none. A job of partition
 # `low` gives way to one of `high`, is told so by SIGTERM, and is put back into the queue; KillWait is for its last save.

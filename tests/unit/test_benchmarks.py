@@ -23,6 +23,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import activation_memory  # noqa: E402
+import generate as generate_benchmark  # noqa: E402
 import long_context  # noqa: E402
 import long_context_data  # noqa: E402
 import long_context_gpu  # noqa: E402
@@ -417,3 +418,17 @@ def test_aims_of_the_long_context_benchmark_are_of_the_worst_seed():
     assert met["yarn every decile >= 95%"] is False
     assert met["llama3 mean >= 98%"] is None
     assert met["yarn short loss less the second control's <= 0.02"] is True
+
+
+def test_the_bandwidth_bound_of_generation_counts_weights_in_their_bits_and_the_cache_in_16(tmp_path):
+    """cpu-tiny by hand; a cache of bfloat16 does not shrink with the weights."""
+    from slm import SLMForCausalLM
+    from slm.model.config import ModelConfig
+
+    config = ModelConfig.preset("cpu-tiny")
+    SLMForCausalLM(config).save_pretrained(tmp_path)
+    matrices = sum(p.numel() for p in SLMForCausalLM(config).parameters() if p.ndim == 2)  # tied: the head once
+    cache = 3 * 10 * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
+    for weight_bytes in (2.0, 1.0, 0.5625):
+        found = generate_benchmark.bytes_of_a_token(tmp_path, 3, 10, weight_bytes)
+        assert found == matrices * weight_bytes + cache

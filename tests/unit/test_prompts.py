@@ -14,7 +14,7 @@ from contextlib import suppress
 import pytest
 
 from slm import SLMForCausalLM, SLMTokenizer
-from slm.chat import Chat, OneTurn, find_template
+from slm.chat import Chat, OneTurn, _compiled, find_template
 from slm.cli import main
 from slm.completion import continuations, encode_prompts
 from slm.errors import UserError
@@ -136,6 +136,7 @@ def test_a_disk_that_fills_up_is_a_message_and_loses_no_answer(folder, tmp_path)
         ("a.jsonl", '{"prompt": "x"}\n\n{"prompt": \n', "line 3 is no JSON"),
         ("a.jsonl", '{"prompt": "x", "completion": "y"}', "a field completion"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.jsonl", '{"prompt": "x", "deep": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is no JSON"),
     ],
 )
 def test_files_that_are_no_prompts(tmp_path, name, content, told):
@@ -152,6 +153,23 @@ def test_a_prompt_that_does_not_fit_is_named_before_anything_is_made(model, toke
     ):
         answer(model, tokenizer, read_prompts(file), output, batch=1, about={}, **GREEDY)
     assert not output.exists()
+
+
+def test_an_output_that_is_no_file_is_refused(model, tokenizer, tmp_path):
+    """A pipe cannot be read for what is there already: that would wait for ever (and /dev/full fills the memory)."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is no file"):
+        answer(model, tokenizer, read_prompts(_written(tmp_path)), tmp_path / "pipe", batch=2, about={}, **GREEDY)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt_and_not_a_number_equals_itself(model, tokenizer, tmp_path):
+    """As some editors write files; and fields that are not finite do not keep a file from going on."""
+    file, output = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
+    file.write_bytes('\ufeff{"prompt": "x", "score": NaN}\n'.encode())
+    prompts = read_prompts(file)
+    assert prompts[0].text == "x"
+    assert answer(model, tokenizer, prompts, output, batch=2, about={}, **GREEDY)[0] == 1
+    assert answer(model, tokenizer, prompts, output, batch=2, about={}, **GREEDY)[0] == 0
 
 
 def _written(folder):
@@ -211,14 +229,36 @@ def test_the_models_own_template_is_used(model, tokenizer, folder, tmp_path):
     assert ids == want
 
 
+def test_a_template_says_what_transformers_makes_of_it():
+    """Its tag for trainers, its filter for JSON, whitespace, loop controls."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = (
+        "{% for m in messages %}\n  {% if loop.index > 2 %}{% break %}{% endif %}\n"
+        "{% if m.role == 'user' %}[{{ m | tojson }}]{% else %}{%- generation -%} {{ m.content }}{{ '.' }} {% endgeneration %}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    turns = [
+        {"role": "user", "content": "ä < b & 'c'"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": ""},
+    ]
+    [want], _ = render_jinja_template([turns], chat_template=template, add_generation_prompt=True)
+    assert _compiled(template).render(messages=turns, add_generation_prompt=True) == want
+    assert "< b &" in want
+    assert "yes." in want
+
+
 @pytest.mark.parametrize(
     ("template", "told"),
     [
         ("{% for %}", "is none"),
         ("{{ raise_exception('roles must alternate') }}", "fails: roles must alternate"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails"),
-        ("{% for i in range(10**9) %}x{% endfor %}", "fails: Range too big"),
-        ("{{ 1 // 0 }}", "fails: integer division"),
+        ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "fails: Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: maximum recursion"),
+        ("{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "is none"),
     ],
 )
 def test_templates_that_fail_or_do_what_they_must_not(model, tokenizer, template, told):
