@@ -45,12 +45,20 @@ class Chat:
     """The turns so far, and what the next is made with. options: those of `continuations` and `generate`."""
 
     def __init__(
-        self, model: SLMForCausalLM, tokenizer: Any, *, template: str | None, max_new_tokens: int, **options: Any
+        self,
+        model: SLMForCausalLM,
+        tokenizer: Any,
+        *,
+        template: str | None,
+        max_new_tokens: int,
+        seed: int | None = None,
+        **options: Any,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._template = None if template is None else _compiled(template)
         self._max_new_tokens = max_new_tokens
         self._options = options
+        self._seed = seed  # of the next answer: with the same one for each, all would draw the same numbers
         self.turns: list[dict[str, str]] = []
 
     def run(self) -> None:
@@ -78,6 +86,8 @@ class Chat:
                 try:
                     self.answer(said)
                 except UserError as error:
+                    if not sys.stdin.isatty():  # nobody is there to say it otherwise
+                        raise
                     print(f"{error}", file=sys.stderr)
 
     def answer(self, said: str) -> str:
@@ -160,10 +170,13 @@ class Chat:
                 [ids],
                 on_text=take,
                 max_new_tokens=self._max_new_tokens,
+                seed=self._seed,
                 **self._options,
             )
         except (_TurnEnds, KeyboardInterrupt):
             pass
+        if self._seed is not None:
+            self._seed = (self._seed + 1) % 2**63
         write(turn.rest())
         sys.stdout.write("\n")
         sys.stdout.flush()

@@ -9,6 +9,7 @@ at once.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -16,12 +17,12 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from slm import cli_models
-from slm.errors import SLMError, UserError
+from slm.errors import EnvironmentProblem, SLMError, UserError
 from slm.redact import redacted
 
 if TYPE_CHECKING:
@@ -55,9 +56,22 @@ def main() -> None:
         if end.code == UserError.exit_code:  # typer has shown what is wrong with the command line
             _note_exit(UserError.exit_code, "the command line is not understood; see the message above")
         raise
-    except Exception:  # a bug; what is printed may be kept as a log
+    except Exception as error:  # a bug; what is printed may be kept as a log
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _end_without_room(error)
         typer.echo(redacted(traceback.format_exc()), err=True, nl=False)
         sys.exit(1)
+
+
+def _end_without_room(error: OSError) -> NoReturn:
+    """Of what it writes each command tells by itself; left is above all a standard output in a file on a full disk."""
+    problem = EnvironmentProblem(
+        f"{error.filename or 'standard output'} cannot be written: {error.strerror}", fix="make room"
+    )
+    typer.echo(redacted(f"{problem.title}: {problem}"), err=True)
+    _note_exit(problem.exit_code, str(problem))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python, as it ends, tries to write once more
+    sys.exit(problem.exit_code)
 
 
 def _open_standard_streams() -> None:

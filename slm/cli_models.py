@@ -8,6 +8,7 @@ Owns their arguments and what they print, as cli.py does for the others.
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -186,7 +187,7 @@ def generate(
         Path | None,
         typer.Option(metavar="FILE", help="prompts: file of the answers, which the same command goes on with"),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="prompts: so many at once")] = 16,
+    batch: Annotated[int | None, typer.Option(min=1, help="prompts: so many at once  [default: 16]")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="turn by turn on the terminal")] = False,
     tokenizer: TokenizerPath = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 128,
@@ -206,7 +207,7 @@ def generate(
             fix="give a text, or --prompts FILE, or --chat",
         )
     if prompts is None:
-        _refuse(given[0], {"--output": output is not None}, "use it with --prompts")
+        _refuse(given[0], {"--output": output is not None, "--batch": batch}, "use it with --prompts")
     from slm.runtime import lasting_imports
 
     with lasting_imports():
@@ -236,7 +237,7 @@ def generate(
 
         about = {"weights": fingerprint_of(model)} if output is not None else {}
         began = time.monotonic()
-        num, tokens = answer(loaded, text, asked, output, batch=batch, about=about, seed=seed, **options)
+        num, tokens = answer(loaded, text, asked, output, batch=batch or 16, about=about, seed=seed, **options)
         seconds = time.monotonic() - began
         kept = f" ({len(asked) - num} were there)" if num < len(asked) else ""
         rate = f"; {tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s" if num else ""
@@ -311,8 +312,9 @@ def quantize(
     text: Annotated[bool, typer.Option("--text", help="MODEL OUTPUT FILE…: measure on any text")] = False,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="perplexity before and after")] = True,
     max_sequences: Annotated[
-        int, typer.Option(min=0, help="measure on at most this many per source; 0: all (not with --text)")
-    ] = 64,
+        int | None,
+        typer.Option(min=0, help="measure on at most this many per source; 0: all (not with --text)  [default: 64]"),
+    ] = None,
     tokenizer: TokenizerPath = "",
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
@@ -321,17 +323,20 @@ def quantize(
         raise UserError(f"--bits is {bits}: weights have 4 or 8", fix="give --bits 4 or --bits 8")
     if text and not data:
         raise UserError("--text has no file", fix="slm quantize MODEL OUTPUT FILE… --text")
-    if data and not measure:
-        raise UserError(f"{data[0]} has no effect with --no-measure", fix="leave one of them out")
+    of_measuring = {str(data[0]) if data else "": data, "--max-sequences": max_sequences is not None}
+    if not measure:
+        _refuse("--no-measure", of_measuring, "leave one of them out")
+    if text:
+        _refuse("--text", {"--max-sequences": max_sequences is not None}, "leave it out: texts are measured whole")
     from slm import quantize as quantizing
     from slm.model.quantized_files import Quantization
 
     report = quantizing.quantize(
         model, output, Quantization(bits, group_size, embeddings), data=[str(path) for path in data or []], text=text,
-        measure=measure, max_sequences=max_sequences, tokenizer=tokenizer,
+        measure=measure, max_sequences=64 if max_sequences is None else max_sequences, tokenizer=tokenizer,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
         quantizing.draw(report)
-        typer.echo(f"wrote {output}: slm generate {output} PROMPT; say its license in README.md")
+        typer.echo(f"wrote {output}: slm generate {shlex.quote(str(output))} PROMPT; say its license in README.md")

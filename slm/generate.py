@@ -299,7 +299,7 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float, do_samp
         return
     if not 0 < temperature < float("inf"):
         raise UserError(
-            f"temperature is {temperature}: logits are divided by it, so it must be above 0",
+            f"temperature is {temperature}: logits are divided by it, so it must be finite and above 0",
             fix="give one such as 0.8; for the likeliest token do_sample=False (--temperature 0)",
         )
     if top_k is not None and top_k < 0:

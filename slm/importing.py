@@ -25,6 +25,7 @@ from slm.errors import CorruptArtefact, UserError
 from slm.loading import fresh_folder
 from slm.model.config import ModelConfig
 from slm.model.hf import (
+    COMPANIONS,
     FLOATS,
     checked_files,
     config_from_hf,
@@ -38,11 +39,6 @@ from slm.names import file_inside
 from slm.runtime import atomic_write
 
 SHARD_BYTES = 5 << 30
-# Beside the weights: what they and the text that they read need, and what transformers' generate takes from there.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

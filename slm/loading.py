@@ -29,9 +29,10 @@ from slm.errors import CorruptArtefact, EnvironmentProblem, UserError
 from slm.evaluate import Findings, HeldOut, examine
 from slm.model.config import ModelConfig
 from slm.model.decode import join_projections
-from slm.model.hf import read_json, refuse_pickles
+from slm.model.hf import COMPANIONS, SPECIAL_IDS, read_json, refuse_pickles, special_ids, write_configs
 from slm.model.llama import SLMForCausalLM, Visit
 from slm.model_card import write_card
+from slm.names import file_inside
 from slm.problems import readable
 from slm.recall.samples import Filler, Form, Grid
 from slm.recall.score import RecallBatches
@@ -126,7 +127,8 @@ def _check_tokenizer(path: str, state: dict[str, Any], what: str, fingerprint: s
         raise UserError(
             f"{what} is of another tokenizer (fingerprint {fingerprint[:12]}) than the one {path} was trained with "
             f"({trained_with[:12]}): the same ids mean different text",
-            fix="use the files that the model was trained with, or make them again as they were",
+            fix="use the files that the model was trained with (a tokenizer that has been moved: --tokenizer PATH), or make them "
+            "again as they were",
         )
 
 
@@ -165,7 +167,8 @@ def evaluate_model(
         held_out, per_byte = parallel.together(_held_out, *what)
         total = sum(map(len, held_out.sources.values())) + (len(held_out.recall) if held_out.recall else 0)
         quiet = parallel.rank() > 0
-        with Progress(transient=True, console=Console(stderr=True), disable=quiet) as progress:
+        console = Console(stderr=True)
+        with Progress(transient=True, console=console, disable=quiet or not console.is_terminal) as progress:
             task = progress.add_task("evaluating", total=total)
             place = next(model.parameters()).device
             found = examine(ModelScorer(model), held_out, place, lambda done: progress.update(task, completed=done))
@@ -317,12 +320,34 @@ def tokenizer_of(path: str, state: dict[str, Any], tokenizer: str = "") -> Any:
     return loaded
 
 
+def write_beside(partial: Path, path: str, fields: dict[str, Any], state: dict[str, Any], tokenizer: str) -> bool:
+    """The tokenizer, generation_config.json and config.json (`fields`); whether there is a tokenizer. Of a Hugging Face folder
+    its own files, as they are; with another tokenizer those that are the model's: what ends a text, and how turns are told.
+
+    Raises UserError, CorruptArtefact.
+    """
+    loaded = tokenizer_of(path, state, tokenizer)
+    if hasattr(loaded, "save_pretrained"):
+        loaded.save_pretrained(partial)
+    if state:
+        write_configs(partial, fields, special_ids(loaded))
+        return loaded is not None
+    source = Path(path)
+    theirs = read_json(source / "config.json")
+    own = {} if loaded is None else special_ids(loaded)
+    write_configs(partial, fields, own | {name: theirs[name] for name in SPECIAL_IDS if name in theirs})
+    for name in COMPANIONS if loaded is None else ("chat_template.jinja", "generation_config.json"):
+        if (source / name).exists():
+            shutil.copyfile(file_inside(source, name, source), partial / name)
+    return loaded is not None or any((source / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def export_model(path: str, output: Path, tokenizer: str = "") -> None:
     """Writes config.json, model.safetensors, the tokenizer's files and a model card. Raises UserError if `output` holds
     something."""
     with fresh_folder(output) as partial:
         model, state = load_model(path, exact=True)
-        loaded = tokenizer_of(path, state, tokenizer)
-        model.save_pretrained(partial, loaded)
+        model.save_pretrained(partial)
+        has_tokenizer = write_beside(partial, path, read_json(partial / "config.json"), state, tokenizer)
         place = run_of(path)
-        write_card(partial, path, place.folder if place is not None else None, state, model.config, loaded)
+        write_card(partial, path, place.folder if place is not None else None, state, model.config, has_tokenizer)

@@ -3,7 +3,7 @@
 Owns the text and its picture. What is not known (a copied checkpoint has no log; a Hugging Face folder no recipe) is left out.
 The license is left to who publishes the weights.
 
-    write_card(Path("export"), "runs/demo", run_of("runs/demo"), state, model.config, tokenizer)
+    write_card(Path("export"), "runs/demo", run_of("runs/demo"), state, model.config, has_tokenizer=True)
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def write_card(
     run: Path | None,
     state: dict[str, Any],
     config: ModelConfig,
-    tokenizer: Any,
+    has_tokenizer: bool,
 ) -> None:
     """run: the run's folder, if the model is of one. state: its checkpoint's; {} of a Hugging Face folder."""
     recipe = state.get("recipe") or {}
     name = recipe.get("name") or Path(path).resolve().name
-    sections = [_head(name, config, tokenizer)]
+    sections = [_head(name, config, has_tokenizer)]
     if state:
         sections += [_training(state, recipe), _data(state, recipe)]
         sections += [_evaluation(state, run), _curve(folder, run, state)]
@@ -46,17 +46,17 @@ def write_card(
     atomic_write(folder / "README.md", redacted(text))
 
 
-def _head(name: str, c: ModelConfig, tokenizer: Any) -> str:
+def _head(name: str, c: ModelConfig, has_tokenizer: bool) -> str:
     rope = "plain" if c.rope_scaling is None else c.rope_scaling.rope_type
     with_text = (
         """
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
-        if tokenizer is not None
+        if has_tokenizer
         else ""
     )
-    names = "AutoModelForCausalLM, AutoTokenizer" if tokenizer is not None else "AutoModelForCausalLM"
+    names = "AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -24,7 +24,7 @@ from slm.errors import UserError
 from slm.gate import ASKED, repetition
 from slm.layout import check_ranks, gradient_accumulation
 from slm.model.config import ModelConfig, effective_theta
-from slm.model.shape import shape_fields
+from slm.model.shape import QUANTIZED_TYPE, only_read, shape_fields
 from slm.recall.samples import Form, fitting_lengths
 from slm.recipe import Phase, Recipe
 from slm.runtime import look_at_lock
@@ -91,7 +91,7 @@ def check_what_is_here(recipe: Recipe) -> None:
     """Holds the recipe against its tokenizer and token shards, as far as they are here; the rest is `slm train`'s to check.
 
     Raises UserError for lengths of recall that the needles do not fit in, for filters that leave no document, and for weights to
-    start from that are of another shape.
+    start from that are of another shape, or codes; so for teachers.
     """
     if recipe.eval.recall is not None and Path(recipe.tokenizer).exists():
         form = Form(recipe.eval.recall, load_tokenizer(recipe.tokenizer).encode)
@@ -101,6 +101,10 @@ def check_what_is_here(recipe: Recipe) -> None:
         for source in phase.filters:
             if (Path(recipe.data.sources[source]) / MANIFEST).exists():
                 selected_documents(recipe, phase, source, TokenDataset(recipe.data.sources[source]))
+    origins = [recipe.init_from.path] if recipe.init_from is not None else []
+    for path in [*origins, *(teacher.model for teacher in recipe.teacher.values())]:
+        if shape_fields(Path(path)).get("model_type") == QUANTIZED_TYPE:
+            raise only_read(f"{path} is a quantised model")
     if recipe.init_from is not None:
         _check_shape_of_origin(recipe, Path(recipe.init_from.path))
 

@@ -12,12 +12,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from slm.completion import continuations, encode_prompts
-from slm.errors import UserError
+from slm.errors import EnvironmentProblem, UserError
 from slm.model.llama import SLMForCausalLM
 from slm.progress import TokenProgress
 
@@ -85,7 +86,8 @@ def answer(
     to standard output.
 
     batch: prompts at once. about: what else decides the answers, such as the model's path. options: those of `generate`.
-    Raises UserError, before anything is written, if a prompt does not fit or `output` is of something else.
+    Raises UserError, before anything is written, if a prompt does not fit or `output` is of something else;
+    EnvironmentProblem if the disk is full.
     """
     rows = encode_prompts(tokenizer, [prompt.text for prompt in prompts])
     context = model.config.max_position_embeddings
@@ -122,10 +124,18 @@ def answer(
                 tokens += one.num_tokens
             stream.flush()
             progress.update(min(len(prompts), start + batch))
+    except OSError as error:
+        if output is None:
+            raise
+        raise EnvironmentProblem(
+            f"{output} cannot be written: {error.strerror}; the answers before it are whole",
+            fix="make room and give the same command: it goes on behind them",
+        ) from None
     finally:
         progress.close()
         if output is not None:
-            stream.close()
+            with suppress(OSError):  # what could not be flushed is tried once more
+                stream.close()
     return len(prompts) - done, tokens
 
 

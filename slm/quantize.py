@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,20 +26,10 @@ from safetensors.torch import save_file
 from slm import __version__, checkpoint
 from slm.errors import CorruptArtefact, SLMError, UserError
 from slm.findings import shown
-from slm.importing import COMPANIONS
-from slm.loading import evaluate_model, fresh_folder, phase_of, tokenizer_of
+from slm.loading import evaluate_model, fresh_folder, phase_of, write_beside
 from slm.model.config import ModelConfig
-from slm.model.hf import (
-    SPECIAL_IDS,
-    read_config,
-    read_json,
-    refuse_pickles,
-    special_ids,
-    weight_reader,
-    write_configs,
-)
+from slm.model.hf import read_config, refuse_pickles, weight_reader
 from slm.model.quantized_files import Quantization, check_groups, config_fields, model_shapes, pairs_of
-from slm.names import file_inside
 from slm.redact import redacted
 from slm.runtime import atomic_write
 
@@ -238,7 +227,8 @@ def _write(
     tensors: dict[str, torch.Tensor] = {}
     num_parameters = sum(math.prod(shape) for shape in shapes.values())
     bytes_before, squared_error, squares = 0, 0.0, 0.0
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("quantising", total=num_parameters)
         for name, shape in shapes.items():
             value = weight(name, shape)
@@ -259,27 +249,9 @@ def _write(
     file = partial / "model.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})
     os.chmod(file, 0o644)  # safetensors makes it readable by the owner alone
-    _write_beside(partial, path, config_fields(config, q), state, tokenizer)
+    write_beside(partial, path, config_fields(config, q), state, tokenizer)
     error = math.sqrt(squared_error / squares) if squares else 0.0
     return Report(num_parameters, bytes_before, file.stat().st_size, error, [])
-
-
-def _write_beside(partial: Path, path: str, fields: dict[str, Any], state: dict[str, Any], tokenizer: str) -> None:
-    """The tokenizer, generation_config.json and config.json. Of a Hugging Face folder its own files, as they are; with another
-    tokenizer those that are the model's: what ends a text, and how turns are told."""
-    loaded = tokenizer_of(path, state, tokenizer)
-    if hasattr(loaded, "save_pretrained"):
-        loaded.save_pretrained(partial)
-    if state:
-        write_configs(partial, fields, special_ids(loaded))
-        return
-    source = Path(path)
-    theirs = read_json(source / "config.json")
-    own = {} if loaded is None else special_ids(loaded)
-    write_configs(partial, fields, own | {name: theirs[name] for name in SPECIAL_IDS if name in theirs})
-    for name in COMPANIONS if loaded is None else ("chat_template.jinja", "generation_config.json"):
-        if (source / name).exists():
-            shutil.copyfile(file_inside(source, name, source), partial / name)
 
 
 # --- what it cost -------------------------------------------------------------------------------------------------

@@ -490,7 +490,7 @@ def _find_file(path: Path) -> Path:
     if file is None:
         raise UserError(
             f"the folder {path} holds no tokenizer (tokenizer.json, tokenizer.model, *.tiktoken)",
-            fix="make one with: slm-data tokenizer INPUT --output DIR",
+            fix="copy the whole folder of a model again; make a new tokenizer with: slm-data tokenizer INPUT --output DIR",
         )
     if file.stat().st_size == 0:
         raise UserError(f"the tokenizer file {file} is empty", fix="copy or make it again")

@@ -48,7 +48,8 @@ def verify(recipe: Recipe, *, repair: bool = False) -> list[SLMError]:
     problems: list[SLMError] = []
     wanted = list(wanted_caches(recipe))
     identities = _identities(recipe, wanted)
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
         for w in progress.track(wanted, description="verifying"):
             try:
                 cache = open_cache(w, allow_partial=True)
@@ -264,7 +265,8 @@ def _diff_of(
     sums: dict[str, float] = {}
     worst = 0.0
     count = 0
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
         for piece in progress.track(useful[::every].tolist(), description=f"comparing {w.path.name}"):
             start, end = int(starts[piece]), int(starts[piece] + lengths[piece])
             ids = shard.tokens[start:end]

@@ -24,8 +24,9 @@ from slm.data.batches import Batch
 from slm.errors import EnvironmentProblem, UserError
 from slm.losses import IGNORE, DenseTarget
 from slm.model.config import ModelConfig
-from slm.model.hf import QUANTIZED_TYPE, read_config, read_json, refuse_pickles, weight_files, weight_reader
+from slm.model.hf import read_config, read_json, refuse_pickles, weight_files, weight_reader
 from slm.model.llama import SLMForCausalLM, Visit
+from slm.model.shape import QUANTIZED_TYPE
 from slm.names import shortened
 
 log = logging.getLogger("slm")

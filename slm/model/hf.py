@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from slm.errors import CorruptArtefact, UserError
 from slm.model.config import ROPE_FIELDS, ModelConfig, RopeScaling, effective_theta
 from slm.model.rope import attention_factor
+from slm.model.shape import QUANTIZED_TYPE, only_read
 from slm.names import file_inside
 from slm.runtime import atomic_write
 
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     from slm.model.llama import SLMForCausalLM
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Beside the weights: what they and the text that they read need, and what transformers' generate takes from there.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 _SHAPE_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -96,14 +102,13 @@ _MISSING = {
 }  # fmt: skip
 _FAMILY = tuple(_MISSING)
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-QUANTIZED_TYPE = "slm_quantized_llama"  # the model_type of a folder that slm quantize has written
 
 
 def config_from_hf(fields: dict[str, Any], path: object = "config.json") -> ModelConfig:
     """Reads config.json's content as transformers does. Raises UserError for what is not a plain Llama."""
     kind = fields.get("model_type")
     if kind == QUANTIZED_TYPE:
-        raise UserError(f"{path} is of a quantised model{_ONLY_READ}", fix=_ORIGINAL)
+        raise only_read(f"{path} is of a quantised model")
     if kind not in _FAMILY:
         raise UserError(
             f"{path}: model_type is {kind!r}, and the architecture that runs here is {' or '.join(map(repr, _FAMILY))}",
@@ -178,14 +183,10 @@ def _scaling_from_hf(
     return RopeScaling(rope_type=kind, **known), context
 
 
-_ONLY_READ = ": its weights are rounded; it generates and is evaluated, but is no start, no teacher, and not exported or imported"
-_ORIGINAL = "give the model that it was made from"
-
-
 def refuse_quantized(model: Any, what: str) -> None:
     """Raises UserError if the weights of `model` (any object) are codes: to train, save or enlarge it would lose them."""
     if getattr(model, "quantization", None) is not None:
-        raise UserError(f"{what} is a quantised model{_ONLY_READ}", fix=_ORIGINAL)
+        raise only_read(f"{what} is a quantised model")
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -269,7 +270,9 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
             with safe_open(file, "pt") as tensors:
                 where.update({name: file for name in tensors.keys()})
         except (SafetensorError, OSError) as error:
-            raise CorruptArtefact(f"{file}: not a whole safetensors file ({error})") from None
+            raise CorruptArtefact(
+                f"{file}: not a whole safetensors file ({error})", fix="copy the file again"
+            ) from None
     return where
 
 
@@ -344,7 +347,10 @@ def weight_reader(folder: str | Path) -> Callable[[str, tuple[int, ...]], torch.
             name = _EMBEDDING
         tensor = read_tensor(where, name)
         if tuple(tensor.shape) != shape:
-            raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, but the config says {shape}")
+            raise UserError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, but the config says {shape}",
+                fix="config.json and weights are of different models: copy both from the same place",
+            )
         if tensor.dtype not in FLOATS:
             raise UserError(
                 f"{folder}: {name} is {str(tensor.dtype).removeprefix('torch.')}, and weights are float32, bfloat16 or float16",

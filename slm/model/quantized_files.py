@@ -18,7 +18,7 @@ from torch import nn
 
 from slm.errors import CorruptArtefact, UserError
 from slm.model.config import ModelConfig
-from slm.model.hf import QUANTIZED_TYPE, config_from_hf, config_to_hf, read_json, some_names, weight_files
+from slm.model.hf import config_from_hf, config_to_hf, read_json, some_names, weight_files
 from slm.model.llama import SLMForCausalLM
 from slm.model.quantized import (
     QuantizedDown,
@@ -26,6 +26,7 @@ from slm.model.quantized import (
     QuantizedHead,
     QuantizedLinear,
 )
+from slm.model.shape import QUANTIZED_TYPE
 
 FORMAT = "slm-quantized/1"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

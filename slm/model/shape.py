@@ -14,8 +14,10 @@ import yaml
 from pydantic import ValidationError
 
 from slm import strict_yaml
+from slm.errors import UserError
 from slm.model.config import ModelConfig
 
+QUANTIZED_TYPE = "slm_quantized_llama"  # the model_type of a folder that slm quantize has written
 _SHAPE = [name for name in ModelConfig.model_fields if name.endswith("_size") or name.startswith("num_")]
 
 
@@ -33,6 +35,15 @@ def shape_fields(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return {}  # who loads it says what is wrong with it
     return found if isinstance(found, dict) else {}
+
+
+def only_read(problem: str) -> UserError:
+    """Of a quantised model, where one that can be trained, copied or learned from is wanted."""
+    return UserError(
+        f"{problem}: its weights are rounded; it generates and is evaluated, but is no start, no teacher, and not exported or "
+        "imported",
+        fix="give the model that it was made from",
+    )
 
 
 def shape_of(path: Path) -> ModelConfig | None:

@@ -291,6 +291,25 @@ def test_export_of_a_folder_is_what_transformers_loads_without_our_code(tiny_con
     assert "AutoTokenizer.from_pretrained" in card
 
 
+def test_export_of_a_folder_keeps_what_text_needs_without_being_told_where_it_is(tiny_config, tmp_path):
+    """Tokenizer, chat template, special ids and generation config of a Hugging Face folder are copied byte for byte, so that the
+    export writes text as the folder does; of a folder without a tokenizer the card promises none."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    SLMForCausalLM(tiny_config).init_weights(seed=3).save_pretrained(source, SLMTokenizer())
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    export_model(str(source), out)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (source, out)]
+    assert [configs[0][name] for name in special] == [configs[1][name] for name in special] != [None] * 3
+    assert "AutoTokenizer.from_pretrained" in (out / "README.md").read_text()
+    (source / "tokenizer.json").unlink()
+    export_model(str(source), tmp_path / "bare")
+    assert "AutoTokenizer" not in (tmp_path / "bare/README.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_real_1b_with_random_weights_of_that_shape(tmp_path):

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from contextlib import suppress
 
@@ -98,6 +100,32 @@ def test_answers_of_another_kind_are_not_touched(model, tokenizer, tmp_path):
         with pytest.raises(UserError, match="other prompts, or of another model or other settings"):
             answer(model, tokenizer, asked, output, batch=2, about=about, **options)
     assert output.read_bytes() == before
+
+
+def test_a_disk_that_fills_up_is_a_message_and_loses_no_answer(folder, tmp_path):
+    """Files of at most 1 KiB in place of a full disk; with room the same command goes on, and the answers are those of one go.
+    A standard output that is full, with prompts and with one: a message too."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("".join(f"prompt {n}\n" for n in range(12)))
+    command = [sys.executable, "-m", "slm", "generate", str(folder), "--temperature", "0", "--max-new-tokens", "8"]
+    of_file = [*command, "--prompts", str(prompts), "--batch", "2"]
+    full = subprocess.run(
+        ["bash", "-c", f"ulimit -f 1; {shlex.join([*of_file, '--output', str(tmp_path / 'a.jsonl')])}"],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert (full.returncode, "Traceback" in full.stderr) == (3, False), full.stderr
+    assert "a.jsonl cannot be written: File too large" in full.stderr
+    assert (tmp_path / "a.jsonl").stat().st_size <= 1024
+    for name in "a.jsonl", "whole.jsonl":
+        assert run_slm(*of_file[3:], "--output", str(tmp_path / name)) == 0
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    for asked in of_file, [*command, "x"]:
+        with open("/dev/full", "w") as sink:
+            full = subprocess.run(asked, stdout=sink, stderr=subprocess.PIPE, text=True, timeout=100)
+        assert full.returncode == 3
+        assert "standard output cannot be written: No space left" in full.stderr
+        assert "Traceback" not in full.stderr
+        assert "Exception ignored" not in full.stderr
 
 
 @pytest.mark.parametrize(
@@ -251,6 +279,21 @@ def test_a_full_context_forgets_the_oldest(model, tokenizer, capsys):
     assert chat.turns == kept
 
 
+def test_a_seed_gives_the_same_chat_and_other_numbers_for_each_answer(model, tokenizer):
+    """The same turns twice are the same answers; a turn that is forgotten and said again is answered otherwise."""
+
+    def answers():
+        chat = Chat(model, tokenizer, template=None, max_new_tokens=12, seed=5, temperature=5.0)
+        found = []
+        for _ in range(3):
+            chat.turns = []
+            found.append(chat.answer("hello"))
+        return found
+
+    assert answers() == answers()
+    assert len(set(answers())) == 3
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
 
@@ -261,6 +304,13 @@ def test_the_command_chats_over_standard_input(folder, monkeypatch, capsys):
     told = capsys.readouterr()
     assert "no chat template" in told.err
     assert told.out.count("\n") >= 2
+
+
+def test_a_turn_that_fails_ends_a_chat_that_no_one_sits_at(folder, monkeypatch, capsys):
+    """With an exit code, as of any other command in a pipe."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 300 + "\nhello\n"))
+    assert run_slm("generate", str(folder), "--chat", "--max-new-tokens", "4") == 2
+    assert "this turn alone is" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(120)
@@ -318,7 +368,9 @@ def read_until(terminal, wanted):
         ([], "there is nothing to continue"),
         (["x", "--chat"], "PROMPT and --chat at once"),
         (["x", "--output", "a.jsonl"], "--output has no effect"),
+        (["x", "--batch", "4"], "--batch has no effect"),
         (["--prompts", "nowhere.txt"], "cannot be read"),
+        (["--prompts", __file__, "--output", "/dev/full"], "/dev/full is no file"),
     ],
 )
 def test_contradictions_are_refused(folder, capsys, arguments, told):

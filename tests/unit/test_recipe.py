@@ -557,6 +557,16 @@ def test_bad_fields_are_told_in_our_words(tmp_path, monkeypatch, override, said)
     assert "Input should" not in str(caught.value)
 
 
+def test_a_quantised_model_is_no_start_and_no_teacher_before_anything_starts(tmp_path, monkeypatch):
+    """By its config.json alone, as `slm train --check`, `slm plan` and the launchers ask."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q/config.json").write_text(json.dumps({"model_type": "slm_quantized_llama"}))
+    for field in "init_from.path", "teacher.model":
+        with pytest.raises(UserError, match=r"q is a quantised model.*no start, no teacher"):
+            check_what_is_here(load_recipe(write(tmp_path, GOOD), [f"{field}={tmp_path}/q"]))
+
+
 def test_plan_holds_weights_to_start_from_against_the_model(tmp_path, monkeypatch):
     """A Hugging Face folder, a run and a checkpoint of another shape are refused; where there is none that is said."""
     monkeypatch.chdir(ROOT)
