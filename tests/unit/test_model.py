@@ -191,7 +191,7 @@ def test_config_round_trip_in_both_spellings(tiny_config, tmp_path):
     new = {k: v for k, v in hf.items() if k not in ("rope_theta", "rope_scaling")}
     assert config_from_hf(old) == config_from_hf(new) == tiny_config
     (tmp_path / "config.json").write_text(json.dumps(hf | {"model_type": "gpt2"}))
-    with pytest.raises(UserError, match="only 'llama'"):
+    with pytest.raises(UserError, match="the architecture that runs here is 'llama'"):
         read_config(tmp_path)
 
 

@@ -6,10 +6,9 @@ import os
 import pty
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +20,7 @@ from slm.errors import UserError
 from slm.prompts import answer, read_prompts
 
 PROMPTS = ["the fox", "a", "a rather longer prompt than the others", "end", "äöü"]
+SHORT_LINES = Path(__file__).parents[2] / "constraints.txt"
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
 
@@ -328,9 +328,12 @@ def test_keys_on_a_terminal(folder):
         "--temperature",
         "0",
     ]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(command[0], command)
+    # A child of its own makes it its terminal: to fork this process, which has threads, could leave a lock held for ever.
+    take_terminal = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+    on_terminal = f"{take_terminal}; os.execv(sys.argv[1], sys.argv[1:])"
+    terminal, theirs = pty.openpty()
+    chat = subprocess.Popen([sys.executable, "-c", on_terminal, *command], stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
     try:
         read_until(terminal, "> ")
         os.write(terminal, b"hello\n")
@@ -343,11 +346,10 @@ def test_keys_on_a_terminal(folder):
         os.write(terminal, b"/new\n")
         read_until(terminal, "/new\r\n> ")
         os.write(terminal, b"\x04")
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert chat.wait() == 0
     finally:
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        chat.kill()
+        chat.wait()
         os.close(terminal)
 
 
@@ -370,7 +372,7 @@ def read_until(terminal, wanted):
         (["x", "--output", "a.jsonl"], "--output has no effect"),
         (["x", "--batch", "4"], "--batch has no effect"),
         (["--prompts", "nowhere.txt"], "cannot be read"),
-        (["--prompts", __file__, "--output", "/dev/full"], "/dev/full is no file"),
+        (["--prompts", str(SHORT_LINES), "--output", "/dev/full"], "/dev/full is no file"),
     ],
 )
 def test_contradictions_are_refused(folder, capsys, arguments, told):
