@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 
 import numpy as np
@@ -155,7 +155,12 @@ def _build_cache(
     spec = cache_spec(settings, model.identity, w)
     bounds = block_bounds(offsets, spec.piece_length, spec.block_tokens)
     writer = CacheWriter(w.path, spec, bounds)
-    maker = BlockMaker(model, settings, w, spec, bounds, device, reusable_caches(w, spec))
+
+    def stopped() -> bool:
+        """Of all ranks the same under ZeRO-3, where each forward takes all of them."""
+        return parallel.agree(stop.signal_name is not None) if settings.zero3 else stop.signal_name is not None
+
+    maker = BlockMaker(model, settings, w, spec, bounds, device, reusable_caches(w, spec), stopped)
     blocks = _own_blocks_first(len(bounds) - 1, ranks)
     base = progress.done
     progress.update(base + int(np.diff(bounds)[writer.done].sum()))
@@ -174,7 +179,7 @@ def _build_cache(
             if failed:
                 raise failure or EnvironmentProblem("another rank could not write its block; it says why")
             progress.update(base + int(np.diff(bounds)[writer.done].sum()))
-            if parallel.agree(stop.signal_name is not None) if settings.zero3 else stop.signal_name:
+            if stopped():
                 raise Stopped
     writer.finish()
     progress.update(base + int(bounds[-1]))
@@ -238,8 +243,10 @@ class BlockMaker:
         bounds: np.ndarray,
         device: torch.device,
         reusable: list[Cache],
+        stopped: Callable[[], bool],
     ) -> None:
         self.model, self.settings, self.spec, self.bounds, self.device = model, settings, spec, bounds, device
+        self.stopped = stopped
         self.reusable = reusable
         shard = w.dataset.shards[w.shard]
         self.tokens = shard.tokens
@@ -251,7 +258,10 @@ class BlockMaker:
             self.reuse[(starts[at] == self.starts) & (lengths[at] == self.lengths)] = i
 
     def make(self, block: int) -> tuple[dict[str, np.ndarray], Sums]:
-        """Planes of the block's tokens. -1: only takes part in the forwards of the others."""
+        """Planes of the block's tokens. -1: only takes part in the forwards of the others.
+
+        Raises Stopped, within a block too: one of a large teacher takes longer than the time that a scheduler grants.
+        """
         low, high = (int(x) for x in self.bounds[block : block + 2]) if block >= 0 else (0, 0)
         planes = new_planes(self.spec, high - low)
         first, last = np.searchsorted(self.starts, [low, high])
@@ -268,6 +278,8 @@ class BlockMaker:
         order = _shuffled(self.spec.vocab_size, f"{self.spec.seed}/{self.spec.shard['sha256']}/{block}")
         order_V = torch.from_numpy(order).to(self.device)
         for number in range(rounds):
+            if self.stopped():
+                raise Stopped
             if number < len(batches):
                 self._run(*batches[number], planes, low, order_V)
             else:

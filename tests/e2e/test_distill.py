@@ -183,22 +183,27 @@ def test_the_bytes_do_not_depend_on_who_made_them(recipe, world, tmp_path):
         shutil.rmtree(tmp_path / "cache")
 
 
-def test_sigterm_keeps_the_complete_blocks(recipe, monkeypatch):
-    """Exit code 75 between two blocks; the same command ends the work."""
+@pytest.mark.parametrize(("method", "calls", "complete"), [("make", 1, 1), ("_run", 1, 0)])
+def test_sigterm_keeps_the_complete_blocks(recipe, monkeypatch, method, calls, complete):
+    """Exit code 75, after a block and within one, of which the rest is left; the same command ends the work."""
     from slm.distill.build import BlockMaker
 
     path = recipe()
-    make = BlockMaker.make
+    itself, called = getattr(BlockMaker, method), []
 
-    def stopping(self, block):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return make(self, block)
+    def stopping(self, *arguments):
+        done = itself(self, *arguments)
+        called.append(method)
+        if len(called) == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(BlockMaker, "make", stopping)
+        patch.setattr(BlockMaker, method, stopping)
         assert build(load_recipe(path)) == 75
-    first = next(wanted_caches(load_recipe(path)))
-    assert open_cache(first, allow_partial=True).missing.sum() == len(open_cache(first, allow_partial=True).missing) - 1
+    assert len(called) == calls
+    missing = open_cache(next(wanted_caches(load_recipe(path))), allow_partial=True).missing
+    assert len(missing) - missing.sum() == complete
     assert build(load_recipe(path)) == 0
     assert examine.verify(load_recipe(path)) == []
 
