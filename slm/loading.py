@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -295,6 +298,9 @@ def fresh_folder(output: Path) -> Iterator[Path]:
         )
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    tells = signal.getsignal(signal.SIGTERM)
+    if tells is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of what cleans up below
     try:
         partial.mkdir()
         yield partial
@@ -306,6 +312,8 @@ def fresh_folder(output: Path) -> Iterator[Path]:
         raise EnvironmentProblem(f"{output} cannot be written: {told}", fix="give another path, or make room") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if tells is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, tells)
 
 
 def tokenizer_of(path: str, state: dict[str, Any], tokenizer: str = "") -> Any:

@@ -38,7 +38,12 @@ def write_card(
     """run: the run's folder, if the model is of one. state: its checkpoint's; {} of a Hugging Face folder."""
     recipe = state.get("recipe") or {}
     name = recipe.get("name") or Path(path).resolve().name
-    sections = [_head(name, config, has_tokenizer)]
+    about = (
+        f"A base language model, with no instruction tuning, trained with slm {__version__}."
+        if state
+        else f"Written by slm {__version__} from a folder of that name, whose own card says what it was trained on."
+    )
+    sections = [_head(name, about, config, has_tokenizer)]
     if state:
         sections += [_training(state, recipe), _data(state, recipe)]
         sections += [_evaluation(state, run), _curve(folder, run, state)]
@@ -46,7 +51,7 @@ def write_card(
     atomic_write(folder / "README.md", redacted(text))
 
 
-def _head(name: str, c: ModelConfig, has_tokenizer: bool) -> str:
+def _head(name: str, about: str, c: ModelConfig, has_tokenizer: bool) -> str:
     rope = "plain" if c.rope_scaling is None else c.rope_scaling.rope_type
     with_text = (
         """
@@ -66,7 +71,7 @@ tags: [slm, llama]
 
 # {name}
 
-A base language model, with no instruction tuning, trained with slm {__version__}.
+{about}
 
 | parameters | layers | width | MLP | heads | key/value heads | vocabulary | context | rotary scaling | head |
 |---|---|---|---|---|---|---|---|---|---|

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -434,3 +435,16 @@ def test_transformers_refuses_the_folder(tmp_path):
     quantize(str(tmp_path / "model"), tmp_path / "q", Quantization(4, 32, True), measure=False)
     with pytest.raises(ValueError, match="slm_quantized_llama"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+
+
+def test_a_folder_that_is_stopped_half_way_leaves_nothing(tmp_path):
+    """SIGTERM, as a scheduler sends it, while one is written: code 143, and no hidden folder of gigabytes."""
+    script = (
+        "import os, pathlib, signal, time; from slm.loading import fresh_folder\n"
+        "with fresh_folder(pathlib.Path('out')) as partial:\n"
+        "    (partial / 'a').write_text('a'); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, timeout=50)
+    assert done.returncode == 143
+    assert list(tmp_path.iterdir()) == []
