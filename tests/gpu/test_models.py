@@ -16,9 +16,12 @@ from slm.distill.wanted import open_cache, wanted_caches
 from slm.model.config import ModelConfig
 from slm.model.decode import DecodeStep, join_projections
 from slm.model.llama import KVCache
+from slm.model.quantized_files import Quantization
+from slm.quantize import quantize
 from slm.recipe import load_recipe
 from tests.gpu.test_gpu import ROOT, train
 from tests.shards import make_dataset
+from tests.unit.test_quantize import plain_twin, random_model
 from tests.unit.test_rope import KINDS, ORIGINAL
 from tests.unit.test_rope_cache import model_of, some_tokens
 
@@ -82,6 +85,33 @@ def test_steps_of_generation_equal_the_cpus_full_forward(device, dtype, toleranc
             for row, length in enumerate(at):
                 wanted = reference(tokens[row, None, : length + 1])[0, -1]
                 assert (logits_BV[row].float().cpu() - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance"),
+    [
+        ("cpu", torch.float32, 2e-2),  # few rows: torch's kernels, in bfloat16
+        pytest.param("cuda", torch.float32, 1e-4, marks=GPU),
+        pytest.param("cuda", torch.bfloat16, 1e-1, marks=GPU),
+    ],
+)
+def test_a_quantised_model_is_its_twin_of_floats(tmp_path, device, dtype, tolerance, bits):
+    """Logits of a prompt, and of steps of generation, against the float32 model of the same numbers on the CPU."""
+    random_model(tmp_path / "model", hidden_size=256, intermediate_size=256)
+    quantize(str(tmp_path / "model"), tmp_path / "small", Quantization(bits, None, embeddings=True), measure=False)
+    twin = plain_twin(tmp_path / "small")
+    model = SLMForCausalLM.from_pretrained(tmp_path / "small", dtype=dtype).to(device)
+    tokens = some_tokens(2, 24) % 300
+    with torch.no_grad():
+        cache = KVCache.empty(model.config, 2, 64, dtype, device)
+        logits_BTV = model(tokens[:, :20].to(device), cache=cache)
+        wanted_BTV = twin(tokens)
+        assert (logits_BTV.float().cpu() - wanted_BTV[:, :20]).norm() <= tolerance * wanted_BTV[:, :20].norm()
+        step = DecodeStep(model, cache)
+        for at in range(20, 24):
+            logits_BV = step(tokens[:, at].to(device), [at, at])
+            assert (logits_BV.float().cpu() - wanted_BTV[:, at]).norm() <= tolerance * wanted_BTV[:, at].norm()
 
 
 # --- slm teacher ---------------------------------------------------------------------------------------------

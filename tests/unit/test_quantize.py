@@ -99,7 +99,8 @@ def plain_twin(folder) -> SLMForCausalLM:
     """A model of ordinary float32 layers whose weights are those that the folder's codes stand for."""
     tensors = stored(folder)
     fields = json.loads((folder / "config.json").read_text())
-    config = shape(vocab_size=fields["vocab_size"], tie_word_embeddings=fields["tie_word_embeddings"])
+    given = ("vocab_size", "tie_word_embeddings", "hidden_size", "intermediate_size")
+    config = shape(**{name: fields[name] for name in given})
     model = SLMForCausalLM(config, seed=None)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
