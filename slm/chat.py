@@ -141,9 +141,8 @@ class Chat:
         }
         try:
             return self._template.render(messages=list(turns), add_generation_prompt=True, **names)
-        except (
-            Exception
-        ) as error:  # a template is a program: it can divide by zero, take too large a range, call itself
+        except Exception as error:
+            # A template is a program: it can divide by zero, take too large a range, call itself.
             raise UserError(
                 f"the model's chat template fails: {error}",
                 fix="mend chat_template.jinja in its folder, or remove it for a plain transcript",
