@@ -73,22 +73,28 @@ class Chat:
             import readline  # noqa: F401 (input() then edits lines and knows earlier ones)
         while True:
             try:
-                said = input("> " if sys.stdin.isatty() else "")
-            except EOFError:
+                if not self._take_turn():
+                    return
+            except KeyboardInterrupt:  # at the prompt; or meant for the answer, which has just ended
                 print(file=sys.stderr)
-                return
-            except KeyboardInterrupt:  # perhaps meant for the answer, which has just ended
-                print(file=sys.stderr)
-                continue
-            if said.strip() == "/new":
-                self.turns = []
-            elif said.strip():
-                try:
-                    self.answer(said)
-                except UserError as error:
-                    if not sys.stdin.isatty():  # nobody is there to say it otherwise
-                        raise
-                    print(f"{error}", file=sys.stderr)
+
+    def _take_turn(self) -> bool:
+        """False at the end of the input. Raises UserError, but on a terminal."""
+        try:
+            said = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            print(file=sys.stderr)
+            return False
+        if said.strip() == "/new":
+            self.turns = []
+        elif said.strip():
+            try:
+                self.answer(said)
+            except UserError as error:
+                if not sys.stdin.isatty():  # nobody is there to say it otherwise
+                    raise
+                print(f"{error}", file=sys.stderr)
+        return True
 
     def answer(self, said: str) -> str:
         """Says something, and returns what the model answers, written to standard output as it comes. Raises UserError; then

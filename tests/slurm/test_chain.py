@@ -161,7 +161,7 @@ def test_a_chain_from_text_to_an_evaluation_preempted_on_the_way(lab):
         data={"sources": {"a": str(tokens / "train")}, "validation": {"a": str(tokens / "validation")}},
         teacher={"model": str(lab.folder / "teacher"), "cache": {"kind": "top_k", "k": 8, "block_tokens": 1024}},
         phases=[
-            {**phase, "name": "one", "tokens": 400 * 256},
+            {**phase, "name": "one", "tokens": 600 * 256},
             {**phase, "name": "two", "tokens": 6 * 256, "loss": {"type": "distill", "alpha": 0.5}},
         ],
     )
@@ -184,12 +184,11 @@ def test_a_chain_from_text_to_an_evaluation_preempted_on_the_way(lab):
     assert lab.submit(**asked).returncode == 0
     jobs = lab.jobs()
     lab.cluster.wait_until(lambda: len(lab.steps()) > 20, seconds=JOBS_SECONDS)
+    urgent = lab.sbatch("--partition=high", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=true")
     kept = lab.submit(**asked).stdout
     assert f"phase one: job {jobs['phase one']} is in the queue" in kept
     assert "data text: done" in kept
     assert lab.jobs() == jobs
-
-    urgent = lab.sbatch("--partition=high", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=true")
     lab.start_now(jobs["phase one"])
     assert lab.state(urgent) <= {"RUNNING", "COMPLETING", "COMPLETED"}
     assert len(lab.steps()) < 400  # it was in the middle

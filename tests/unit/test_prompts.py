@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import select
 import shlex
 import shutil
 import subprocess
@@ -339,10 +340,8 @@ def test_keys_on_a_terminal(folder):
         os.write(terminal, b"hello\n")
         read_until(terminal, "hello\r\n")
         read_until(terminal, "")  # something of the answer
-        os.write(terminal, b"\x03")
-        read_until(terminal, "\n> ")
-        os.write(terminal, b"\x03")
-        read_until(terminal, "\n")
+        press_ctrl_c(terminal, "\n> ")
+        press_ctrl_c(terminal, "\n> ")
         os.write(terminal, b"/new\n")
         read_until(terminal, "/new\r\n> ")
         os.write(terminal, b"\x04")
@@ -351,6 +350,15 @@ def test_keys_on_a_terminal(folder):
         chat.kill()
         chat.wait()
         os.close(terminal)
+
+
+def press_ctrl_c(terminal, wanted):
+    """Until the terminal shows `wanted`: one that comes just before input() waits is seen with the next key."""
+    shown = ""
+    while wanted not in shown:
+        os.write(terminal, b"\x03")
+        while select.select([terminal], [], [], 1.0)[0]:
+            shown += os.read(terminal, 64).decode(errors="replace")
 
 
 def read_until(terminal, wanted):

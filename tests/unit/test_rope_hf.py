@@ -60,6 +60,12 @@ def test_config_reads_back_in_both_forms(kind):
         assert config_from_hf(form) == expected
 
 
+SHAPE = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+
+
 def test_what_published_configs_leave_out_is_read_as_transformers_reads_it():
     """Each config by transformers 5 and by us: the frequencies and the attention factor at a short and a long length."""
     from transformers import LlamaConfig
@@ -80,7 +86,7 @@ def test_what_published_configs_leave_out_is_read_as_transformers_reads_it():
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3e4}, "rope_theta": 5e4},
     ]
-    shape = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 256}
+    shape = SHAPE | {"max_position_embeddings": 256}
     for case in cases:
         fields = json.dumps(shape | case)
         ours, theirs = config_from_hf(json.loads(fields)), LlamaConfig(**json.loads(fields))
@@ -111,6 +117,6 @@ def test_published_llama_3_1():
 )
 def test_rotary_settings_that_are_not_understood_are_refused(rope, message):
     """Rather than read as something else."""
-    shape = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 256}
+    shape = SHAPE | {"max_position_embeddings": 256}
     with pytest.raises(UserError, match=message):
         config_from_hf(shape | {"rope_parameters": rope})
