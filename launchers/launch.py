@@ -206,6 +206,7 @@ class Launch:
         self.arrived: list[int] = []  # signals, in order
         self.num_forwarded = 0
         self.failed_at: float | None = None
+        self.has_told = False  # of a rank here that failed
         self.ended: set[int] = set()  # ranks whose status was seen
         wanted = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup: let it be so
@@ -273,18 +274,24 @@ class Launch:
 
     def watch_ranks(self) -> None:
         """See a rank's failure before DeepSpeed collects its status (it looks once a second), or that a rank has gone without
-        a word where this program came too late for the status."""
-        if self.failed_at is None:
+        a word where this program came too late for the status. Where another machine's rank has left first, because one here was
+        killed, that one is named all the same."""
+        heard = self.failed_at is not None
+        if not heard or (not self.has_told and time.monotonic() - self.failed_at < GRACE_SECONDS):
             for number, process in enumerate(self.ranks, self.first_rank):
                 status = exit_status_of_zombie(process.pid)
                 if status is not None:
                     self.ended.add(process.pid)
+                elif heard:
+                    continue
                 elif process.pid not in self.ended and not process.is_running() and not self.exit_file.exists():
-                    self.failed_at = time.monotonic()
+                    self.failed_at, self.has_told = time.monotonic(), True
                     say(f"rank {number} (process {process.pid}) has gone")
                 if status in (None, 0, STOPPED_CODE << 8):
                     continue
-                self.failed_at = time.monotonic()
+                if heard and status & 127 in (0, signal.SIGTERM):  # it left because another failed
+                    continue
+                self.failed_at, self.has_told = self.failed_at or time.monotonic(), True
                 if status & 127:
                     name = signal.Signals(status & 127).name
                     if status & 127 == signal.SIGKILL and not self.exit_file.exists():  # no rank has said why
