@@ -120,8 +120,8 @@ def test_a_dead_rank_ends_the_run_everywhere(lab, tmp_path, restarts):
         os.kill(pid, signal.SIGKILL)
     code, said = finish(launched, lab)
     assert victims
-    assert "rank 1 (process" in said
-    assert "was ended by SIGKILL" in said
+    # Who sees it first is chance: b's launcher, or rank 0, whose connection breaks and whose machine then ends the run.
+    assert re.search(r"rank 1 \(process \d+\) (was ended by SIGKILL|has gone)|rank 1 has gone \(killed", said)
     if restarts:
         assert code == 0
         assert "Restart 1 of 2" in said
