@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slm.completion import continuations
+from slm.completion import continuations, with_bos
 from slm.errors import UserError
 from slm.model.hf import read_json
 from slm.model.llama import SLMForCausalLM
@@ -129,14 +129,13 @@ class Chat:
 
     def prompt_ids(self, turns: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of the turns, up to where the model's next one begins. Raises UserError."""
-        bos = self._tokenizer.bos_token_id
         if self._template is None:
             names = {"user": _USER, "assistant": _ASSISTANT}
             text = "".join(f"{names[turn['role']]} {turn['content'].strip()}\n" for turn in turns) + _ASSISTANT
             ids = list(self._tokenizer.encode(text))
         else:
             ids = list(self._tokenizer.encode(self._render(turns), allow_special=True))
-        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        return with_bos(self._tokenizer, ids)
 
     def _render(self, turns: Sequence[dict[str, str]]) -> str:
         assert self._template is not None

@@ -276,6 +276,12 @@ def locate(path: str | Path) -> Path:
     )
 
 
+def locate_best(path: str | Path) -> Path:
+    """As `locate`, but of a run the best one, if there is one yet."""
+    best = Path(path) / "best"
+    return locate(best if (best / "manifest.json").is_file() else path)
+
+
 # --- reading -------------------------------------------------------------------------------------------------
 
 

@@ -67,9 +67,13 @@ class TextStream:
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each, behind the tokenizer's BOS if it has one. Raises UserError."""
+    return [with_bos(tokenizer, list(tokenizer.encode(prompt))) for prompt in prompts]
+
+
+def with_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """The ids behind the tokenizer's BOS, if it has one and they do not begin with it."""
     bos = getattr(tokenizer, "bos_token_id", None)
-    rows = [list(tokenizer.encode(prompt)) for prompt in prompts]
-    return rows if bos is None else [ids if ids[:1] == [bos] else [bos, *ids] for ids in rows]
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def continuations(

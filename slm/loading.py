@@ -56,17 +56,20 @@ def load_model(
     dtype = torch.bfloat16 if half else torch.float32
     if (path / "config.json").is_file():
         return SLMForCausalLM.from_pretrained(path, dtype=dtype).to(device), {}
+    reader = open_checkpoint(path)
+    model = SLMForCausalLM(ModelConfig(**reader.state["model"]), seed=None).to(dtype)
+    reader.fill(model)
+    return model.to(device).eval(), reader.state
+
+
+def open_checkpoint(path: Path) -> checkpoint.Reader:
+    """The checkpoint, or the best or newest of the run. Raises UserError, CorruptArtefact."""
     if not path.exists():
         raise UserError(
             f"the model {path} does not exist", fix="give a run directory, a checkpoint or a Hugging Face folder"
         )
     refuse_pickles(path)
-    if (path / "best" / "manifest.json").is_file():
-        path = path / "best"
-    reader = checkpoint.Reader(checkpoint.locate(path))
-    model = SLMForCausalLM(ModelConfig(**reader.state["model"]), seed=None).to(dtype)
-    reader.fill(model)
-    return model.to(device).eval(), reader.state
+    return checkpoint.Reader(checkpoint.locate_best(path))
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,7 @@ def run_of(path: str | Path) -> RunPlace | None:
     path = Path(path)
     if (path / "config.json").is_file() or not path.exists():
         return None
-    best = path / "best"
-    folder = checkpoint.locate(best if (best / "manifest.json").is_file() else path).resolve()
+    folder = checkpoint.locate_best(path).resolve()
     run = folder.parent.parent
     if folder.parent.name != "checkpoints" or not (run / "recipe.yaml").is_file():
         return None
@@ -298,8 +300,8 @@ def fresh_folder(output: Path) -> Iterator[Path]:
         )
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    tells = signal.getsignal(signal.SIGTERM)
-    if tells is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+    would_end_us = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if catches := would_end_us and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of what cleans up below
     try:
         partial.mkdir()
@@ -312,8 +314,8 @@ def fresh_folder(output: Path) -> Iterator[Path]:
         raise EnvironmentProblem(f"{output} cannot be written: {told}", fix="give another path, or make room") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if tells is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, tells)
+        if catches:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def tokenizer_of(path: str, state: dict[str, Any], tokenizer: str = "") -> Any:

@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
 
-from slm import __version__, checkpoint
+from slm import __version__
 from slm.errors import CorruptArtefact, SLMError, UserError
 from slm.findings import shown
-from slm.loading import evaluate_model, fresh_folder, phase_of, write_beside
+from slm.loading import evaluate_model, fresh_folder, open_checkpoint, phase_of, write_beside
 from slm.model.config import ModelConfig
-from slm.model.hf import read_config, refuse_pickles, weight_reader
-from slm.model.quantized_files import Quantization, check_groups, config_fields, model_shapes, pairs_of
+from slm.model.hf import expected_shapes, read_config, weight_reader
+from slm.model.quantized_files import Quantization, check_groups, config_fields, pairs_of
 from slm.redact import redacted
 from slm.runtime import atomic_write
 
@@ -80,7 +80,7 @@ class Report:
 
 def default_group(config: ModelConfig, bits: int) -> int:
     """Rows with 8 bits; with 4 bits the largest of 64, 32 and 16 that divides the columns of every matrix (else 64)."""
-    columns = {shape[1] for shape in model_shapes(config).values() if len(shape) == 2}
+    columns = {shape[1] for shape in expected_shapes(config).values() if len(shape) == 2}
     fitting = (size for size in (64, 32, 16) if not any(width % size for width in columns))
     return 0 if bits == 8 else next(fitting, 64)
 
@@ -204,13 +204,7 @@ def _source(path: str) -> tuple[Callable[[str, tuple[int, ...]], torch.Tensor], 
     folder = Path(path)
     if (folder / "config.json").is_file():
         return weight_reader(folder), read_config(folder), {}
-    if not folder.exists():
-        raise UserError(
-            f"the model {path} does not exist", fix="give a run directory, a checkpoint or a Hugging Face folder"
-        )
-    refuse_pickles(folder)
-    best = folder / "best"
-    reader = checkpoint.Reader(checkpoint.locate(best if (best / "manifest.json").is_file() else folder))
+    reader = open_checkpoint(folder)
     return reader.weight, ModelConfig(**reader.state["model"]), reader.state
 
 
@@ -223,7 +217,7 @@ def _write(
     q: Quantization,
     tokenizer: str,
 ) -> Report:
-    shapes = model_shapes(config)
+    shapes = expected_shapes(config)
     tensors: dict[str, torch.Tensor] = {}
     num_parameters = sum(math.prod(shape) for shape in shapes.values())
     bytes_before, squared_error, squares = 0, 0.0, 0.0

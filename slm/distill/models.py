@@ -93,8 +93,7 @@ def describe_teacher(path: str) -> TeacherInfo:
             f"the teacher {path} has neither a config.json nor checkpoints",
             fix="give a Hugging Face folder, a run or a checkpoint",
         )
-    best = folder / "best"
-    reader = checkpoint.Reader(checkpoint.locate(best if (best / "manifest.json").is_file() else folder))
+    reader = checkpoint.Reader(checkpoint.locate_best(folder))
     config = ModelConfig(**reader.state["model"])
     manifest = hashlib.sha256((reader.folder / "manifest.json").read_bytes()).hexdigest()
     tokenizer = reader.state["identity"].get("tokenizer", "")

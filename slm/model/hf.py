@@ -54,7 +54,7 @@ _SHAPE_FIELDS = (
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 # transformers calls dynamic's original context max_position_embeddings; the whole one stands beside it, for us alone.
 _DYNAMIC_CONTEXT = "extended_max_position_embeddings"
@@ -281,7 +281,7 @@ def _text(name: Any) -> Any:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the model's tensors."""
+    """{name: shape} of the model's tensors; a tied head is none of its own."""
     from slm.model.llama import SLMForCausalLM
 
     with torch.device("meta"):
@@ -304,14 +304,14 @@ def checked_files(folder: str | Path, config: ModelConfig) -> tuple[dict[str, Pa
                 fix="copy the whole folder again",
             )
     dropped = {name for name in where if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and _HEAD in where and _EMBEDDING in where:
-        if not torch.equal(read_tensor(where, _HEAD), read_tensor(where, _EMBEDDING)):
+    if config.tie_word_embeddings and HEAD in where and EMBEDDING in where:
+        if not torch.equal(read_tensor(where, HEAD), read_tensor(where, EMBEDDING)):
             raise UserError(
-                f"{folder}: {_HEAD} differs from {_EMBEDDING}, though tie_word_embeddings is true in its config.json: the model "
+                f"{folder}: {HEAD} differs from {EMBEDDING}, though tie_word_embeddings is true in its config.json: the model "
                 "would have another head than its weights say",
                 fix="set tie_word_embeddings to false there, if the head is meant",
             )
-        dropped.add(_HEAD)
+        dropped.add(HEAD)
     missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted) - dropped)
     if not (missing or extra):
         return {name: where[name] for name in wanted}, tuple(sorted(dropped))
@@ -322,7 +322,7 @@ def checked_files(folder: str | Path, config: ModelConfig) -> tuple[dict[str, Pa
         fix = "biases are no part of this architecture, and leaving them out would change what it computes: use another model"
     elif {f"model.{name}" for name in extra} & set(missing):
         fix = "its names lack the head 'model.': load it with transformers' AutoModelForCausalLM, and save_pretrained() it"
-    elif missing == [_HEAD] and not extra:
+    elif missing == [HEAD] and not extra:
         fix = "if the head is the embedding, set tie_word_embeddings to true in its config.json"
     elif any("lora_" in name for name in extra):
         fix = "merge the adapter first, with peft's merge_and_unload() and save_pretrained()"
@@ -343,8 +343,8 @@ def weight_reader(folder: str | Path) -> Callable[[str, tuple[int, ...]], torch.
     where, _ = checked_files(folder, read_config(folder))
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name not in where and name == _HEAD:
-            name = _EMBEDDING
+        if name not in where and name == HEAD:
+            name = EMBEDDING
         tensor = read_tensor(where, name)
         if tuple(tensor.shape) != shape:
             raise UserError(

@@ -18,7 +18,16 @@ from torch import nn
 
 from slm.errors import CorruptArtefact, UserError
 from slm.model.config import ModelConfig
-from slm.model.hf import config_from_hf, config_to_hf, read_json, some_names, weight_files
+from slm.model.hf import (
+    EMBEDDING,
+    HEAD,
+    config_from_hf,
+    config_to_hf,
+    expected_shapes,
+    read_json,
+    some_names,
+    weight_files,
+)
 from slm.model.llama import SLMForCausalLM
 from slm.model.quantized import (
     QuantizedDown,
@@ -29,7 +38,6 @@ from slm.model.quantized import (
 from slm.model.shape import QUANTIZED_TYPE
 
 FORMAT = "slm-quantized/1"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _AGAIN = "copy the whole folder again, or make it again with slm quantize"
 
 
@@ -50,17 +58,10 @@ class Quantization:
         return self.group_size or num_columns
 
 
-def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{parameter: shape}; a tied head is no parameter of its own."""
-    with torch.device("meta"):
-        model = SLMForCausalLM(config, seed=None)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
 def stored_tensors(config: ModelConfig, q: Quantization) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
     """{tensor of the file: (dtype, shape)}; dtype None: any floating-point one."""
     found: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
-    for name, shape in model_shapes(config).items():
+    for name, shape in expected_shapes(config).items():
         if not q.covers(name, shape):
             found[name] = None, shape
             continue
@@ -85,7 +86,7 @@ def codes_of(pairs_NP: torch.Tensor) -> torch.Tensor:
 
 def check_groups(config: ModelConfig, q: Quantization, where: str) -> None:
     """Raises UserError if rows cannot be cut into groups of that size."""
-    for name, shape in model_shapes(config).items():
+    for name, shape in expected_shapes(config).items():
         if q.covers(name, shape) and (shape[1] % q.group(shape[1]) or shape[1] % 2):
             sizes = [str(size) for size in (16, 32, 64, 128, 256) if shape[1] % size == 0]
             raise UserError(
@@ -163,7 +164,7 @@ def load_quantized(folder: str | Path, dtype: torch.dtype) -> SLMForCausalLM:
     model = SLMForCausalLM(config, seed=None)  # memory that is never touched is never taken
     model.quantization = q
     tied = config.tie_word_embeddings
-    for name, shape in model_shapes(config).items():
+    for name, shape in expected_shapes(config).items():
         owner = model.get_submodule(name.rpartition(".")[0])
         if not q.covers(name, shape):
             owner.weight = nn.Parameter(read(name).to(dtype))
